@@ -1,0 +1,111 @@
+// C = X * W^T (+ bias, ReLU) by dot products along contiguous rows, for few rows of X.
+//
+// Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed; the price is one
+// horizontal sum per element of C. A tile of kDotRows rows of X by kDotColumns rows of W shares each loaded vector.
+// Threads divide the rows of W: each reads its own part of the weights, which stays in its core's cache from one step
+// of training to the next.
+#pragma once
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+template <class T>
+struct DotGemm {
+  int64_t rows, columns, depth;
+  const T* x;  // [rows, depth]
+  int64_t x_row;
+  const T* w;  // [columns, depth]
+  int64_t w_row;
+  const T* bias;  // [columns], or null
+  bool relu;
+  T* c;  // [rows, columns], contiguous
+};
+
+inline constexpr int kDotRows = kVectorRegisters == 32 ? 4 : 3;
+inline constexpr int kDotColumns = kVectorRegisters == 32 ? 6 : 4;
+
+template <class T, int R, int N>
+void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column) {
+  using V = Vec<T>;
+  V acc[R][N] = {};
+  const T* x = g.x + row * g.x_row;
+  const T* w = g.w + column * g.w_row;
+  const auto step = [&](auto load) __attribute__((always_inline)) {
+    V xv[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) xv[r] = load(x + r * g.x_row);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const V wv = load(w + n * g.w_row);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r][n] = fma(xv[r], wv, acc[r][n]);
+    }
+  };
+  int64_t p = 0;
+  for (; p + V::width <= g.depth; p += V::width, x += V::width, w += V::width) {
+    step([](const T* q) __attribute__((always_inline)) { return V::load(q); });
+  }
+  if (p < g.depth) {
+    const int rest = static_cast<int>(g.depth - p);
+    step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    T* c = g.c + (row + r) * g.columns + column;
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      T sum = reduce_add(acc[r][n]);
+      if (g.bias) sum += g.bias[column + n];
+      c[n] = g.relu && sum < T(0) ? T(0) : sum;
+    }
+  }
+}
+
+template <class T, int R>
+void dot_tile_rows(const DotGemm<T>& g, int64_t row, int64_t column, int64_t columns) {
+  switch (columns) {
+    case 1: return dot_tile<T, R, 1>(g, row, column);
+    case 2: return dot_tile<T, R, 2>(g, row, column);
+    case 3: return dot_tile<T, R, 3>(g, row, column);
+    case 4: return dot_tile<T, R, 4>(g, row, column);
+    default:
+      if constexpr (kDotColumns == 6) {
+        if (columns == 5) return dot_tile<T, R, 5>(g, row, column);
+        return dot_tile<T, R, 6>(g, row, column);
+      }
+  }
+}
+
+template <class T>
+void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  switch (rows) {
+    case 1: return dot_tile_rows<T, 1>(g, row, column, columns);
+    case 2: return dot_tile_rows<T, 2>(g, row, column, columns);
+    case 3: return dot_tile_rows<T, 3>(g, row, column, columns);
+    default:
+      if constexpr (kDotRows == 4) return dot_tile_rows<T, 4>(g, row, column, columns);
+  }
+}
+
+inline constexpr double kDotGrain = 250e3;  // multiply-adds that are worth a thread of their own
+
+template <class T>
+void dot_gemm(const DotGemm<T>& g, int threads) {
+  const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
+  parallel(threads_for(work, kDotGrain, threads), [&](int thread, int count) {
+    const Range columns = split(g.columns, 1, thread, count);
+    const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
+    const int64_t column_tiles = (columns.size() + kDotColumns - 1) / kDotColumns;
+    for (int64_t j = 0; j < column_tiles; ++j) {
+      const Range c = split(columns.size(), 1, j, column_tiles);
+      for (int64_t i = 0; i < row_tiles; ++i) {
+        const Range r = split(g.rows, 1, i, row_tiles);
+        dot_tile(g, r.begin, r.size(), columns.begin + c.begin, c.size());
+      }
+    }
+  });
+}
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,0 +1,263 @@
+// C = A * B (+ bias, ReLU) by outer products, for any strides of A and B.
+//
+// A tile of C, kTileRows rows by up to kTileVectors vectors, stays in registers while the summed dimension (depth) runs:
+// per step it loads its vectors of B once, broadcasts one element of A per row, and does rows * vectors multiply-adds.
+// Around it: blocks of kDepthBlock steps, so that a tile's share of A stays in the first-level cache, and blocks of
+// kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its columns are not
+// contiguous or when it is read often enough to pay for it; A only when it is masked or its row sums are wanted.
+#pragma once
+
+#include "../linear.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "vec.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+template <class T>
+struct Gemm {
+  int64_t rows, columns, depth;
+  const T* a;  // a(row, p) = a[row * a_row + p * a_depth]
+  int64_t a_row, a_depth;
+  const T* b;  // b(p, column) = b[p * b_depth + column * b_column]
+  int64_t b_depth, b_column;
+  T* c;  // [rows, columns], contiguous
+  const T* bias = nullptr;  // [columns], added to every row
+  bool relu = false;
+  const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0
+  int64_t gate_row = 0, gate_depth = 0;
+  double* row_sums = nullptr;  // [rows], zeroed: += the sums of (gated) A over depth
+};
+
+inline constexpr int kTileRows = 6;
+inline constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
+inline constexpr int64_t kDepthBlock = 256;
+template <class T>
+inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
+template <class T>
+inline constexpr int64_t kColumnBlock = 2048 / sizeof(T) / kTileColumns<T> * kTileColumns<T>;
+// Pack B when each of its elements is read by at least this many row tiles.
+inline constexpr int64_t kPackFromTiles = 16;
+
+// One block of the summed dimension for one tile of C.
+template <class T>
+struct Tile {
+  const T* a;
+  int64_t a_row, a_depth;
+  const T* b;
+  int64_t b_depth;
+  int64_t depth;
+  T* c;
+  int64_t c_row;
+  int last;       // lanes of the last vector that lie inside C
+  bool first;     // first block: start from the bias or 0, not from C
+  const T* bias;  // at this tile's first column, or null
+  bool relu;      // after the last block
+};
+
+template <class T, int R, int N, bool partial>
+MNIST_EXT_INLINE Vec<T> load_column(const T* row, int v, int last) {
+  const T* p = row + v * Vec<T>::width;
+  return partial && v == N - 1 ? Vec<T>::load_partial(p, last) : Vec<T>::load(p);
+}
+
+template <class T, int R, int N, bool partial>
+void compute_tile(const Tile<T>& t) {
+  using V = Vec<T>;
+  V acc[R][N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    const V bias = t.first && t.bias ? load_column<T, R, N, partial>(t.bias, v, t.last) : V{};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      acc[r][v] = t.first ? bias : load_column<T, R, N, partial>(t.c + r * t.c_row, v, t.last);
+    }
+  }
+  const T* a[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) a[r] = t.a + r * t.a_row;
+  const T* b = t.b;
+  for (int64_t p = 0; p < t.depth; ++p) {
+    V bv[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) bv[v] = load_column<T, R, N, partial>(b, v, t.last);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V ar = V::broadcast(a[r][p * t.a_depth]);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) acc[r][v] = fma(ar, bv[v], acc[r][v]);
+    }
+    b += t.b_depth;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      const V result = t.relu ? max(V{}, acc[r][v]) : acc[r][v];  // NaN stays NaN
+      T* p = t.c + r * t.c_row + v * V::width;
+      if (partial && v == N - 1) {
+        result.store_partial(p, t.last);
+      } else {
+        result.store(p);
+      }
+    }
+  }
+}
+
+template <class T, int R, int N>
+void compute_tile_of(const Tile<T>& t) {
+  if (t.last == Vec<T>::width) {
+    compute_tile<T, R, N, false>(t);
+  } else {
+    compute_tile<T, R, N, true>(t);
+  }
+}
+
+template <class T, int R>
+void compute_tile_rows(const Tile<T>& t, int vectors) {
+  if constexpr (kTileVectors == 4) {
+    if (vectors == 4) return compute_tile_of<T, R, 4>(t);
+    if (vectors == 3) return compute_tile_of<T, R, 3>(t);
+  }
+  if (vectors == 2) return compute_tile_of<T, R, 2>(t);
+  compute_tile_of<T, R, 1>(t);
+}
+
+template <class T>
+void compute_tile(const Tile<T>& t, int rows, int vectors) {
+  switch (rows) {
+    case 1: return compute_tile_rows<T, 1>(t, vectors);
+    case 2: return compute_tile_rows<T, 2>(t, vectors);
+    case 3: return compute_tile_rows<T, 3>(t, vectors);
+    case 4: return compute_tile_rows<T, 4>(t, vectors);
+    case 5: return compute_tile_rows<T, 5>(t, vectors);
+    default: return compute_tile_rows<T, 6>(t, vectors);
+  }
+}
+
+// B(depth.begin..end, columns.begin..end) into panels of kTileColumns columns: panel after panel, each [depth][columns],
+// the last one filled up with 0.
+template <class T>
+void pack_b(const Gemm<T>& g, Range depth, Range columns, T* packed) {
+  constexpr int64_t panel = kTileColumns<T>;
+  for (int64_t c = columns.begin; c < columns.end; c += panel) {
+    const int64_t n = columns.end - c < panel ? columns.end - c : panel;
+    if (g.b_column == 1) {
+      for (int64_t p = depth.begin; p < depth.end; ++p, packed += panel) {
+        std::memcpy(packed, g.b + p * g.b_depth + c, n * sizeof(T));
+        if (n < panel) std::memset(packed + n, 0, (panel - n) * sizeof(T));
+      }
+    } else {
+      // Column by column: reads run along depth, contiguous for a transposed B; the writes stay in one small panel.
+      for (int64_t j = 0; j < panel; ++j) {
+        const T* from = g.b + depth.begin * g.b_depth + (c + j) * g.b_column;
+        for (int64_t p = 0; p < depth.size(); ++p) packed[p * panel + j] = j < n ? from[p * g.b_depth] : T(0);
+      }
+      packed += depth.size() * panel;
+    }
+  }
+}
+
+// Gated A(row..row + rows, depth) as [depth][kTileRows], and its sums over depth added to `sums` if that is given.
+template <class T>
+void pack_a(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed, double* sums) {
+  for (int64_t p = depth.begin; p < depth.end; ++p, packed += kTileRows) {
+    const T* a = g.a + row * g.a_row + p * g.a_depth;
+    const T* gate = g.a_gate ? g.a_gate + row * g.gate_row + p * g.gate_depth : nullptr;
+    for (int r = 0; r < rows; ++r) {
+      const T x = gate && gate[r * g.gate_row] <= T(0) ? T(0) : a[r * g.a_row];
+      packed[r] = x;
+      if (sums) sums[r] += x;
+    }
+  }
+}
+
+// The part of C in `rows` x `columns`, on the calling thread.
+template <class T>
+void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
+  constexpr int64_t panel = kTileColumns<T>;
+  const int64_t row_tiles = (rows.size() + kTileRows - 1) / kTileRows;
+  const bool packs_a = g.a_gate || g.row_sums;
+  const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
+  T* a_tile = packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T))) : nullptr;
+  T* b_block = packs_b ? static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T))) : nullptr;
+
+  int64_t p = 0;
+  do {  // once for depth 0 too: C is then bias or 0
+    const Range depth = {p, g.depth - p < kDepthBlock ? g.depth : p + kDepthBlock};
+    const bool first = p == 0, last = depth.end == g.depth;
+    for (int64_t block = columns.begin; block < columns.end; block += kColumnBlock<T>) {
+      const int64_t block_end = columns.end - block < kColumnBlock<T> ? columns.end : block + kColumnBlock<T>;
+      if (packs_b) pack_b(g, depth, {block, block_end}, b_block);
+      for (int64_t tile = 0; tile < row_tiles; ++tile) {
+        const Range tile_rows = split(rows.size(), 1, tile, row_tiles);
+        const int64_t row = rows.begin + tile_rows.begin;
+        const int tile_size = static_cast<int>(tile_rows.size());
+        Tile<T> t;
+        t.depth = depth.size();
+        t.first = first;
+        t.relu = last && g.relu;
+        t.c_row = g.columns;
+        if (packs_a) {
+          // Every part of the row sums is added once: with the first columns.
+          pack_a(g, row, tile_size, depth, a_tile, g.row_sums && block == 0 ? g.row_sums + row : nullptr);
+          t.a = a_tile;
+          t.a_row = 1;
+          t.a_depth = kTileRows;
+        } else {
+          t.a = g.a + row * g.a_row + depth.begin * g.a_depth;
+          t.a_row = g.a_row;
+          t.a_depth = g.a_depth;
+        }
+        const T* packed = b_block;
+        for (int64_t column = block; column < block_end; column += panel, packed += depth.size() * panel) {
+          const int64_t n = block_end - column < panel ? block_end - column : panel;
+          const int vectors = static_cast<int>((n + Vec<T>::width - 1) / Vec<T>::width);
+          t.b = packs_b ? packed : g.b + depth.begin * g.b_depth + column;
+          t.b_depth = packs_b ? panel : g.b_depth;
+          t.c = g.c + row * g.columns + column;
+          t.bias = g.bias ? g.bias + column : nullptr;
+          t.last = static_cast<int>(n - (vectors - 1) * Vec<T>::width);
+          compute_tile(t, tile_size, vectors);
+        }
+      }
+    }
+    p = depth.end;
+  } while (p < g.depth);
+}
+
+// Multiply-adds that are worth a thread of their own.
+inline constexpr double kGemmGrain = 250e3;
+
+// How many of `threads` to give to the rows of C, the rest to its columns: the choice that leaves the busiest thread the
+// least to do; in doubt the rows.
+template <class T>
+int row_threads(const Gemm<T>& g, int threads) {
+  const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
+  int best = threads;
+  int64_t best_cost = INT64_MAX;
+  for (int by_row = threads; by_row >= 1; --by_row) {
+    if (threads % by_row != 0) continue;
+    const int64_t cost = tiles(tiles(g.rows, kTileRows), by_row) *
+                         tiles(tiles(g.columns, Vec<T>::width), threads / by_row);
+    if (cost < best_cost) {
+      best = by_row;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+template <class T>
+void gemm(const Gemm<T>& g, int threads) {
+  if (g.rows == 0 || g.columns == 0) return;
+  const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
+  parallel(threads_for(work, kGemmGrain, threads), [&](int thread, int count) {
+    const int by_row = row_threads(g, count), by_column = count / by_row;
+    const Range rows = split(g.rows, kTileRows, thread / by_column, by_row);
+    const Range columns = split(g.columns, Vec<T>::width, thread % by_column, by_column);
+    if (rows.size() > 0 && columns.size() > 0) gemm_part(g, rows, columns);
+  });
+}
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

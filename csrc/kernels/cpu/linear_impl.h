@@ -1,0 +1,102 @@
+// The three products of a linear layer, each as one GEMM that reads its operands where they lie.
+#pragma once
+
+#include "../linear.h"
+#include "dot_gemm.h"
+#include "gemm.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+// Up to this many rows the dot products win: packing the weights would cost more than the horizontal sums.
+inline constexpr int64_t kDotMaxRows = 128;
+
+template <class T>
+void linear_forward(const LinearForward<T>& x, int threads) {
+  const bool relu = x.activation == Activation::relu;
+  if (x.rows <= kDotMaxRows) {
+    dot_gemm<T>({.rows = x.rows,
+                 .columns = x.out_features,
+                 .depth = x.in_features,
+                 .x = x.input,
+                 .x_row = x.input_stride,
+                 .w = x.weight,
+                 .w_row = x.weight_stride,
+                 .bias = x.bias,
+                 .relu = relu,
+                 .c = x.out},
+                threads);
+  } else {
+    gemm<T>({.rows = x.rows,
+             .columns = x.out_features,
+             .depth = x.in_features,
+             .a = x.input,
+             .a_row = x.input_stride,
+             .a_depth = 1,
+             .b = x.weight,
+             .b_depth = 1,
+             .b_column = x.weight_stride,
+             .c = x.out,
+             .bias = x.bias,
+             .relu = relu},
+            threads);
+  }
+}
+
+// Column sums of the gated grad_output alone, for a layer whose weight is frozen and whose bias is not.
+template <class T>
+void column_sums(const LinearBackward<T>& x, double* sums) {
+  for (int64_t m = 0; m < x.rows; ++m) {
+    const T* dy = x.grad_output + m * x.grad_output_stride;
+    const T* gate = x.output ? x.output + m * x.output_stride : nullptr;
+    for (int64_t n = 0; n < x.out_features; ++n) sums[n] += gate && gate[n] <= T(0) ? T(0) : dy[n];
+  }
+}
+
+template <class T>
+void linear_backward(const LinearBackward<T>& x, int threads) {
+  if (x.grad_input) {
+    gemm<T>({.rows = x.rows,
+             .columns = x.in_features,
+             .depth = x.out_features,
+             .a = x.grad_output,
+             .a_row = x.grad_output_stride,
+             .a_depth = 1,
+             .b = x.weight,
+             .b_depth = x.weight_stride,
+             .b_column = 1,
+             .c = x.grad_input,
+             .a_gate = x.output,
+             .gate_row = x.output_stride,
+             .gate_depth = 1},
+            threads);
+  }
+  double* sums = nullptr;
+  if (x.grad_bias) {
+    const std::size_t bytes = x.out_features * sizeof(double);
+    sums = static_cast<double*>(scratch(Scratch::row_sums, bytes));
+    std::memset(sums, 0, bytes);
+  }
+  if (x.grad_weight) {
+    gemm<T>({.rows = x.out_features,
+             .columns = x.in_features,
+             .depth = x.rows,
+             .a = x.grad_output,
+             .a_row = 1,
+             .a_depth = x.grad_output_stride,
+             .b = x.input,
+             .b_depth = x.input_stride,
+             .b_column = 1,
+             .c = x.grad_weight,
+             .a_gate = x.output,
+             .gate_row = 1,
+             .gate_depth = x.output_stride,
+             .row_sums = x.in_features > 0 ? sums : nullptr},
+            threads);
+  }
+  if (sums) {
+    if (!x.grad_weight || x.in_features == 0) column_sums(x, sums);  // no GEMM has read grad_output
+    for (int64_t n = 0; n < x.out_features; ++n) x.grad_bias[n] = static_cast<T>(sums[n]);
+  }
+}
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,0 +1,200 @@
+// One small SIMD vector type for every instruction set.
+//
+// It is the vector extension of GCC and Clang: +, -, * and comparisons are the compiler's own, and only loads and stores
+// of part of a vector need the instruction set's names. The width follows from the flags that the including file is
+// compiled with. Everything lives in a namespace named after the instruction set, so that the linker never takes one
+// build of a function for another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if !defined(MNIST_EXT_ISA)
+#error "kernels_<isa>.cpp defines MNIST_EXT_ISA before it includes a kernel header"
+#endif
+
+#define MNIST_EXT_INLINE inline __attribute__((always_inline))
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+// Decides how large a register tile may be.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorRegisters = 16;
+#endif
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  using type = int32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = int64_t;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int width = kVectorBytes / sizeof(T);
+  using Bits = typename BitsOf<T>::type;
+  typedef T Raw __attribute__((vector_size(kVectorBytes)));
+  typedef Bits RawBits __attribute__((vector_size(kVectorBytes)));
+
+  Raw raw;
+
+  static MNIST_EXT_INLINE Vec broadcast(T x) { return {Raw{} + x}; }
+
+  static MNIST_EXT_INLINE Vec load(const T* p) {
+    Vec v;
+    std::memcpy(&v.raw, p, sizeof(v.raw));
+    return v;
+  }
+
+  MNIST_EXT_INLINE void store(T* p) const { std::memcpy(p, &raw, sizeof(raw)); }
+
+  // The first n lanes from p, 0 < n <= width; the others are `fill`. Reads nothing behind p[n - 1].
+  static MNIST_EXT_INLINE Vec load_partial(const T* p, int n, T fill = T(0));
+
+  // Stores the first n lanes.
+  MNIST_EXT_INLINE void store_partial(T* p, int n) const;
+
+  friend MNIST_EXT_INLINE Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
+  friend MNIST_EXT_INLINE Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
+  friend MNIST_EXT_INLINE Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
+};
+
+// a * b + c, one rounding where the instruction set has a fused multiply-add (the build sets -ffp-contract=fast).
+template <class T>
+MNIST_EXT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return {a.raw * b.raw + c.raw};
+}
+
+// The larger one; b where either is NaN.
+template <class T>
+MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.raw > b.raw ? a.raw : b.raw};
+}
+
+// The smaller one; b where either is NaN.
+template <class T>
+MNIST_EXT_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
+  return {a.raw < b.raw ? a.raw : b.raw};
+}
+
+// x where gate is > 0 or NaN, else 0: the gradient of ReLU, whose output the gate is.
+template <class T>
+MNIST_EXT_INLINE Vec<T> where_positive(Vec<T> gate, Vec<T> x) {
+  const typename Vec<T>::Raw zero{};
+  return {gate.raw <= zero ? zero : x.raw};
+}
+
+// Combines the two halves of a vector until one lane is left.
+template <class T, class Raw, class Op, std::size_t... I>
+MNIST_EXT_INLINE T reduce_halves(Raw v, Op op, std::index_sequence<I...>) {
+  constexpr int half = sizeof...(I);
+  const auto combined = op(__builtin_shufflevector(v, v, static_cast<int>(I)...),
+                           __builtin_shufflevector(v, v, static_cast<int>(I + half)...));
+  if constexpr (half == 1) {
+    return combined[0];
+  } else {
+    return reduce_halves<T>(combined, op, std::make_index_sequence<half / 2>{});
+  }
+}
+
+template <class T>
+MNIST_EXT_INLINE T reduce_add(Vec<T> v) {
+  return reduce_halves<T>(v.raw, [](auto a, auto b) { return a + b; }, std::make_index_sequence<Vec<T>::width / 2>{});
+}
+
+template <class T>
+MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
+  return reduce_halves<T>(v.raw, [](auto a, auto b) { return a > b ? a : b; },
+                          std::make_index_sequence<Vec<T>::width / 2>{});
+}
+
+#if defined(__AVX512F__)
+
+template <>
+MNIST_EXT_INLINE Vec<float> Vec<float>::load_partial(const float* p, int n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << n) - 1), p)};
+}
+
+template <>
+MNIST_EXT_INLINE Vec<double> Vec<double>::load_partial(const double* p, int n, double fill) {
+  return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>((1u << n) - 1), p)};
+}
+
+template <>
+MNIST_EXT_INLINE void Vec<float>::store_partial(float* p, int n) const {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), raw);
+}
+
+template <>
+MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), raw);
+}
+
+#elif defined(__AVX2__)
+
+MNIST_EXT_INLINE __m256i first_lanes_32(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+MNIST_EXT_INLINE __m256i first_lanes_64(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+
+template <>
+MNIST_EXT_INLINE Vec<float> Vec<float>::load_partial(const float* p, int n, float fill) {
+  const __m256i mask = first_lanes_32(n);
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+}
+
+template <>
+MNIST_EXT_INLINE Vec<double> Vec<double>::load_partial(const double* p, int n, double fill) {
+  const __m256i mask = first_lanes_64(n);
+  return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
+}
+
+template <>
+MNIST_EXT_INLINE void Vec<float>::store_partial(float* p, int n) const {
+  _mm256_maskstore_ps(p, first_lanes_32(n), raw);
+}
+
+template <>
+MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
+  _mm256_maskstore_pd(p, first_lanes_64(n), raw);
+}
+
+#else
+
+template <class T>
+MNIST_EXT_INLINE Vec<T> Vec<T>::load_partial(const T* p, int n, T fill) {
+  Vec v = broadcast(fill);
+  for (int i = 0; i < n; ++i) v.raw[i] = p[i];
+  return v;
+}
+
+template <class T>
+MNIST_EXT_INLINE void Vec<T>::store_partial(T* p, int n) const {
+  for (int i = 0; i < n; ++i) p[i] = raw[i];
+}
+
+#endif
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,0 +1,123 @@
+// What every op needs at the torch boundary: errors that say which op, which argument, what was expected and what came,
+// and views of tensors as the kernels want them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace mnist_ext::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws Error (std::runtime_error becomes RuntimeError in Python, std::out_of_range IndexError, std::invalid_argument
+// ValueError) with all parts in one message.
+template <class Error, class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
+template <class Error = std::runtime_error, class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail<Error>(parts...);
+}
+
+// "[64, 10]"
+inline std::string shape(const Tensor& t) {
+  std::ostringstream s;
+  s << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << ']';
+  return s.str();
+}
+
+inline const char* dtype_name(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "a dtype without kernels";
+  }
+}
+
+// The dtype that fixes the kernel's type: float32 or float64, else an error.
+inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", argument,
+        ": expected float32 or float64, got ", dtype_name(t));
+}
+
+inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
+                       const Tensor& other) {
+  check(t.scalar_type() == other.scalar_type(), op, ": ", argument, ": expected the dtype of ", other_argument, ", ",
+        dtype_name(other), ", got ", dtype_name(t));
+  check(t.is_cpu(), op, ": ", argument, ": expected a tensor on the CPU, as ", other_argument,
+        " is, got one on another device");
+}
+
+// Calls body(float{}) or body(double{}) by the tensor's dtype.
+template <class Body>
+void dispatch_floating(const Tensor& t, const Body& body) {
+  if (t.scalar_type() == ScalarType::Float) {
+    body(float{});
+  } else {
+    body(double{});
+  }
+}
+
+// A tensor [..., columns] as a matrix [rows, columns] with unit column stride and one row stride.
+struct Matrix {
+  Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed
+  int64_t rows, columns, stride;
+
+  template <class T>
+  const T* data() const {
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+};
+
+inline Matrix as_matrix(const Tensor& t) {
+  const int64_t dims = t.dim();
+  const int64_t columns = t.size(dims - 1);
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t rows = 1;
+  bool expressible = columns <= 1 || strides[dims - 1] == 1;
+  for (int64_t i = 0; i < dims - 1; ++i) rows *= sizes[i];
+  // The leading dimensions are one if each steps over exactly the whole of the next; sizes of 1 step over nothing.
+  int64_t stride = columns, inner = -1;
+  for (int64_t i = dims - 2; i >= 0 && rows > 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (inner == -1) {
+      stride = strides[i];
+    } else {
+      expressible = expressible && strides[i] == inner;
+    }
+    inner = strides[i] * sizes[i];
+  }
+  if (expressible) return {t, rows, columns, stride};
+  return {torch::stable::contiguous(t), rows, columns, columns};
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+}
+
+inline int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+}  // namespace mnist_ext::ops

@@ -1,0 +1,37 @@
+"""Loads the compiled library, or says what to run where that is not possible."""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import torch
+
+OLDEST_TORCH = (2, 10)
+
+
+def load() -> ModuleType:
+    """Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``.
+
+    torch comes first: its OpenMP runtime is then in the process already, and ours resolves to it.
+
+    Raises:
+        ImportError: on a torch that is too old, where the library has not been built, or where it
+            cannot be loaded; the message says what to run.
+    """
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(
+            f"mnist_ext needs torch >= {oldest}, found {torch.__version__}: "
+            f"run `pip install 'torch>={oldest}'`"
+        )
+    try:
+        from mnist_ext import _C
+    except ImportError as error:
+        raise ImportError(
+            f"mnist_ext: cannot load the compiled library mnist_ext._C ({error}). "
+            "If it has not been built, run `pip install .` in the source folder, or "
+            "`pip install --no-build-isolation -e .` to work on it"
+        ) from error
+    return _C

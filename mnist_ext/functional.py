@@ -1,0 +1,132 @@
+"""The fused ops as functions, with the signatures of ``torch.nn.functional``.
+
+The kernels cover float32 and float64 on the CPU. Every other call (another dtype or device, class
+weights, label smoothing, probability targets, more than two dimensions of logits, autocast,
+torch.func transforms) runs PyTorch's own op: the result is the same, the speed is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist_ext import _fake  # noqa: F401  (registers the shapes that torch.compile asks for)
+from mnist_ext._autograd import CrossEntropy, Linear
+
+Activation = Literal["none", "relu"]
+Reduction = Literal["none", "mean", "sum"]
+
+_RELU = {"none": False, "relu": True}
+_REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
+_DTYPES = (torch.float32, torch.float64)
+
+
+def _covered(input: Tensor) -> bool:
+    return (
+        input.is_cpu
+        and input.dtype in _DTYPES
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def check_activation(activation: Activation) -> Activation:
+    """Return activation, or raise ValueError if it is not one of those that can be fused."""
+    if activation not in _RELU:
+        raise ValueError(
+            f"mnist_ext.linear: activation: expected one of {', '.join(_RELU)}, got {activation!r}"
+        )
+    return activation
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
+) -> Tensor:
+    """Compute ``activation(input @ weight.T + bias)`` in one pass.
+
+    As ``torch.nn.functional.linear``, with the activation applied while the result is still in
+    registers; the backward reads its mask from the output, so no extra tensor is kept.
+
+    Args:
+        input: ``[..., in_features]``, any strides.
+        weight: ``[out_features, in_features]``, of the dtype of input.
+        bias: ``[out_features]`` or None.
+        activation: ``"none"`` or ``"relu"``.
+
+    Returns:
+        ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
+        dtype (the bias gradient in float64).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together.
+        ValueError: unknown activation.
+    """
+    relu = _RELU[check_activation(activation)]
+    if _covered(input) and weight.dim() == 2:
+        return Linear.apply(input, weight, bias, relu)
+    output = F.linear(input, weight, bias)
+    return torch.relu(output) if relu else output
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Compute the cross-entropy of softmax(input) against target.
+
+    As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
+    PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
+
+    Args:
+        input: logits, ``[N, C]`` (other shapes: see the module's docstring), any strides.
+        target: ``[N]`` int64 class indices in ``[0, C)``, or ``ignore_index``.
+        weight: ``[C]``, a weight per class.
+        ignore_index: targets of this value count neither in the loss nor in the gradient.
+        reduction: ``"mean"`` (over the targets that count; NaN if there are none), ``"sum"`` or
+            ``"none"``.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        A scalar, or ``[N]`` for reduction ``"none"``, of the dtype of input. The sum over a row's
+        classes runs in that dtype by blocks, everything beyond in float64.
+
+    Raises:
+        IndexError: a target that is neither a class nor ignore_index.
+        ValueError: batch sizes that differ; unknown reduction.
+        RuntimeError: dtypes or devices that do not fit together.
+        NotImplementedError: logits of an integer dtype.
+    """
+    mode = _REDUCTION.get(reduction)
+    if mode is None:
+        raise ValueError(
+            "mnist_ext.cross_entropy: reduction: expected one of "
+            f"{', '.join(_REDUCTION)}, got {reduction!r}"
+        )
+    if (
+        weight is None
+        and label_smoothing == 0.0
+        and input.dim() == 2
+        and not target.is_floating_point()
+        and _covered(input)
+    ):
+        return CrossEntropy.apply(input, target, ignore_index, mode)
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f"mnist_ext.cross_entropy: input: expected logits of a floating dtype, got {input.dtype}"
+        )
+    return F.cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )

@@ -1,0 +1,119 @@
+"""The fused ops as modules, and ``swap``, which puts them into an existing model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mnist_ext import functional
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        bias: whether to learn an additive bias.
+        activation: ``"none"`` or ``"relu"``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: functional.Activation = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation = functional.check_activation(activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``; see `functional.linear`."""
+        return functional.linear(input, self.weight, self.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        """As torch's, and the activation."""
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss`` on the fused kernel; the same arguments."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Logits ``[N, C]`` and targets ``[N]`` to a loss; see `functional.cross_entropy`."""
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def swap(module: _Module) -> _Module:
+    """Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
+
+    In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
+    ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
+    their class: Parameter objects, hooks and references to them stay valid. Running it twice
+    changes nothing more. Subclasses of ``torch.nn.Linear`` are left alone.
+
+    A ReLU is not fused where somebody may look between the two: if either of them has forward or
+    backward hooks, or appears more than once in module.
+
+    Args:
+        module: a model, a loss, or a bare Linear.
+
+    Returns:
+        module itself.
+    """
+    uses = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
+    for child in module.modules():
+        if type(child) is torch.nn.Linear:
+            child.__class__ = Linear
+            child.activation = "none"
+        elif type(child) is torch.nn.CrossEntropyLoss:
+            child.__class__ = CrossEntropyLoss
+    for sequential in module.modules():
+        if type(sequential).forward is torch.nn.Sequential.forward:
+            _fuse_relu(sequential, uses)
+    return module
+
+
+def _fuse_relu(sequential: torch.nn.Sequential, uses: Counter[int]) -> None:
+    for index in range(len(sequential) - 1):
+        layer, following = sequential[index], sequential[index + 1]
+        if (
+            type(layer) is Linear
+            and type(following) is torch.nn.ReLU
+            and layer.activation == "none"
+            and uses[id(layer)] == 1
+            and not _has_hooks(layer)
+            and not _has_hooks(following)
+        ):
+            layer.activation = "relu"
+            sequential[index + 1] = torch.nn.Identity()
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return any(
+        getattr(module, hooks)
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
