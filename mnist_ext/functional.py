@@ -65,7 +65,7 @@ def linear(
         ValueError: unknown activation.
     """
     relu = _RELU[check_activation(activation)]
-    if _covered(input) and weight.dim() == 2:
+    if _covered(input) and weight.is_cpu and weight.dim() == 2:
         return Linear.apply(input, weight, bias, relu)
     output = F.linear(input, weight, bias)
     return torch.relu(output) if relu else output
@@ -114,6 +114,7 @@ def cross_entropy(
         weight is None
         and label_smoothing == 0.0
         and input.dim() == 2
+        and target.is_cpu
         and not target.is_floating_point()
         and _covered(input)
     ):

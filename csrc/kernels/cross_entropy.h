@@ -26,8 +26,8 @@ struct CrossEntropyForward {
   int64_t ignore_index;
   Reduction reduction;
   T* row_loss;      // [rows]: the loss of each row, 0 where ignored
-  T* row_max;       // [rows]: undefined where ignored
-  T* row_log_sum;   // [rows]: undefined where ignored
+  T* row_max;       // [rows]: 0 where ignored
+  T* row_log_sum;   // [rows]: 0 where ignored
   T* loss;          // [1]: mean over the rows that count (NaN if none does) or sum; not written for Reduction::none
   T* total_weight;  // [1]: the number of rows that count
 };

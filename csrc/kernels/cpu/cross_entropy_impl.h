@@ -88,7 +88,7 @@ int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       const int64_t t = x.target[i];
       if (t == x.ignore_index) {
-        x.row_loss[i] = T(0);
+        x.row_loss[i] = x.row_max[i] = x.row_log_sum[i] = T(0);
         continue;
       }
       const T* row = x.logits + i * x.logits_stride;

@@ -50,9 +50,11 @@ struct Tile {
   T* c;
   int64_t c_row;
   int last;       // lanes of the last vector that lie inside C
-  bool first;     // first block: start from the bias or 0, not from C
-  const T* bias;  // at this tile's first column, or null
-  bool relu;      // after the last block
+  // Added to the block's own sum, or null: the bias (add_row 0) to the first block, C so far to the others. A block
+  // sums from 0, so that no chain of additions is longer than a block.
+  const T* add;
+  int64_t add_row;
+  bool relu;  // after the last block
 };
 
 template <class T, int R, int N, bool partial>
@@ -64,15 +66,7 @@ MNIST_EXT_INLINE Vec<T> load_column(const T* row, int v, int last) {
 template <class T, int R, int N, bool partial>
 void compute_tile(const Tile<T>& t) {
   using V = Vec<T>;
-  V acc[R][N];
-#pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) {
-    const V bias = t.first && t.bias ? load_column<T, R, N, partial>(t.bias, v, t.last) : V{};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      acc[r][v] = t.first ? bias : load_column<T, R, N, partial>(t.c + r * t.c_row, v, t.last);
-    }
-  }
+  V acc[R][N] = {};
   const T* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = t.a + r * t.a_row;
@@ -93,8 +87,10 @@ void compute_tile(const Tile<T>& t) {
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < N; ++v) {
-      const V result = t.relu ? max(V{}, acc[r][v]) : acc[r][v];  // NaN stays NaN
       T* p = t.c + r * t.c_row + v * V::width;
+      V result = acc[r][v];
+      if (t.add) result = result + load_column<T, R, N, partial>(t.add + r * t.add_row, v, t.last);
+      if (t.relu) result = max(V{}, result);  // NaN stays NaN
       if (partial && v == N - 1) {
         result.store_partial(p, t.last);
       } else {
@@ -195,7 +191,6 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
         const int tile_size = static_cast<int>(tile_rows.size());
         Tile<T> t;
         t.depth = depth.size();
-        t.first = first;
         t.relu = last && g.relu;
         t.c_row = g.columns;
         if (packs_a) {
@@ -216,7 +211,8 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
           t.b = packs_b ? packed : g.b + depth.begin * g.b_depth + column;
           t.b_depth = packs_b ? panel : g.b_depth;
           t.c = g.c + row * g.columns + column;
-          t.bias = g.bias ? g.bias + column : nullptr;
+          t.add = first ? (g.bias ? g.bias + column : nullptr) : t.c;
+          t.add_row = first ? 0 : g.columns;
           t.last = static_cast<int>(n - (vectors - 1) * Vec<T>::width);
           compute_tile(t, tile_size, vectors);
         }

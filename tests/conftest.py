@@ -1,0 +1,42 @@
+"""Fixtures for all tests: which instruction set runs, and where MNIST is."""
+
+import os
+
+import pytest
+import torch
+
+import mnist_ext
+from mnist_ext import _C
+
+
+def pytest_report_header() -> str:
+    info = mnist_ext.build_info()
+    return (
+        f"mnist_ext {info['version']}, torch {info['torch']} (built with "
+        f"{info['torch_built_with']}), instruction sets {', '.join(info['cpu_isa_available'])}, "
+        f"{info['openmp_threads']} threads"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    for item in items:
+        if "mnist" in item.keywords and not os.environ.get("MNIST_EXT_DATA"):
+            item.add_marker(no_mnist)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest):
+    """Run the test once on each instruction set that this machine has."""
+    before, reason = _C.active_isa(), _C.active_isa_reason()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before, reason)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

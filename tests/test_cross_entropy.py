@@ -1,0 +1,255 @@
+"""Values and gradients of the fused softmax cross-entropy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+
+from mnist_ext import functional
+
+# (rows, classes): empty, single; ten classes as MNIST has; a vector of any instruction set, less
+# or more by one; a row of several blocks (2,048 logits each) with and without a rest.
+SHAPES = [
+    (0, 3),
+    (1, 1),
+    (7, 1),
+    (64, 10),
+    (5, 7),
+    (5, 8),
+    (5, 15),
+    (5, 16),
+    (5, 17),
+    (3, 2048),
+    (3, 2049),
+    (4, 10_000),
+    (2000, 33),
+]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def loss_and_gradient(op, logits, target, grad_output=None, **options):
+    leaf = logits.detach().requires_grad_()
+    loss = op(leaf, target, **options)
+    grad_output = torch.ones_like(loss) if grad_output is None else grad_output.to(loss.dtype)
+    (gradient,) = torch.autograd.grad(loss, leaf, grad_output)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
+    rows, classes = shape
+    logits = torch.randn(shape) * 5
+    target = torch.randint(0, classes, (rows,))
+    target[::3] = -100
+    grad_output = torch.randn(rows) if reduction == "none" else torch.randn(())
+    if rows == 0 and reduction == "mean":
+        grad_output = torch.ones(())
+    arguments = {"grad_output": grad_output, "reduction": reduction}
+    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
+    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
+    truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **arguments)
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        if true.isnan().any():  # the mean over no target
+            assert torch.equal(our.isnan(), true.isnan())
+        else:
+            assert_as_accurate(our, their, true)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_float64_agrees(isa, shape, reduction):
+    logits = torch.randn(shape, dtype=torch.float64) * 5
+    target = torch.randint(0, shape[1], (shape[0],))
+    ours = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
+    torchs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-14, equal_nan=True)
+
+
+def test_exp_over_its_whole_range(isa):
+    """Where the other class takes all, the gradient is exp(x): down to the subnormals, and 0."""
+    for dtype, lowest, highest in ((torch.float32, -110.0, -20.0), (torch.float64, -760.0, -40.0)):
+        x = torch.linspace(lowest, highest, 20_001, dtype=dtype)
+        logits = torch.stack([x, torch.zeros_like(x)], 1)
+        target = torch.ones(len(x), dtype=torch.int64)
+        _, gradient = loss_and_gradient(functional.cross_entropy, logits, target, reduction="sum")
+        info = torch.finfo(dtype)
+        torch.testing.assert_close(
+            gradient[:, 0].double(), x.double().exp(), rtol=2 * info.eps, atol=2 * info.smallest_normal * info.eps
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 50])
+def test_ignore_index(isa, ignore_index, reduction):
+    logits = torch.randn(20, 5)
+    target = torch.randint(0, 5, (20,))
+    target[4:9] = ignore_index
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    ours = loss_and_gradient(functional.cross_entropy, logits, target, **options)
+    torchs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their)
+    assert torch.equal(ours[1][4:9], torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("rows", [0, 3])
+def test_nothing_to_count(isa, rows, reduction):
+    """PyTorch's NaN for mean and 0 for sum, none; no gradient from ignored rows."""
+    logits, target = torch.randn(rows, 4), torch.full((rows,), -100)
+    loss, gradient = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
+    expected, _ = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert torch.equal(gradient, torch.zeros(rows, 4))
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1.0, -INF, 2.0],
+        [-INF, 1.0, -INF],
+        [-INF, -INF, -INF],
+        [INF, 1.0, 2.0],
+        [1.0, INF, INF],
+        [math.nan, 1.0, 2.0],
+        [1.0, 2.0, math.nan],
+        [-INF, math.nan, -INF],
+        [INF, -INF, 0.0],
+        [1e4, -1e4, 0.0],
+        [88.0, 89.0, 710.0],
+        [1e16, 1e16 + 2, 1e16 - 4],
+        [-1e16, -1e16, -1e16],
+        [3e38, -3e38, 0.0],
+    ],
+    ids=str,
+)
+def test_extreme_logits_as_pytorch(isa, row, dtype, reduction):
+    for wide in (1, 700):  # also in a row of many vectors, whose other logits do not matter
+        logits = torch.tensor([row * wide], dtype=dtype)
+        for target in (0, 1, 2):
+            arguments = (logits, torch.tensor([target]))
+            ours = loss_and_gradient(functional.cross_entropy, *arguments, reduction=reduction)
+            torchs = loss_and_gradient(F.cross_entropy, *arguments, reduction=reduction)
+            for our, their in zip(ours, torchs, strict=True):
+                torch.testing.assert_close(our, their, equal_nan=True)
+
+
+def test_blocks_of_minus_infinity_before_the_first_finite_logit(isa):
+    logits = torch.full((1, 5000), -INF)
+    logits[0, 4500], logits[0, 4501] = 1.0, 2.0
+    ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([4500]))
+    torchs = loss_and_gradient(F.cross_entropy, logits, torch.tensor([4500]))
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_gradient_of_the_target_survives_as_p_approaches_one(isa):
+    logits = torch.tensor([[13.0, 0.0]])
+    target = torch.tensor([0])
+    _, gradient = loss_and_gradient(functional.cross_entropy, logits, target)
+    _, truth = loss_and_gradient(F.cross_entropy, logits.double(), target)
+    assert -2.5e-6 < gradient[0, 0] < -2e-6
+    torch.testing.assert_close(gradient.double(), truth, rtol=0, atol=6e-8)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "every other", "expanded", "offset"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_strides(isa, kind, reduction):
+    logits = {
+        "transposed": torch.randn(11, 40).t(),
+        "every other": torch.randn(40, 22)[:, ::2],
+        "expanded": torch.randn(11).expand(40, 11),
+        "offset": torch.randn(40 * 12 + 1)[1:].view(40, 12)[:, :11],
+    }[kind]
+    target = torch.randint(0, 11, (80,))[::2]
+    # The gradient of sum() is expanded: stride 0.
+    grad_output = torch.tensor(1.5).expand(40) if reduction == "none" else torch.tensor(1.5)
+    arguments = {"grad_output": grad_output, "reduction": reduction}
+    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
+    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_inputs_are_not_written(isa):
+    logits, target = torch.randn(9, 10, requires_grad=True), torch.randint(0, 10, (9,))
+    before, target_before, version = logits.clone(), target.clone(), logits._version
+    loss = functional.cross_entropy(logits, target)
+    loss.backward(retain_graph=True)
+    first = logits.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 2 * first)
+    assert torch.equal(logits, before)
+    assert torch.equal(target, target_before)
+    assert logits._version == version
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "error", "message"),
+    [
+        (torch.randn(3, 4), torch.tensor([0, 1, 4]), IndexError, r"target.*\[0, 4\).*4 at row 2"),
+        (torch.randn(3, 4), torch.tensor([0, -1, 1]), IndexError, r"target.*-1 at row 1"),
+        (torch.randn(3, 4), torch.tensor([0, 1]), ValueError, r"target.*\[3\].*\[2\]"),
+        (torch.randn(3, 4), torch.tensor([[0, 1, 2]]), ValueError, r"target.*\[3\].*\[1, 3\]"),
+        (torch.randn(3, 0), torch.tensor([0, 0, 0]), IndexError, r"target"),
+        (torch.randn(3, 4), torch.tensor([0, 1, 2], dtype=torch.int32), RuntimeError, "int32"),
+        (torch.randn(3, 4), torch.tensor([True, True, False]), RuntimeError, "bool"),
+        (torch.randint(0, 9, (3, 4)), torch.tensor([0, 1, 2]), NotImplementedError, "int64"),
+        (torch.randn(3, 4), torch.zeros(3, dtype=torch.int64, device="meta"), RuntimeError, None),
+    ],
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_wrong_calls_raise_what_pytorch_raises(logits, target, error, message, reduction):
+    with pytest.raises(error):
+        F.cross_entropy(logits, target, reduction=reduction)
+    with pytest.raises(error, match=message):
+        functional.cross_entropy(logits, target, reduction=reduction)
+
+
+def test_unknown_reduction():
+    with pytest.raises(ValueError, match=r"reduction.*none, mean, sum.*'max'"):
+        functional.cross_entropy(torch.randn(2, 3), torch.tensor([0, 1]), reduction="max")
+
+
+def test_backward_op_checks_target_and_shapes():
+    """The ops can be called on their own; nothing they are given is taken on trust."""
+    op = torch.ops.mnist_ext
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    _, stats, total = op.cross_entropy(logits, target, -100, 1)
+    one = torch.ones(())
+    with pytest.raises(IndexError, match="7 at row 3"):
+        op.cross_entropy_backward(
+            one, logits, torch.tensor([0, 1, 2, 7]), stats, total, -100, 1
+        )
+    with pytest.raises(RuntimeError, match=r"stats.*\[2, 4\].*\[2, 3\]"):
+        op.cross_entropy_backward(one, logits, target, stats[:, 1:], total, -100, 1)
+    with pytest.raises(RuntimeError, match=r"grad_output.*\[4\]"):
+        op.cross_entropy_backward(one, logits, target, stats, total, -100, 0)
+    with pytest.raises(ValueError, match="reduction.*got 3"):
+        op.cross_entropy(logits, target, -100, 3)
+
+
+def test_what_the_kernels_do_not_cover_runs_pytorchs_op():
+    logits = torch.randn(6, 4)
+    index, probabilities = torch.randint(0, 4, (6,)), torch.rand(6, 4).softmax(1)
+    weight = torch.rand(4)
+    image, image_target = torch.randn(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
+    for arguments, options in [
+        ((logits, index, weight), {}),
+        ((logits, index), {"label_smoothing": 0.1}),
+        ((logits, probabilities), {}),
+        ((logits[0], index[0]), {}),
+        ((image, image_target), {}),
+        ((logits.bfloat16(), index), {}),
+    ]:
+        expected = F.cross_entropy(*arguments, **options)
+        assert torch.equal(functional.cross_entropy(*arguments, **options), expected)

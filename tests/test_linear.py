@@ -1,0 +1,269 @@
+"""Values and gradients of the fused linear layer."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+from torch import Tensor
+
+from mnist_ext import functional
+
+# (rows, in_features, out_features). Zero and one: empty sums, single elements. 15, 16, 17 and 31,
+# 33: a vector of any instruction set, less or more by one. 64 rows: the MNIST batch. 129 and more
+# rows: the kernel that packs. 300 deep, 1100 wide: more than one block of each dimension.
+SHAPES = [
+    *itertools.product((0, 1, 5), repeat=3),
+    (1, 784, 10),
+    (3, 17, 15),
+    (15, 16, 17),
+    (17, 31, 33),
+    (64, 784, 128),
+    (64, 128, 64),
+    (64, 64, 10),
+    (129, 33, 10),
+    (150, 300, 65),
+    (200, 64, 1100),
+    (257, 1100, 19),
+]
+
+
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    output = F.linear(input, weight, bias)
+    return torch.relu(output) if activation == "relu" else output
+
+
+def forward_and_gradients(op, tensors, grad_output, activation):
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    output = op(*leaves, activation=activation)
+    wanted = [t for t in leaves if t is not None]
+    return [output.detach(), *torch.autograd.grad(output, wanted, grad_output)]
+
+
+def same_sign(input, weight, bias):
+    """Where rounding decides the sign before ReLU, the gradient may rightly differ: move away."""
+    output = F.linear(input.double(), weight.double(), bias.double() if bias is not None else None)
+    return output.abs() > 1e-4
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_float32_error_within_twice_pytorchs(isa, shape, activation):
+    rows, in_features, out_features = shape
+    input = torch.randn(rows, in_features)
+    weight = torch.randn(out_features, in_features)
+    bias = torch.randn(out_features)
+    grad_output = torch.randn(rows, out_features) * same_sign(input, weight, bias)
+
+    ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, activation)
+    torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, activation)
+    doubles = [t.double() for t in (input, weight, bias)]
+    truth = forward_and_gradients(reference, doubles, grad_output.double(), activation)
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(our, their, true)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_float64_agrees(isa, shape):
+    rows, in_features, out_features = shape
+    tensors = (
+        torch.randn(rows, in_features, dtype=torch.float64),
+        torch.randn(out_features, in_features, dtype=torch.float64),
+        torch.randn(out_features, dtype=torch.float64),
+    )
+    grad_output = torch.randn(rows, out_features, dtype=torch.float64)
+    ours = forward_and_gradients(functional.linear, tensors, grad_output, "relu")
+    torchs = forward_and_gradients(reference, tensors, grad_output, "relu")
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-11)
+
+
+def strided(kind: str, rows: int, columns: int) -> Tensor:
+    """A matrix [rows, columns] of the given kind of strides."""
+    if kind == "transposed":
+        return torch.randn(columns, rows).t()
+    if kind == "expanded rows":
+        return torch.randn(columns).expand(rows, columns)
+    if kind == "expanded columns":
+        return torch.randn(rows, 1).expand(rows, columns)
+    if kind == "every other column":
+        return torch.randn(rows, 2 * columns)[:, ::2]
+    if kind == "every other row":
+        return torch.randn(2 * rows, columns)[::2]
+    if kind == "offset":  # a base address that is aligned to a single element
+        return torch.randn(rows * columns + 1)[1:].view(rows, columns)
+    assert kind == "wide"  # a leading dimension larger than the row
+    return torch.randn(rows, columns + 3)[:, 1:-2]
+
+
+KINDS = [
+    "transposed",
+    "expanded rows",
+    "expanded columns",
+    "every other column",
+    "every other row",
+    "offset",
+    "wide",
+]
+
+
+@pytest.mark.parametrize("rows", [13, 140])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", ["input", "weight", "bias", "grad_output"])
+def test_any_strides(isa, which, kind, rows):
+    in_features, out_features = 37, 21
+
+    def make(name, *shape):
+        if name != which:
+            return torch.randn(shape)
+        return strided(kind, *shape) if len(shape) == 2 else strided(kind, 1, *shape)[0]
+
+    input, weight = make("input", rows, in_features), make("weight", out_features, in_features)
+    bias, grad_output = make("bias", out_features), make("grad_output", rows, out_features)
+    ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "relu")
+    torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (2, 3, 5), (2, 1, 3, 5), (2, 0, 5), (1, 1, 5)], ids=lambda s: "x".join(map(str, s))
+)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_leading_dimensions(isa, shape, permuted):
+    input = torch.randn(shape)
+    if permuted and input.dim() > 2:
+        input = input.transpose(0, 1).contiguous().transpose(0, 1)  # leading strides do not nest
+    weight, bias = torch.randn(4, 5), torch.randn(4)
+    grad_output = torch.randn(*shape[:-1], 4)
+    ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "none")
+    torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "none")
+    for our, their in zip(ours, torchs, strict=True):
+        assert our.shape == their.shape
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [7, 150])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_only_the_gradients_asked_for(isa, needs, activation, rows):
+    tensors = [
+        t.requires_grad_(need)
+        for t, need in zip(
+            (torch.randn(rows, 20), torch.randn(30, 20), torch.randn(30)), needs, strict=True
+        )
+    ]
+    output = functional.linear(*tensors, activation=activation)
+    assert output.requires_grad == any(needs)
+    if any(needs):
+        grad_output = torch.randn(rows, 30)
+        wanted = [t for t in tensors if t.requires_grad]
+        ours = torch.autograd.grad(output, wanted, grad_output)
+        torchs = torch.autograd.grad(reference(*tensors, activation), wanted, grad_output)
+        for our, their in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(our, their, rtol=1e-5, atol=2e-5)
+
+
+def test_op_leaves_unneeded_gradients_undefined():
+    grads = torch.ops.mnist_ext.linear_backward(
+        torch.randn(4, 3), torch.randn(4, 5), torch.randn(3, 5), None, False, True, False
+    )
+    assert grads[0] is None
+    assert grads[1].shape == (3, 5)
+    assert grads[2] is None
+
+
+@pytest.mark.parametrize("rows", [3, 140])
+def test_nan_and_inf_as_pytorch(isa, rows):
+    """ReLU lets NaN through, and its gradient passes where its output is NaN."""
+    input = torch.randn(rows, 8)
+    input[0, 0], input[1, 1], input[2, 2] = float("nan"), float("inf"), -float("inf")
+    weight, bias = torch.randn(5, 8), torch.randn(5)
+    grad_output = torch.randn(rows, 5)
+    ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "relu")
+    torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
+    for our, their in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_relu_gradient_at_zero_is_zero(isa):
+    input = torch.zeros(2, 3, requires_grad=True)
+    weight = torch.ones(4, 3, requires_grad=True)
+    functional.linear(input, weight, activation="relu").sum().backward()
+    assert torch.equal(input.grad, torch.zeros(2, 3))
+
+
+def test_inputs_and_saved_tensors_are_not_written(isa):
+    tensors = [torch.randn(70, 20), torch.randn(30, 20), torch.randn(30)]
+    before = [t.clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    leaves = [t.requires_grad_() for t in tensors]
+    grad_output = torch.randn(70, 30)
+    grad_before = grad_output.clone()
+    output = functional.linear(*leaves, activation="relu")
+    output.backward(grad_output)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == versions
+    assert torch.equal(grad_output, grad_before)
+
+
+def test_writing_a_saved_tensor_before_backward_raises():
+    weight = torch.randn(3, 5, requires_grad=True)
+    output = functional.linear(torch.randn(2, 5), weight, activation="relu")
+    with torch.no_grad():
+        output.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: (torch.randn(3, 4), torch.randn(5, 3)), RuntimeError, r"input.*in_features = 3"),
+        (lambda: (torch.tensor(1.0), torch.randn(5, 3)), RuntimeError, "input.*scalar"),
+        (lambda: (torch.randn(3, 4), torch.randn(5, 4, 1)), RuntimeError, None),
+        (
+            lambda: (torch.randn(3, 4), torch.randn(5, 4).double()),
+            RuntimeError,
+            "weight.*float32.*float64",
+        ),
+        (
+            lambda: (torch.randn(3, 4), torch.randn(5, 4), torch.randn(4)),
+            RuntimeError,
+            r"bias.*\[5\].*\[4\]",
+        ),
+        (
+            lambda: (torch.randn(3, 4), torch.randn(5, 4), torch.randn(5).double()),
+            RuntimeError,
+            "bias.*float32.*float64",
+        ),
+    ],
+)
+def test_wrong_calls_raise_what_pytorch_raises(make, error, message):
+    with pytest.raises(error):
+        F.linear(*make())
+    with pytest.raises(error, match=message):
+        functional.linear(*make())
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match=r"activation.*none, relu.*'gelu'"):
+        functional.linear(torch.randn(2, 3), torch.randn(4, 3), activation="gelu")
+
+
+def test_backward_op_checks_its_shapes():
+    op = torch.ops.mnist_ext.linear_backward
+    input, weight = torch.randn(4, 5), torch.randn(3, 5)
+    with pytest.raises(RuntimeError, match=r"grad_output.*\[4, 2\]"):
+        op(torch.randn(4, 2), input, weight, None, True, True, True)
+    with pytest.raises(RuntimeError, match=r"grad_output.*\[3, 3\]"):
+        op(torch.randn(3, 3), input, weight, None, True, True, True)
+    with pytest.raises(RuntimeError, match=r"output.*\[1, 3\]"):
+        op(torch.randn(4, 3), input, weight, torch.randn(1, 3), True, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.complex64])
+def test_other_dtypes_run_pytorchs_op(dtype):
+    input, weight = torch.ones(2, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)
+    assert torch.equal(functional.linear(input, weight), F.linear(input, weight))

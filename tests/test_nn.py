@@ -1,0 +1,178 @@
+"""The modules, and swap."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mnist_ext
+from mnist_ext.nn import swap
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)
+    )
+
+
+def test_linear_is_torchs_linear():
+    ours = mnist_ext.nn.Linear(5, 3, activation="relu", dtype=torch.float64)
+    torchs = nn.Linear(5, 3, dtype=torch.float64)
+    assert isinstance(ours, nn.Linear)
+    torchs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(torchs.state_dict())
+    input = torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours(input), torch.relu(torchs(input)))
+    assert "activation='relu'" in repr(ours)
+
+
+def test_linear_refuses_unknown_activation():
+    with pytest.raises(ValueError, match="activation.*'tanh'"):
+        mnist_ext.nn.Linear(2, 2, activation="tanh")
+
+
+def test_same_initial_weights_as_torch():
+    torch.manual_seed(3)
+    ours = mnist_ext.nn.Linear(7, 5)
+    torch.manual_seed(3)
+    torchs = nn.Linear(7, 5)
+    assert torch.equal(ours.weight, torchs.weight)
+    assert torch.equal(ours.bias, torchs.bias)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_loss_passes_its_arguments(reduction):
+    arguments = {"ignore_index": 1, "reduction": reduction}
+    input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 0])
+    for more in ({}, {"weight": torch.rand(4)}, {"label_smoothing": 0.2}):
+        ours = mnist_ext.nn.CrossEntropyLoss(**arguments, **more)
+        torchs = nn.CrossEntropyLoss(**arguments, **more)
+        assert isinstance(ours, nn.CrossEntropyLoss)
+        torch.testing.assert_close(ours(input, target), torchs(input, target))
+
+
+def test_swap_keeps_parameters_names_and_results():
+    model = mlp()
+    input = torch.randn(5, 3, 4)
+    expected = model(input)
+    parameters = dict(model.named_parameters())
+    keys = list(model.state_dict())
+
+    assert swap(model) is model
+    assert [type(m) for m in model] == [
+        nn.Flatten,
+        mnist_ext.nn.Linear,
+        nn.Identity,
+        mnist_ext.nn.Linear,
+        mnist_ext.nn.Linear,
+    ]
+    assert [getattr(m, "activation", None) for m in model] == [None, "relu", None, "none", "none"]
+    assert list(model.state_dict()) == keys
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    torch.testing.assert_close(model(input), expected)
+
+
+def test_swap_twice_changes_nothing_more():
+    once = repr(swap(mlp()))
+    assert repr(swap(swap(mlp()))) == once
+
+
+def test_swap_reaches_nested_modules_and_losses():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleDict({"a": mlp(), "b": nn.Sequential(mlp())})
+            self.head = nn.Linear(3, 2)
+            self.loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    net = swap(Net())
+    linears = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 7
+    assert all(type(m) is mnist_ext.nn.Linear for m in linears)
+    assert type(net.loss) is mnist_ext.nn.CrossEntropyLoss
+    assert net.loss.label_smoothing == 0.1
+
+
+def test_swap_of_a_bare_layer_and_a_bare_loss():
+    layer, loss = nn.Linear(3, 2), nn.CrossEntropyLoss(ignore_index=7)
+    weight = layer.weight
+    assert type(swap(layer)) is mnist_ext.nn.Linear
+    assert layer.weight is weight
+    assert type(swap(loss)) is mnist_ext.nn.CrossEntropyLoss
+    assert loss.ignore_index == 7
+
+
+def test_swap_leaves_subclasses_alone():
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Scaled(3, 3), nn.ReLU(), nn.LazyLinear(2))
+    swap(model)
+    assert type(model[0]) is Scaled
+    assert type(model[1]) is nn.ReLU
+    assert type(model[2]) is nn.LazyLinear
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_swap_does_not_fuse_where_a_hook_looks(where):
+    model = mlp()
+    seen = []
+    model[where].register_forward_hook(lambda module, args, output: seen.append(output))
+    input = torch.randn(5, 12)
+    model(input)
+    swap(model)(input)
+    assert type(model[2]) is nn.ReLU
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_swap_does_not_fuse_a_shared_layer():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    input = torch.randn(2, 4)
+    expected = model(input)
+    swap(model)
+    assert type(layer) is mnist_ext.nn.Linear
+    torch.testing.assert_close(model(input), expected)
+
+
+def test_swap_does_not_fuse_in_a_sequential_with_its_own_forward():
+    class Skip(nn.Sequential):
+        def forward(self, input):
+            return self[0](input) - self[1](input)
+
+    model = Skip(nn.Linear(4, 4), nn.ReLU())
+    input = torch.randn(2, 4)
+    expected = model(input)
+    torch.testing.assert_close(swap(model)(input), expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_swapped_models_can_be_copied(clone):
+    model = swap(mlp())
+    input = torch.randn(2, 12)
+    other = clone(model)
+    assert other[1].activation == "relu"
+    assert torch.equal(other(input), model(input))
+
+
+def test_training_steps_equal_pytorchs():
+    torchs = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    ours = swap(copy.deepcopy(torchs))
+    criteria = nn.CrossEntropyLoss(), swap(nn.CrossEntropyLoss())
+    losses = []
+    for model, criterion in zip((torchs, ours), criteria, strict=True):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        history = []
+        for _ in range(20):
+            images, labels = torch.randn(32, 20).double(), torch.randint(0, 4, (32,))
+            optimizer.zero_grad()
+            loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            history.append(loss.detach())
+        losses.append(torch.stack(history))
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
