@@ -12,9 +12,9 @@ STABLE_TORCH_LIBRARY(mnist_ext, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, bool need_input, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
 
-  // (loss, stats [2, N]: each row's maximum and log-sum-exp above it, total_weight []). reduction: 0 none, 1 mean, 2 sum.
-  m.def(
-      "cross_entropy(Tensor logits, Tensor target, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
+  // (loss, stats [2, N]: each row's maximum and log-sum-exp above it, total_weight []). reduction: 0 none, 1 mean, 2
+  // sum.
+  m.def("cross_entropy(Tensor logits, Tensor target, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
 
   // grad_logits, from what `cross_entropy` returned.
   m.def(

@@ -1,11 +1,9 @@
 // linear and linear_backward on the CPU: checks, allocation, dispatch on the dtype.
-#include "../kernels/linear.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
-#include <vector>
 
+#include "../kernels/linear.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
@@ -17,10 +15,13 @@ constexpr const char* kBackward = "mnist_ext.linear_backward";
 void check_operands(const char* op, const Tensor& input, const Tensor& weight) {
   check_floating(op, "input", input);
   check_like(op, "weight", weight, "input", input);
-  check(input.dim() >= 1, op, ": input: expected at least 1 dimension, got a scalar");
-  check(weight.dim() == 2, op, ": weight: expected 2 dimensions [out_features, in_features], got shape ", shape(weight));
-  check(input.size(input.dim() - 1) == weight.size(1), op, ": input: expected its last dimension to be in_features = ",
-        weight.size(1), " of weight ", shape(weight), ", got shape ", shape(input));
+  check(1 <= input.dim() && input.dim() <= kMaxDims, op, ": input: expected 1 to ", kMaxDims, " dimensions, got ",
+        input.dim());
+  check(weight.dim() == 2, op, ": weight: expected 2 dimensions [out_features, in_features], got shape ",
+        shape(weight));
+  check(input.size(input.dim() - 1) == weight.size(1), op,
+        ": input: expected its last dimension to be in_features = ", weight.size(1), " of weight ", shape(weight),
+        ", got shape ", shape(input));
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
@@ -31,9 +32,11 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
     check(bias->dim() == 1 && bias->size(0) == out_features, kLinear, ": bias: expected shape [", out_features,
           "] for weight ", shape(weight), ", got ", shape(*bias));
   }
-  std::vector<int64_t> out_sizes(input.sizes().begin(), input.sizes().end());
-  out_sizes.back() = out_features;
-  Tensor out = torch::stable::new_empty(input, out_sizes);
+  int64_t out_sizes[kMaxDims];
+  const int64_t dims = input.dim();
+  for (int64_t i = 0; i < dims - 1; ++i) out_sizes[i] = input.size(i);
+  out_sizes[dims - 1] = out_features;
+  const Tensor out = empty(input, out_sizes, dims);
 
   const Matrix x = as_matrix(input), w = as_matrix(weight);
   std::optional<Tensor> b;
@@ -71,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   if (output) check_out_shape("output", *output);
 
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not needed
-  if (need_input) grad_input = torch::stable::new_empty(input, input.sizes());
+  if (need_input) grad_input = empty(input, input.sizes().data(), input.dim());
   if (need_weight) grad_weight = empty(weight, {out_features, in_features});
   if (need_bias) grad_bias = empty(weight, {out_features});
 

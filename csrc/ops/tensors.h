@@ -16,6 +16,8 @@ namespace mnist_ext::ops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline constexpr int64_t kMaxDims = 64;  // PyTorch's own limit
+
 // Throws Error (std::runtime_error becomes RuntimeError in Python, std::out_of_range IndexError, std::invalid_argument
 // ValueError) with all parts in one message.
 template <class Error, class... Parts>
@@ -114,8 +116,25 @@ inline Matrix as_matrix(const Tensor& t) {
   return {torch::stable::contiguous(t), rows, columns, columns};
 }
 
+// A new contiguous CPU tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which
+// costs more than a small op has to compute.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
+  int64_t strides[kMaxDims];
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+  return empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
 inline int threads() { return static_cast<int>(torch::stable::get_num_threads()); }

@@ -41,8 +41,9 @@ RowSum<T> row_log_sum_exp(const T* row, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kRowBlock) {
     const int64_t size = n - begin < kRowBlock ? n - begin : kRowBlock;
     V block_max = V::broadcast(lowest);
-    for_each_vector(row + begin, size, lowest,
-                    [&](V x, int, int64_t) __attribute__((always_inline)) { block_max = mnist_ext::MNIST_EXT_ISA::max(x, block_max); });
+    for_each_vector(row + begin, size, lowest, [&](V x, int, int64_t) __attribute__((always_inline)) {
+      block_max = mnist_ext::MNIST_EXT_ISA::max(x, block_max);
+    });
     const T new_max = reduce_max(block_max);
     if (new_max > max) {
       if (sum > 0) sum *= std::exp(static_cast<double>(max) - static_cast<double>(new_max));
@@ -124,7 +125,7 @@ int64_t cross_entropy_backward(const CrossEntropyBackward<T>& x, int threads) {
         for (int64_t j = 0; j < x.classes; ++j) grad[j] = T(0);
         continue;
       }
-      const T scale = x.reduction == Reduction::mean   ? mean_scale
+      const T scale = x.reduction == Reduction::mean  ? mean_scale
                       : x.reduction == Reduction::sum ? *x.grad_output
                                                       : x.grad_output[i * x.grad_output_stride];
       const T* row = x.logits + i * x.logits_stride;

@@ -64,8 +64,8 @@ void set_isa(const std::string& name, const std::string& reason) {
     }
     choices += choices.empty() ? isa.name : std::string(", ") + isa.name;
   }
-  throw std::invalid_argument("instruction set '" + name + "' is unknown or not supported by this CPU: expected one of " +
-                              choices);
+  throw std::invalid_argument("instruction set '" + name +
+                              "' is unknown or not supported by this CPU: expected one of " + choices);
 }
 
 namespace {

@@ -1,7 +1,7 @@
 // C = X * W^T (+ bias, ReLU) by dot products along contiguous rows, for few rows of X.
 //
-// Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed; the price is one
-// horizontal sum per element of C. A tile of kDotRows rows of X by kDotColumns rows of W shares each loaded vector.
+// Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed; the price is
+// one horizontal sum per element of C. A tile of kDotRows rows of X by kDotColumns rows of W shares each loaded vector.
 // Threads divide the rows of W: each reads its own part of the weights, which stays in its core's cache from one step
 // of training to the next.
 #pragma once

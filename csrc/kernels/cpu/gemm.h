@@ -1,10 +1,11 @@
-// C = A * B (+ bias, ReLU) by outer products, for any strides of A and B.
+// C = A * B (+ bias, ReLU) by outer products, for A and B in any of the layouts that a linear layer has.
 //
-// A tile of C, kTileRows rows by up to kTileVectors vectors, stays in registers while the summed dimension (depth) runs:
-// per step it loads its vectors of B once, broadcasts one element of A per row, and does rows * vectors multiply-adds.
-// Around it: blocks of kDepthBlock steps, so that a tile's share of A stays in the first-level cache, and blocks of
-// kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its columns are not
-// contiguous or when it is read often enough to pay for it; A only when it is masked or its row sums are wanted.
+// A tile of C, kTileRows rows by up to kTileVectors vectors, stays in registers while the summed dimension (depth)
+// runs: per step it loads its vectors of B once, broadcasts one element of A per row, and does rows * vectors
+// multiply-adds. Around it: blocks of kDepthBlock steps, so that a tile's share of A stays in the first-level cache,
+// and blocks of kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its
+// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked or its row sums
+// are wanted.
 #pragma once
 
 #include "../linear.h"
@@ -17,16 +18,17 @@ namespace mnist_ext::MNIST_EXT_ISA {
 template <class T>
 struct Gemm {
   int64_t rows, columns, depth;
-  const T* a;  // a(row, p) = a[row * a_row + p * a_depth]
-  int64_t a_row, a_depth;
-  const T* b;  // b(p, column) = b[p * b_depth + column * b_column]
+  const T* a;              // a(row, p) = a[row * a_row + p * a_depth]
+  int64_t a_row, a_depth;  // one of them is 1:
+  bool a_transposed;       // a_row is (A is read down its columns), else a_depth
+  const T* b;              // b(p, column) = b[p * b_depth + column * b_column]
   int64_t b_depth, b_column;
-  T* c;  // [rows, columns], contiguous
+  T* c;                     // [rows, columns], contiguous
   const T* bias = nullptr;  // [columns], added to every row
   bool relu = false;
-  const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0
+  const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
   int64_t gate_row = 0, gate_depth = 0;
-  double* row_sums = nullptr;  // [rows], zeroed: += the sums of (gated) A over depth
+  double* row_sums = nullptr;  // [rows], zeroed; with a_transposed only: += the sums of (gated) A over depth
 };
 
 inline constexpr int kTileRows = 6;
@@ -49,7 +51,7 @@ struct Tile {
   int64_t depth;
   T* c;
   int64_t c_row;
-  int last;       // lanes of the last vector that lie inside C
+  int last;  // lanes of the last vector that lie inside C
   // Added to the block's own sum, or null: the bias (add_row 0) to the first block, C so far to the others. A block
   // sums from 0, so that no chain of additions is longer than a block.
   const T* add;
@@ -131,8 +133,8 @@ void compute_tile(const Tile<T>& t, int rows, int vectors) {
   }
 }
 
-// B(depth.begin..end, columns.begin..end) into panels of kTileColumns columns: panel after panel, each [depth][columns],
-// the last one filled up with 0.
+// B(depth.begin..end, columns.begin..end) into panels of kTileColumns columns: panel after panel, each
+// [depth][columns], the last one filled up with 0.
 template <class T>
 void pack_b(const Gemm<T>& g, Range depth, Range columns, T* packed) {
   constexpr int64_t panel = kTileColumns<T>;
@@ -154,16 +156,49 @@ void pack_b(const Gemm<T>& g, Range depth, Range columns, T* packed) {
   }
 }
 
-// Gated A(row..row + rows, depth) as [depth][kTileRows], and its sums over depth added to `sums` if that is given.
+// Gated A(row.., depth) for a tile, if it is not transposed: [kTileRows][kDepthBlock].
 template <class T>
-void pack_a(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed, double* sums) {
-  for (int64_t p = depth.begin; p < depth.end; ++p, packed += kTileRows) {
-    const T* a = g.a + row * g.a_row + p * g.a_depth;
-    const T* gate = g.a_gate ? g.a_gate + row * g.gate_row + p * g.gate_depth : nullptr;
-    for (int r = 0; r < rows; ++r) {
-      const T x = gate && gate[r * g.gate_row] <= T(0) ? T(0) : a[r * g.a_row];
-      packed[r] = x;
-      if (sums) sums[r] += x;
+void pack_a_rows(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed) {
+  using V = Vec<T>;
+  const int64_t n = depth.size();
+  for (int r = 0; r < rows; ++r, packed += kDepthBlock) {
+    const T* a = g.a + (row + r) * g.a_row + depth.begin;
+    const T* gate = g.a_gate + (row + r) * g.gate_row + depth.begin;
+    int64_t p = 0;
+    for (; p + V::width <= n; p += V::width) where_positive(V::load(gate + p), V::load(a + p)).store(packed + p);
+    if (p < n) {
+      const int rest = static_cast<int>(n - p);
+      where_positive(V::load_partial(gate + p, rest), V::load_partial(a + p, rest)).store_partial(packed + p, rest);
+    }
+  }
+}
+
+// (Gated) A(row.., depth) for a tile, if it is transposed: [depth][kTileRows]. Adds its sums over
+// depth to `sums`, if that is given: in vectors over kSumChain steps at a time, then in double.
+inline constexpr int64_t kSumChain = 32;
+
+template <class T>
+void pack_a_columns(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed, double* sums) {
+  using V = Vec<T>;
+  constexpr int vectors = (kTileRows + V::width - 1) / V::width;
+  for (int64_t begin = depth.begin; begin < depth.end; begin += kSumChain) {
+    const int64_t end = depth.end - begin < kSumChain ? depth.end : begin + kSumChain;
+    V sum[vectors] = {};
+    for (int64_t p = begin; p < end; ++p, packed += kTileRows) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const int lanes = rows - v * V::width < V::width ? rows - v * V::width : V::width;
+        if (lanes <= 0) break;
+        V x = V::load_partial(g.a + row + v * V::width + p * g.a_depth, lanes);
+        if (g.a_gate) {
+          x = where_positive(V::load_partial(g.a_gate + row + v * V::width + p * g.gate_depth, lanes), x);
+        }
+        x.store_partial(packed + v * V::width, lanes);
+        sum[v] = sum[v] + x;
+      }
+    }
+    if (sums) {
+      for (int r = 0; r < rows; ++r) sums[r] += static_cast<double>(sum[r / V::width].raw[r % V::width]);
     }
   }
 }
@@ -176,7 +211,8 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
   const bool packs_a = g.a_gate || g.row_sums;
   const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
   T* a_tile = packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T))) : nullptr;
-  T* b_block = packs_b ? static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T))) : nullptr;
+  T* b_block =
+      packs_b ? static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T))) : nullptr;
 
   int64_t p = 0;
   do {  // once for depth 0 too: C is then bias or 0
@@ -194,11 +230,17 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
         t.relu = last && g.relu;
         t.c_row = g.columns;
         if (packs_a) {
-          // Every part of the row sums is added once: with the first columns.
-          pack_a(g, row, tile_size, depth, a_tile, g.row_sums && block == 0 ? g.row_sums + row : nullptr);
           t.a = a_tile;
-          t.a_row = 1;
-          t.a_depth = kTileRows;
+          if (g.a_transposed) {
+            // Every part of the row sums is added once: with the first columns.
+            pack_a_columns(g, row, tile_size, depth, a_tile, g.row_sums && block == 0 ? g.row_sums + row : nullptr);
+            t.a_row = 1;
+            t.a_depth = kTileRows;
+          } else {
+            pack_a_rows(g, row, tile_size, depth, a_tile);
+            t.a_row = kDepthBlock;
+            t.a_depth = 1;
+          }
         } else {
           t.a = g.a + row * g.a_row + depth.begin * g.a_depth;
           t.a_row = g.a_row;
@@ -225,8 +267,8 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
 // Multiply-adds that are worth a thread of their own.
 inline constexpr double kGemmGrain = 250e3;
 
-// How many of `threads` to give to the rows of C, the rest to its columns: the choice that leaves the busiest thread the
-// least to do; in doubt the rows.
+// How many of `threads` to give to the rows of C, the rest to its columns: the choice that leaves the busiest thread
+// the least to do; in doubt the rows.
 template <class T>
 int row_threads(const Gemm<T>& g, int threads) {
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
@@ -234,8 +276,8 @@ int row_threads(const Gemm<T>& g, int threads) {
   int64_t best_cost = INT64_MAX;
   for (int by_row = threads; by_row >= 1; --by_row) {
     if (threads % by_row != 0) continue;
-    const int64_t cost = tiles(tiles(g.rows, kTileRows), by_row) *
-                         tiles(tiles(g.columns, Vec<T>::width), threads / by_row);
+    const int64_t cost =
+        tiles(tiles(g.rows, kTileRows), by_row) * tiles(tiles(g.columns, Vec<T>::width), threads / by_row);
     if (cost < best_cost) {
       best = by_row;
       best_cost = cost;

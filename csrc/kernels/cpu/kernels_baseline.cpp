@@ -9,8 +9,8 @@ namespace mnist_ext {
 const KernelTable kernels_baseline = {
     .f32 = {baseline::linear_forward<float>, baseline::linear_backward<float>, baseline::cross_entropy_forward<float>,
             baseline::cross_entropy_backward<float>},
-    .f64 = {baseline::linear_forward<double>, baseline::linear_backward<double>, baseline::cross_entropy_forward<double>,
-            baseline::cross_entropy_backward<double>},
+    .f64 = {baseline::linear_forward<double>, baseline::linear_backward<double>,
+            baseline::cross_entropy_forward<double>, baseline::cross_entropy_backward<double>},
 };
 
 }  // namespace mnist_ext

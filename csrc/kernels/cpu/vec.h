@@ -1,8 +1,8 @@
 // One small SIMD vector type for every instruction set.
 //
-// It is the vector extension of GCC and Clang: +, -, * and comparisons are the compiler's own, and only loads and stores
-// of part of a vector need the instruction set's names. The width follows from the flags that the including file is
-// compiled with. Everything lives in a namespace named after the instruction set, so that the linker never takes one
+// It is the vector extension of GCC and Clang: +, -, * and comparisons are the compiler's own, and only loads and
+// stores of part of a vector need the instruction set's names. The width follows from the flags that the including file
+// is compiled with. Everything lives in a namespace named after the instruction set, so that the linker never takes one
 // build of a function for another.
 #pragma once
 
@@ -123,8 +123,8 @@ MNIST_EXT_INLINE T reduce_add(Vec<T> v) {
 
 template <class T>
 MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
-  return reduce_halves<T>(v.raw, [](auto a, auto b) { return a > b ? a : b; },
-                          std::make_index_sequence<Vec<T>::width / 2>{});
+  return reduce_halves<T>(
+      v.raw, [](auto a, auto b) { return a > b ? a : b; }, std::make_index_sequence<Vec<T>::width / 2>{});
 }
 
 #if defined(__AVX512F__)
