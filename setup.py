@@ -1,4 +1,5 @@
-"""Builds mnist_ext._C. Everything static about the package is in pyproject.toml.
+"""
+Builds mnist_ext._C. Everything static about the package is in pyproject.toml.
 
 The library uses PyTorch through its stable ABI only, so that a binary built here runs on every torch from 2.10 on.
 Kernels are compiled once per instruction set; the best one is picked at run time.
@@ -67,7 +68,8 @@ extension = Extension(
         str(KERNELS / "dispatch.cpp"),
         str(KERNELS / "scratch.cpp"),
     ],
-    depends=[isa_source(isa) for isa in ISA_FLAGS] + [str(path) for path in Path("csrc").rglob("*.h")],
+    depends=[isa_source(isa) for isa in ISA_FLAGS]
+    + [str(path) for path in Path("csrc").rglob("*.h")],
     include_dirs=[pybind11.get_include(), *include_paths()],
     library_dirs=library_paths(),
     libraries=["torch_cpu", "c10"],
@@ -80,6 +82,9 @@ extension = Extension(
     language="c++",
 )
 
-os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+os.environ.setdefault(
+    "MAX_JOBS",
+    str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+)
 
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildWithIsaFlags})

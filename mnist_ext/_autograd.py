@@ -1,4 +1,5 @@
-"""The ops as ``torch.autograd.Function``s.
+"""
+The ops as ``torch.autograd.Function``s.
 
 Both take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call costs five times
 as much. What that form cannot do (torch.func transforms) ``functional`` sends to PyTorch's own ops.

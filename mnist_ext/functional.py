@@ -1,4 +1,5 @@
-"""The fused ops as functions, with the signatures of ``torch.nn.functional``.
+"""
+The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
 The kernels cover float32 and float64 on the CPU. Every other call (another dtype or device, class
 weights, label smoothing, probability targets, more than two dimensions of logits, autocast,
@@ -45,7 +46,8 @@ def check_activation(activation: Activation) -> Activation:
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
 ) -> Tensor:
-    """Compute ``activation(input @ weight.T + bias)`` in one pass.
+    """
+    Compute ``activation(input @ weight.T + bias)`` in one pass.
 
     As ``torch.nn.functional.linear``, with the activation applied while the result is still in
     registers; the backward reads its mask from the output, so no extra tensor is kept.
@@ -80,7 +82,8 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute the cross-entropy of softmax(input) against target.
+    """
+    Compute the cross-entropy of softmax(input) against target.
 
     As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
     PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.

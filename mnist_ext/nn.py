@@ -14,7 +14,8 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
+    """
+    ``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
 
     Args:
         in_features: size of the input's last dimension.
@@ -63,7 +64,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 def swap(module: _Module) -> _Module:
-    """Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
+    """
+    Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
 
     In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
     ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by

@@ -18,7 +18,7 @@ def double(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [6, 135])  # dot products; packed outer products
 def test_linear_gradcheck(isa, rows, bias, activation):
-    """gradcheck draws a random grad_output by itself and checks every input."""
+    """Gradcheck draws a random grad_output by itself and checks every input."""
     arguments = (double(rows, 4), double(3, 4), double(3) if bias else None)
     assert gradcheck(lambda *a: functional.linear(*a, activation=activation), arguments)
 

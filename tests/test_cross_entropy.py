@@ -78,7 +78,10 @@ def test_exp_over_its_whole_range(isa):
         _, gradient = loss_and_gradient(functional.cross_entropy, logits, target, reduction="sum")
         info = torch.finfo(dtype)
         torch.testing.assert_close(
-            gradient[:, 0].double(), x.double().exp(), rtol=2 * info.eps, atol=2 * info.smallest_normal * info.eps
+            gradient[:, 0].double(),
+            x.double().exp(),
+            rtol=2 * info.eps,
+            atol=2 * info.smallest_normal * info.eps,
         )
 
 
@@ -101,7 +104,9 @@ def test_ignore_index(isa, ignore_index, reduction):
 def test_nothing_to_count(isa, rows, reduction):
     """PyTorch's NaN for mean and 0 for sum, none; no gradient from ignored rows."""
     logits, target = torch.randn(rows, 4), torch.full((rows,), -100)
-    loss, gradient = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
+    loss, gradient = loss_and_gradient(
+        functional.cross_entropy, logits, target, reduction=reduction
+    )
     expected, _ = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
     torch.testing.assert_close(loss, expected, equal_nan=True)
     assert torch.equal(gradient, torch.zeros(rows, 4))
@@ -227,9 +232,7 @@ def test_backward_op_checks_target_and_shapes():
     _, stats, total = op.cross_entropy(logits, target, -100, 1)
     one = torch.ones(())
     with pytest.raises(IndexError, match="7 at row 3"):
-        op.cross_entropy_backward(
-            one, logits, torch.tensor([0, 1, 2, 7]), stats, total, -100, 1
-        )
+        op.cross_entropy_backward(one, logits, torch.tensor([0, 1, 2, 7]), stats, total, -100, 1)
     with pytest.raises(RuntimeError, match=r"stats.*\[2, 4\].*\[2, 3\]"):
         op.cross_entropy_backward(one, logits, target, stats[:, 1:], total, -100, 1)
     with pytest.raises(RuntimeError, match=r"grad_output.*\[4\]"):

@@ -128,7 +128,9 @@ def test_any_strides(isa, which, kind, rows):
 
 
 @pytest.mark.parametrize(
-    "shape", [(5,), (2, 3, 5), (2, 1, 3, 5), (2, 0, 5), (1, 1, 5)], ids=lambda s: "x".join(map(str, s))
+    "shape",
+    [(5,), (2, 3, 5), (2, 1, 3, 5), (2, 0, 5), (1, 1, 5)],
+    ids=lambda s: "x".join(map(str, s)),
 )
 @pytest.mark.parametrize("permuted", [False, True])
 def test_leading_dimensions(isa, shape, permuted):
@@ -221,7 +223,11 @@ def test_writing_a_saved_tensor_before_backward_raises():
     ("make", "error", "message"),
     [
         (lambda: (torch.randn(3, 4), torch.randn(5, 3)), RuntimeError, r"input.*in_features = 3"),
-        (lambda: (torch.tensor(1.0), torch.randn(5, 3)), RuntimeError, "input.*1 to 64 dimensions, got 0"),
+        (
+            lambda: (torch.tensor(1.0), torch.randn(5, 3)),
+            RuntimeError,
+            "input.*1 to 64 dimensions, got 0",
+        ),
         (lambda: (torch.randn(3, 4), torch.randn(5, 4, 1)), RuntimeError, None),
         (
             lambda: (torch.randn(3, 4), torch.randn(5, 4).double()),

@@ -1,0 +1,184 @@
+"""The training loop, and that both implementations do the same in it."""
+
+import os
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from mnist_ext import data, training
+from mnist_ext.errors import UserError
+from mnist_ext.models import mlp
+from mnist_ext.training import RECIPES, EpochMetrics, TrainConfig
+
+MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
+CPU = torch.device("cpu")
+QUICK = TrainConfig(dataset="digits", epochs=2, lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def mnist() -> data.Dataset:
+    if MNIST_FOLDER is None:
+        pytest.skip("MNIST_EXT_DATA is not set")
+    return data.load("mnist", MNIST_FOLDER)
+
+
+def run(config: TrainConfig, dataset: data.Dataset) -> list[EpochMetrics]:
+    model, criterion = training.build(config, CPU)
+    return list(training.train(model, criterion, config, dataset))
+
+
+def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch.Tensor:
+    """Return the losses of the first steps of training, as the criterion computed them."""
+    model, criterion = training.build(config, CPU)
+    losses: list[torch.Tensor] = []
+
+    class EnoughStepsError(Exception):
+        pass
+
+    def recorded(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if len(losses) == steps:
+            raise EnoughStepsError
+        losses.append(criterion(logits, labels))
+        return losses[-1]
+
+    with pytest.raises(EnoughStepsError):
+        list(training.train(model, recorded, config, dataset))
+    return torch.stack(losses).detach()
+
+
+class TestModel:
+    def test_layers(self):
+        model = mlp(hidden=(128, 64))
+        assert [type(layer) for layer in model] == [nn.Flatten, nn.Linear, nn.Linear, nn.Linear]
+        assert sum(p.numel() for p in model.parameters()) == 784 * 128 + 128 * 64 + 640 + 202
+        assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+
+    def test_activation_follows_each_hidden_layer(self):
+        model = mlp(hidden=(5,), activation="relu", in_features=8, num_classes=2)
+        assert [type(layer) for layer in model] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+
+    def test_unknown_activation(self):
+        with pytest.raises(ValueError, match="'gelu'"):
+            mlp(activation="gelu")
+
+
+class TestDevice:
+    def test_cpu(self):
+        assert training.select_device("cpu", "ext") == CPU
+
+    @pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
+    def test_unknown(self, name):
+        with pytest.raises(UserError, match=f"unknown device '{name}'"):
+            training.select_device(name, "torch")
+
+    def test_cuda_without_a_gpu(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            training.select_device("cuda", "torch")
+
+    def test_cuda_without_our_kernels(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(training, "build_info", lambda: {"cuda": None})
+        assert training.select_device("cuda:0", "torch") == torch.device("cuda:0")
+        with pytest.raises(UserError, match="no CUDA kernels"):
+            training.select_device("cuda:0", "ext")
+        with pytest.raises(UserError, match="the last GPU here is cuda:0"):
+            training.select_device("cuda:1", "torch")
+
+
+@pytest.mark.parametrize("impl", ["ext", "torch"])
+class TestTrain:
+    def test_learns(self, digits, impl):
+        first, second = run(replace(QUICK, impl=impl), digits)
+        assert second.train_loss < first.train_loss < 2.3
+        assert second.test_loss < first.test_loss
+        assert second.test_accuracy > 80
+
+    def test_best_recipe_learns(self, digits, impl):
+        last = run(TrainConfig(impl=impl, **RECIPES["best"]), digits)[-1]
+        assert last.test_accuracy > 90
+
+    def test_losses_are_means_over_all_images(self, digits, impl):
+        # With the learning rate 0 every batch is judged by the same model. 1,437 images in
+        # batches of 100 leave 37 for the last: a mean over batches would be off.
+        config = replace(QUICK, epochs=1, lr=0.0, batch_size=100, impl=impl)
+        (metrics,) = run(config, digits)
+        torch.manual_seed(config.seed)
+        model = mlp()
+        for split, loss in ((digits.train, metrics.train_loss), (digits.test, metrics.test_loss)):
+            images = data.normalize(split.images, digits.mean, digits.std)
+            expected = nn.functional.cross_entropy(model(images), split.labels).item()
+            assert loss == pytest.approx(expected, rel=1e-5)
+
+    def test_a_seed_determines_the_result(self, digits, impl):
+        config = replace(QUICK, impl=impl)
+
+        def result(seed: int) -> list[dict[str, float]]:
+            timings = ("seconds", "samples_per_second")
+            return [
+                {name: value for name, value in asdict(metrics).items() if name not in timings}
+                for metrics in run(replace(config, seed=seed), digits)
+            ]
+
+        assert result(3) == result(3)
+        assert result(3) != result(4)
+
+
+def test_one_cycle_ends_near_zero(digits):
+    first, *_, last = run(replace(QUICK, epochs=4, scheduler="onecycle", impl="torch"), digits)
+    assert 0.01 < first.lr <= 0.1
+    assert 0 < last.lr < 1e-4
+
+
+def test_progress_sees_every_batch(digits):
+    seen = []
+
+    def progress(batches, epoch, steps):
+        for batch in batches:
+            seen.append((epoch, steps))
+            yield batch
+
+    config = replace(QUICK, batch_size=500, impl="torch")
+    model, criterion = training.build(config, CPU)
+    list(training.train(model, criterion, config, digits, progress))
+    assert seen == [(1, 3)] * 3 + [(2, 3)] * 3
+
+
+class TestBothImplementations:
+    @pytest.mark.parametrize("recipe", ["tutorial", "best"])
+    def test_same_losses_step_by_step(self, digits, recipe):
+        config = TrainConfig(**RECIPES[recipe])
+        ours = step_losses(replace(config, impl="ext"), digits, steps=20)
+        theirs = step_losses(replace(config, impl="torch"), digits, steps=20)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+    @pytest.mark.mnist
+    def test_same_losses_on_mnist(self, mnist):
+        ours = step_losses(TrainConfig(impl="ext"), mnist, steps=100)
+        theirs = step_losses(TrainConfig(impl="torch"), mnist, steps=100)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+    @pytest.mark.mnist
+    def test_same_accuracy_on_mnist(self, mnist):
+        ours = run(TrainConfig(impl="ext"), mnist)
+        theirs = run(TrainConfig(impl="torch"), mnist)
+        assert len(ours) == len(theirs) == 5
+        assert abs(ours[-1].test_accuracy - theirs[-1].test_accuracy) <= 0.2
+        assert ours[-1].test_accuracy > 91
+        losses = [metrics.train_loss for metrics in ours]
+        assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.mnist
+def test_best_recipe_on_mnist(mnist):
+    last = run(TrainConfig(**RECIPES["best"]), mnist)[-1]
+    assert last.epoch <= 10
+    assert last.test_accuracy >= 98.3
