@@ -1,5 +1,4 @@
-"""
-A beginner's PyTorch tutorial on MNIST, with the operators of mnist_ext beside PyTorch's.
+"""A beginner's PyTorch tutorial on MNIST, with the operators of mnist_ext beside PyTorch's.
 
 It walks from a batch of images to a trained network, and checks at every step that both sides
 agree: each line shows the two numbers, their difference and whether it is small enough. The exit

@@ -1,5 +1,4 @@
-"""
-Fused linear and softmax cross-entropy for PyTorch, with hand-written kernels.
+"""Fused linear and softmax cross-entropy for PyTorch, with hand-written kernels.
 
 ``functional`` holds the ops, ``nn`` the modules and ``swap``, which puts them into a model of
 yours. ``build_info`` says what was built and what is in use.

@@ -1,5 +1,4 @@
-"""
-The ops as ``torch.autograd.Function``s.
+"""The ops as ``torch.autograd.Function``s.
 
 Both take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call costs five times
 as much. What that form cannot do (torch.func transforms) ``functional`` sends to PyTorch's own ops.
@@ -33,12 +32,12 @@ class Linear(Function):
     ) -> Tensor:
         """Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N]."""
         output = _linear(input, weight, bias, relu)
-        ctx.save_for_backward(input, weight, output if relu else None)
+        ctx.save_for_backward(input, weight, output if relu else None)  # type: ignore[arg-type]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Only the gradients that are needed; the others are None."""
+        """Return the gradients that are needed, None for the others."""
         input, weight, output = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -78,7 +77,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the logits, [N, C]."""
+        """Return the gradient of the logits, [N, C], and None for the rest."""
         logits, target, stats, total_weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             (grad,) = torch.autograd.grad(

@@ -13,8 +13,7 @@ from mnist_ext._version import __version__
 
 
 def openmp_runtimes() -> list[str]:
-    """
-    Files of the OpenMP runtimes in this process (Linux; elsewhere an empty list).
+    """Files of the OpenMP runtimes in this process (Linux; elsewhere an empty list).
 
     More than one slows every parallel region down: their thread pools fight for the cores.
     """
@@ -26,8 +25,7 @@ def openmp_runtimes() -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """
-    Describe the library and what it runs with.
+    """Describe the library and what it runs with.
 
     Returns:
         A dict that JSON can hold: ``version``, ``python``, ``platform``, ``torch`` (running),

@@ -11,8 +11,7 @@ OLDEST_TORCH = (2, 10)
 
 
 def load() -> ModuleType:
-    """
-    Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``.
+    """Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``.
 
     torch comes first: its OpenMP runtime is then in the process already, and ours resolves to it.
 

@@ -1,5 +1,4 @@
-"""
-The command line: ``mnist-ext train`` and ``mnist-ext doctor``.
+"""The command line: ``mnist-ext train`` and ``mnist-ext doctor``.
 
 Exit codes: 0 done, 1 the training diverged or missed its target, 2 wrong use or bad input,
 130 interrupted.
@@ -40,8 +39,7 @@ _MOST_THREADS = 1024
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run the command line and return its exit code.
+    """Run the command line and return its exit code.
 
     Args:
         argv: the arguments after the program's name; None takes the process's own.

@@ -1,5 +1,4 @@
-"""
-The data sets as whole uint8 tensors, and an iterator over normalized batches of them.
+"""The data sets as whole uint8 tensors, and an iterator over normalized batches of them.
 
 MNIST and Fashion-MNIST are read by torchvision from the first of these folders that holds them:
 the one given, ``$MNIST_EXT_DATA``, the cache folder. Where none does, they are downloaded. The
@@ -56,8 +55,7 @@ class DownloadError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """
-    Images with their labels.
+    """Images with their labels.
 
     Attributes:
         images: uint8 [N, 28, 28], contiguous; 0 is the background.
@@ -78,8 +76,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """
-    A training and a test set.
+    """A training and a test set.
 
     Attributes:
         name: ``mnist``, ``fashion-mnist`` or ``digits``.
@@ -103,8 +100,7 @@ class Dataset:
 
 
 def load(name: str = "auto", data_dir: str | Path | None = None) -> Dataset:
-    """
-    Load a data set.
+    """Load a data set.
 
     Args:
         name: one of ``DATASETS``. ``auto`` is MNIST where it is found or can be downloaded, and
@@ -129,8 +125,7 @@ def load(name: str = "auto", data_dir: str | Path | None = None) -> Dataset:
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Path | None:
-    """
-    Return the folder that ``load`` would read ``name`` from, or None where it would download.
+    """Return the folder that ``load`` would read ``name`` from, or None where it would download.
 
     Args:
         name: ``mnist`` or ``fashion-mnist``.
@@ -149,8 +144,7 @@ def find(name: str, data_dir: str | Path | None = None) -> Path | None:
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
-    """
-    Scale pixels to mean 0 and standard deviation 1.
+    """Scale pixels to mean 0 and standard deviation 1.
 
     Args:
         images: uint8, any shape.
@@ -172,8 +166,7 @@ def batches(
     std: float,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """
-    Iterate over all of ``split`` once, in normalized batches; the last one may be smaller.
+    """Iterate over all of ``split`` once, in normalized batches; the last one may be smaller.
 
     Args:
         split: the images and labels, on any device.

@@ -2,8 +2,7 @@
 
 
 class UserError(Exception):
-    """
-    Wrong use or bad input.
+    """Wrong use or bad input.
 
     The message is one line that says what is wrong and what to do about it. The command line
     prints it after ``mnist-ext: error:`` and exits with code 2.

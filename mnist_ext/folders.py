@@ -8,8 +8,7 @@ from pathlib import Path
 
 
 def make_folders(path: Path) -> list[Path]:
-    """
-    Create ``path`` and its missing parents.
+    """Create ``path`` and its missing parents.
 
     Args:
         path: the folder to create; it may exist already.

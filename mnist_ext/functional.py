@@ -1,5 +1,4 @@
-"""
-The fused ops as functions, with the signatures of ``torch.nn.functional``.
+"""The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
 The kernels cover float32 and float64 on the CPU. Every other call (another dtype or device, class
 weights, label smoothing, probability targets, more than two dimensions of logits, autocast,
@@ -46,8 +45,7 @@ def check_activation(activation: Activation) -> Activation:
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
 ) -> Tensor:
-    """
-    Compute ``activation(input @ weight.T + bias)`` in one pass.
+    """Compute ``activation(input @ weight.T + bias)`` in one pass.
 
     As ``torch.nn.functional.linear``, with the activation applied while the result is still in
     registers; the backward reads its mask from the output, so no extra tensor is kept.
@@ -82,8 +80,7 @@ def cross_entropy(
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """
-    Compute the cross-entropy of softmax(input) against target.
+    """Compute the cross-entropy of softmax(input) against target.
 
     As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
     PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
@@ -124,7 +121,8 @@ def cross_entropy(
         return CrossEntropy.apply(input, target, ignore_index, mode)
     if not input.is_floating_point():
         raise NotImplementedError(
-            f"mnist_ext.cross_entropy: input: expected logits of a floating dtype, got {input.dtype}"
+            "mnist_ext.cross_entropy: input: expected logits of a floating dtype, "
+            f"got {input.dtype}"
         )
     return F.cross_entropy(
         input,

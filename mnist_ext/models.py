@@ -13,8 +13,7 @@ def mlp(
     in_features: int = 784,
     num_classes: int = 10,
 ) -> nn.Sequential:
-    """
-    Build a multilayer perceptron.
+    """Build a multilayer perceptron.
 
     Args:
         hidden: the width of each hidden layer.

@@ -14,8 +14,7 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 class Linear(torch.nn.Linear):
-    """
-    ``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
+    """``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
 
     Args:
         in_features: size of the input's last dimension.
@@ -58,14 +57,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             target,
             self.weight,
             ignore_index=self.ignore_index,
-            reduction=self.reduction,
+            reduction=self.reduction,  # type: ignore[arg-type]  # any str: checked there
             label_smoothing=self.label_smoothing,
         )
 
 
 def swap(module: _Module) -> _Module:
-    """
-    Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
+    """Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
 
     In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
     ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
@@ -85,11 +83,14 @@ def swap(module: _Module) -> _Module:
     for child in module.modules():
         if type(child) is torch.nn.Linear:
             child.__class__ = Linear
-            child.activation = "none"
+            child.activation = "none"  # type: ignore[assignment]
         elif type(child) is torch.nn.CrossEntropyLoss:
             child.__class__ = CrossEntropyLoss
     for sequential in module.modules():
-        if type(sequential).forward is torch.nn.Sequential.forward:
+        if (
+            isinstance(sequential, torch.nn.Sequential)
+            and type(sequential).forward is torch.nn.Sequential.forward
+        ):
             _fuse_relu(sequential, uses)
     return module
 

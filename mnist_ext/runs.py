@@ -22,8 +22,7 @@ from mnist_ext.training import EpochMetrics, TrainConfig
 
 
 class Run:
-    """
-    A new folder that a training run is written to as it goes.
+    """A new folder that a training run is written to as it goes.
 
     - ``config.json``: the settings, the data set and the environment.
     - ``metrics.csv``: one row per epoch, with the fields of ``EpochMetrics``.
@@ -37,8 +36,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, environment: dict[str, Any]) -> None:
-        """
-        Create the folder, under a name that is not taken yet, and write ``config.json``.
+        """Create the folder, under a name that is not taken yet, and write ``config.json``.
 
         Args:
             config: the settings of the run.
@@ -97,8 +95,7 @@ class Run:
             self._remove()
 
     def record(self, metrics: EpochMetrics) -> None:
-        """
-        Append a row to ``metrics.csv``.
+        """Append a row to ``metrics.csv``.
 
         Raises:
             UserError: the file cannot be written.
@@ -111,8 +108,7 @@ class Run:
             writer.writerow(row)
 
     def save_model(self, model: nn.Module, epoch: int) -> None:
-        """
-        Replace ``model.safetensors``, which is whole at every moment, by this state.
+        """Replace ``model.safetensors``, which is whole at every moment, by this state.
 
         Raises:
             UserError: the file cannot be written.

@@ -27,8 +27,7 @@ Progress = Callable[[Iterable[Batch], int, int], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """
-    Everything that determines a training run.
+    """Everything that determines a training run.
 
     Attributes:
         dataset: one of ``mnist_ext.data.DATASETS``.
@@ -102,8 +101,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """
-    What one epoch achieved.
+    """What one epoch achieved.
 
     Attributes:
         epoch: its number, from 1.
@@ -125,8 +123,7 @@ class EpochMetrics:
 
 
 def select_device(name: str, impl: str) -> torch.device:
-    """
-    Return the device called ``name``.
+    """Return the device called ``name``.
 
     Raises:
         UserError: there is no such device, or ``impl`` cannot use it.
@@ -153,8 +150,7 @@ def select_device(name: str, impl: str) -> torch.device:
 
 
 def build(config: TrainConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """
-    Return the untrained model and the criterion, of the implementation asked for.
+    """Return the untrained model and the criterion, of the implementation asked for.
 
     The initial weights depend on ``config.seed`` alone, not on implementation or device.
 
@@ -180,8 +176,7 @@ def train(
     dataset: Dataset,
     progress: Progress | None = None,
 ) -> Iterator[EpochMetrics]:
-    """
-    Train ``model`` in place, on the device it is on.
+    """Train ``model`` in place, on the device it is on.
 
     Args:
         model: maps float32 images [n, 1, 28, 28] to logits [n, classes].
@@ -250,8 +245,7 @@ def train(
 def evaluate(
     model: nn.Module, criterion: nn.Module, split: Split, mean: float, std: float
 ) -> tuple[float, float]:
-    """
-    Return the mean loss over ``split`` and the accuracy on it in percent.
+    """Return the mean loss over ``split`` and the accuracy on it in percent.
 
     Args:
         model: maps float32 images [n, 1, 28, 28] to logits [n, classes].

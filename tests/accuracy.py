@@ -7,8 +7,7 @@ from torch import Tensor
 def assert_as_accurate(
     ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.0, floor: float = 2.0
 ) -> None:
-    """
-    Assert that our largest error is at most `factor` times PyTorch's own.
+    """Assert that our largest error is at most `factor` times PyTorch's own.
 
     Errors are relative to the largest magnitude of the truth. `floor`, in units of the dtype's
     epsilon, is the error that is always allowed: on tiny shapes PyTorch is sometimes exact by luck.

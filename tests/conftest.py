@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
     for item in items:
-        if "mnist" in item.keywords and not os.environ.get("MNIST_EXT_DATA"):
+        if item.get_closest_marker("mnist") and not os.environ.get("MNIST_EXT_DATA"):
             item.add_marker(no_mnist)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 
 

@@ -237,7 +237,7 @@ def test_backward_op_checks_target_and_shapes():
         op.cross_entropy_backward(one, logits, target, stats[:, 1:], total, -100, 1)
     with pytest.raises(RuntimeError, match=r"grad_output.*\[4\]"):
         op.cross_entropy_backward(one, logits, target, stats, total, -100, 0)
-    with pytest.raises(ValueError, match="reduction.*got 3"):
+    with pytest.raises(ValueError, match=r"reduction.*got 3"):
         op.cross_entropy(logits, target, -100, 3)
 
 

@@ -164,7 +164,6 @@ class TestSearch:
             data.load("cifar")
 
     @pytest.mark.mnist
-    @pytest.mark.skipif(MNIST_FOLDER is None, reason="MNIST_EXT_DATA is not set")
     def test_mnist_itself(self):
         mnist = data.load("mnist", MNIST_FOLDER)
         assert (len(mnist.train), len(mnist.test)) == (60_000, 10_000)

@@ -80,7 +80,7 @@ def test_float64_agrees(isa, shape):
 
 
 def strided(kind: str, rows: int, columns: int) -> Tensor:
-    """A matrix [rows, columns] of the given kind of strides."""
+    """Make a matrix [rows, columns] of the given kind of strides."""
     if kind == "transposed":
         return torch.randn(columns, rows).t()
     if kind == "expanded rows":

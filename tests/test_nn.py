@@ -29,7 +29,7 @@ def test_linear_is_torchs_linear():
 
 
 def test_linear_refuses_unknown_activation():
-    with pytest.raises(ValueError, match="activation.*'tanh'"):
+    with pytest.raises(ValueError, match=r"activation.*'tanh'"):
         mnist_ext.nn.Linear(2, 2, activation="tanh")
 
 

@@ -24,8 +24,6 @@ def digits() -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def mnist() -> data.Dataset:
-    if MNIST_FOLDER is None:
-        pytest.skip("MNIST_EXT_DATA is not set")
     return data.load("mnist", MNIST_FOLDER)
 
 

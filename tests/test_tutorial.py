@@ -36,7 +36,6 @@ def test_on_the_digits(tutorial, capsys):
 
 
 @pytest.mark.mnist
-@pytest.mark.skipif(MNIST_FOLDER is None, reason="MNIST_EXT_DATA is not set")
 def test_on_mnist(tutorial, capsys):
     assert tutorial("--data-dir", MNIST_FOLDER) == 0
     out = capsys.readouterr().out

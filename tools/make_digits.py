@@ -1,5 +1,4 @@
-"""
-Rebuild mnist_ext/assets/digits.npz from scikit-learn's digits.csv.gz.
+"""Rebuild mnist_ext/assets/digits.npz from scikit-learn's digits.csv.gz.
 
 The csv is sklearn/datasets/data/digits.csv.gz in any scikit-learn wheel or source archive. Each
 row holds the 64 pixels of an 8x8 image, from 0 to 16, and the label.

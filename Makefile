@@ -1,0 +1,53 @@
+# The few commands a person needs. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: help install train test test-oldest bench lint format clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# What [build-system] in pyproject.toml asks for, installed once here instead of once more in an isolated build
+# environment: torch is large.
+$(VENV)/requirements: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install 'torch>=2.10' torchvision 'setuptools>=77' ninja 'pybind11>=2.13' numpy
+	touch $@
+
+$(VENV)/installed: $(VENV)/requirements $(SOURCES)
+	$(BIN)/pip install --no-build-isolation -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed  ## set up .venv and build
+
+train: install  ## train on MNIST; options: make train ARGS="--epochs 1"
+	$(BIN)/mnist-ext train $(ARGS)
+
+test: install  ## run the tests; options: make test ARGS="-k linear"
+	$(BIN)/pytest $(ARGS)
+
+# pip builds against the newest torch in an isolated environment, and installs beside the oldest one.
+test-oldest:  ## build against the newest torch, test with the oldest one supported
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install '.[test]' 'torch==2.10.*'
+	$(OLDEST)/bin/pytest $(ARGS)
+
+bench: install  ## time training, ours against PyTorch
+	$(BIN)/python benchmarks/training.py $(ARGS)
+
+lint: install  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/mypy
+
+format: install  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+
+clean:  ## remove everything that was made here, but for runs/
+	rm -rf $(VENV) $(OLDEST) build *.egg-info mnist_ext/*.so

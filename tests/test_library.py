@@ -1,0 +1,210 @@
+"""The compiled library: how it loads, what it links to, which kernels it picks, its threads."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mnist_ext
+from mnist_ext import _C, functional
+
+PACKAGE = Path(mnist_ext.__file__).parent
+LIBRARY = Path(_C.__file__)
+
+
+def run(code: str, *, path: Path | None = None, **environment: str):
+    """Run code in a new Python, with `path` before everything else on its search path."""
+    variables = {**os.environ, **environment}
+    if path is not None:
+        variables["PYTHONPATH"] = str(path)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd="/"
+    )
+
+
+def last_line(process) -> str:
+    return process.stderr.strip().splitlines()[-1]
+
+
+class TestBuildInfo:
+    def test_is_json_and_has_every_key(self):
+        info = json.loads(json.dumps(mnist_ext.build_info()))
+        assert info["version"] == mnist_ext.__version__
+        assert info["torch"] == torch.__version__
+        assert info["cpu_isa"] in info["cpu_isa_available"]
+        assert info["cpu_isa_available"][0] == "baseline"
+        assert info["openmp_threads"] == torch.get_num_threads()
+        assert info["cuda"] is None
+        assert info["cuda_reason"]
+
+    def test_two_openmp_runtimes_are_reported(self, monkeypatch):
+        from mnist_ext import _build_info
+
+        monkeypatch.setattr(_build_info, "openmp_runtimes", lambda: ["a/libgomp.so", "b/libomp.so"])
+        assert "2 OpenMP runtimes" in mnist_ext.build_info()["next_step"]
+
+
+class TestImport:
+    def copy_package(self, target: Path) -> Path:
+        shutil.copytree(PACKAGE, target / "mnist_ext", ignore=shutil.ignore_patterns("_C.*.so"))
+        return target
+
+    def test_without_a_built_library(self, tmp_path):
+        # An editable install has an import hook that would find the library all the same.
+        code = (
+            "import sys\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+            "import mnist_ext"
+        )
+        process = run(code, path=self.copy_package(tmp_path))
+        assert process.returncode == 1
+        assert last_line(process).startswith("ImportError: mnist_ext: cannot load the compiled")
+        assert "pip install ." in last_line(process)
+
+    @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
+    def test_on_a_torch_that_is_too_old(self, version):
+        code = f"import torch; torch.__version__ = {version!r}; import mnist_ext"
+        process = run(code)
+        assert process.returncode == 1
+        assert last_line(process).startswith("ImportError: mnist_ext needs torch >= 2.10, found")
+        assert version in last_line(process)
+        assert "pip install 'torch>=2.10'" in last_line(process)
+
+
+class TestInstructionSet:
+    @pytest.mark.parametrize("isa", _C.available_isas())
+    def test_environment_forces_one(self, isa):
+        code = (
+            "import mnist_ext; i = mnist_ext.build_info(); print(i['cpu_isa'], i['cpu_isa_reason'])"
+        )
+        process = run(code, MNIST_EXT_ISA=isa)
+        assert process.stdout.split(maxsplit=1) == [isa, "MNIST_EXT_ISA asks for it\n"]
+
+    def test_unknown_one_is_an_import_error_with_the_choices(self):
+        process = run("import mnist_ext", MNIST_EXT_ISA="avx3")
+        assert process.returncode == 1
+        assert "ImportError" in last_line(process)
+        assert "'avx3'" in last_line(process)
+        assert ", ".join(_C.available_isas()) in last_line(process)
+
+    def test_empty_is_as_unset(self):
+        process = run("import mnist_ext; print(mnist_ext._C.active_isa())", MNIST_EXT_ISA="")
+        assert process.stdout.strip() == _C.available_isas()[-1]
+
+    def test_set_isa_refuses_unknown_names(self):
+        before = _C.active_isa()
+        with pytest.raises(ValueError, match=r"'neon5'.*baseline"):
+            _C.set_isa("neon5")
+        assert _C.active_isa() == before
+
+    def test_kernels_differ(self):
+        """The switch reaches the kernels: with other vector widths, sums round differently."""
+        if len(_C.available_isas()) == 1:
+            pytest.skip("this machine has one instruction set only")
+        input, weight = torch.randn(8, 999), torch.randn(8, 999)
+        before, reason = _C.active_isa(), _C.active_isa_reason()
+        results = []
+        for isa in _C.available_isas():
+            _C.set_isa(isa)
+            results.append(functional.linear(input, weight))
+        _C.set_isa(before, reason)
+        assert not any(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
+class TestLinking:
+    def test_one_openmp_runtime_in_the_process(self):
+        """Ours resolves to the one that torch brought, even with mnist_ext imported first."""
+        code = (
+            "import mnist_ext, torch\n"
+            "mnist_ext.functional.linear(torch.randn(256, 256), torch.randn(256, 256))\n"
+            "print(*mnist_ext.build_info()['openmp_runtimes'], sep='\\n')"
+        )
+        runtimes = run(code).stdout.split()
+        assert len(runtimes) == 1
+        assert "torch" in runtimes[0]
+
+    @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+    def test_only_the_stable_abi_of_torch(self):
+        """No C++ symbol of torch or c10: what would tie the binary to one version of torch."""
+        symbols = subprocess.run(
+            ["nm", "-D", "-C", "--undefined-only", LIBRARY], capture_output=True, text=True
+        ).stdout.splitlines()
+        names = [line.split(maxsplit=1)[1] for line in symbols]
+        assert any(name.startswith("aoti_torch_") for name in names)
+        assert not [name for name in names if name.startswith(("at::", "c10::", "torch::"))]
+
+    @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+    def test_no_code_of_one_instruction_set_can_replace_anothers(self):
+        """What the linker may merge between files must not stand in a file with ISA flags."""
+        objects = list((PACKAGE.parent / "build").glob("temp.*/csrc/kernels/cpu/kernels_*.o"))
+        if not objects:
+            pytest.skip("needs the object files of a build in place (make install)")
+        for path in objects:
+            isa = path.stem.removeprefix("kernels_")
+            lines = subprocess.run(["nm", "-C", path], capture_output=True, text=True).stdout
+            weak = [line for line in lines.splitlines() if line[17:18] in "WVu"]
+            assert weak
+            foreign = [line for line in weak if f"mnist_ext::{isa}::" not in line]
+            # The reference to the exception handler of the C++ runtime is data, not code.
+            assert [line for line in foreign if "__gxx_personality" not in line] == []
+
+
+def threads_started(threads: int) -> int:
+    """Count the threads that a linear layer starts in a new process."""
+    process = run(
+        "import os, torch, mnist_ext\n"
+        "torch.set_num_threads(1)\n"
+        "x, w = torch.randn(512, 512), torch.randn(512, 512)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        f"torch.set_num_threads({threads})\n"
+        "mnist_ext.functional.linear(x, w)\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    return int(process.stdout)
+
+
+class TestThreads:
+    @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    def test_set_num_threads_is_obeyed(self, threads):
+        assert threads_started(threads) == threads - 1
+
+    @pytest.mark.parametrize("threads", [2, 3, 5])
+    def test_results_do_not_depend_on_the_number_of_threads(self, isa, threads):
+        input = torch.randn(200, 130, requires_grad=True)
+        weight = torch.randn(150, 130, requires_grad=True)
+        bias = torch.randn(150, requires_grad=True)
+        target = torch.randint(0, 150, (200,))
+
+        def everything():
+            hidden = functional.linear(input, weight, bias, activation="relu")
+            small = functional.linear(input[:64], weight)
+            loss = functional.cross_entropy(hidden, target) + small.sum()
+            return loss, hidden, small, *torch.autograd.grad(loss, (input, weight, bias))
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            alone = everything()
+            torch.set_num_threads(threads)
+            together = everything()
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+    def test_called_from_many_python_threads(self):
+        from concurrent.futures import ThreadPoolExecutor
+
+        input, weight = torch.randn(300, 200), torch.randn(100, 200)
+        expected = functional.linear(input, weight)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: functional.linear(input, weight), range(16)))
+        assert all(torch.equal(r, expected) for r in results)
+        torch.testing.assert_close(expected, F.linear(input, weight), rtol=1e-4, atol=1e-4)
