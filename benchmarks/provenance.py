@@ -1,0 +1,37 @@
+"""Where a figure comes from: printed above every table."""
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import mnist_ext
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
+
+
+def describe() -> str:
+    info = mnist_ext.build_info()
+    return (
+        f"{cpu_model()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}\n"
+        f"mnist_ext {info['version']} ({info['cpu_isa']}), commit {commit()}, "
+        f"torch {info['torch']}, Python {info['python']}, {datetime.date.today()}"
+    )
