@@ -71,7 +71,8 @@ def swap(module: _Module) -> _Module:
     changes nothing more. Subclasses of ``torch.nn.Linear`` are left alone.
 
     A ReLU is not fused where somebody may look between the two: if either of them has forward or
-    backward hooks, or appears more than once in module.
+    backward hooks, or if the Linear appears more than once in module. Code that takes a fused
+    Linear out of its Sequential and calls it alone gets the ReLU with it.
 
     Args:
         module: a model, a loss, or a bare Linear.
