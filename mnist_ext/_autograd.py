@@ -32,33 +32,41 @@ class Linear(Function):
     ) -> Tensor:
         """Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N]."""
         output = _linear(input, weight, bias, relu)
-        ctx.save_for_backward(input, weight, output if relu else None)  # type: ignore[arg-type]
+        need_input, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        ctx.save_for_backward(
+            input if need_weight else None,  # type: ignore[arg-type]
+            weight if need_input else None,  # type: ignore[arg-type]
+            output if relu else None,  # type: ignore[arg-type]
+        )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are needed, None for the others."""
-        input, weight, output = ctx.saved_tensors
-        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return *_linear_backward_differentiable(ctx, grad_output, input, weight, output), None
-        return *_linear_backward(
-            grad_output, input, weight, output, need_input, need_weight, need_bias
-        ), None
+        recorded = torch.is_grad_enabled()
+        op: Any = _linear_backward_differentiable if recorded else _linear_backward
+        return *op(grad_output, *ctx.saved_tensors, ctx.needs_input_grad[2]), None
 
 
 def _linear_backward_differentiable(
-    ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    output: Tensor | None,
+    need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    need_input, need_weight, need_bias, _ = ctx.needs_input_grad
     if output is not None:
         grad_output = torch.where(output <= 0, 0, grad_output)
-    rows = grad_output.reshape(-1, weight.shape[0])
+    rows = _as_matrix(grad_output)
     return (
-        grad_output @ weight if need_input else None,
-        rows.mT @ input.reshape(-1, weight.shape[1]) if need_weight else None,
+        grad_output @ weight if weight is not None else None,
+        rows.mT @ _as_matrix(input) if input is not None else None,
         rows.sum(0) if need_bias else None,
     )
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
 class CrossEntropy(Function):

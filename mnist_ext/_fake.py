@@ -8,30 +8,48 @@ from torch import Tensor
 
 @torch.library.register_fake("mnist_ext::linear")
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    torch._check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
+    torch._check(
+        input.dim() >= 1 and input.shape[-1] == weight.shape[1],
+        lambda: (
+            f"mnist_ext.linear: input: expected its last dimension to be in_features of weight "
+            f"{list(weight.shape)}, got shape {list(input.shape)}"
+        ),
+    )
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("mnist_ext::linear_backward")
 def _(
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
     output: Tensor | None,
-    need_input: bool,
-    need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    return (
-        input.new_empty(input.shape) if need_input else None,
-        weight.new_empty(weight.shape) if need_weight else None,
-        weight.new_empty(weight.shape[:1]) if need_bias else None,
-    )
+    out_features = grad_output.shape[-1]
+    grad_input = grad_weight = grad_bias = None
+    if weight is not None:
+        grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
+    if input is not None:
+        grad_weight = grad_output.new_empty((out_features, input.shape[-1]))
+    if need_bias:
+        grad_bias = grad_output.new_empty((out_features,))
+    return grad_input, grad_weight, grad_bias
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy")
 def _(
     logits: Tensor, target: Tensor, ignore_index: int, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(logits.dim() == 2, lambda: "mnist_ext.cross_entropy: logits: expected [N, C]")
+    torch._check_value(
+        target.dim() == 1 and target.shape[0] == logits.shape[0],
+        lambda: (
+            f"mnist_ext.cross_entropy: target: expected shape [{logits.shape[0]}], "
+            f"got {list(target.shape)}"
+        ),
+    )
     rows = logits.shape[0]
     loss = logits.new_empty((rows,) if reduction == 0 else ())
     return loss, logits.new_empty((2, rows)), logits.new_empty(())

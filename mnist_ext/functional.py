@@ -1,8 +1,9 @@
 """The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
-The kernels cover float32 and float64 on the CPU. Every other call (another dtype or device, class
-weights, label smoothing, probability targets, more than two dimensions of logits, autocast,
-torch.func transforms) runs PyTorch's own op: the result is the same, the speed is PyTorch's.
+The kernels cover float32 and float64 on the CPU. Every other call (another dtype, device or layout,
+tensor subclasses, class weights, label smoothing, probability targets, more than two dimensions of
+logits, autocast, torch.func transforms, forward-mode derivatives) runs PyTorch's own op: the result
+is the same, the speed is PyTorch's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mnist_ext import _fake  # noqa: F401  (registers the shapes that torch.compile asks for)
 from mnist_ext._autograd import CrossEntropy, Linear
@@ -22,13 +24,23 @@ Reduction = Literal["none", "mean", "sum"]
 _RELU = {"none": False, "relu": True}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64)
+_TYPES = (Tensor, torch.nn.Parameter)
 
 
-def _covered(input: Tensor) -> bool:
+def _plain(tensor: Tensor) -> bool:
+    # Subclasses bring their own ops; their type also says so without asking for __torch_function__.
     return (
-        input.is_cpu
-        and input.dtype in _DTYPES
-        and not torch._C._are_functorch_transforms_active()
+        type(tensor) in _TYPES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _ordinary_call() -> bool:
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and not torch.is_autocast_enabled("cpu")
     )
 
@@ -40,6 +52,11 @@ def check_activation(activation: Activation) -> Activation:
             f"mnist_ext.linear: activation: expected one of {', '.join(_RELU)}, got {activation!r}"
         )
     return activation
+
+
+def _one_per_feature(bias: Tensor, weight: Tensor) -> bool:
+    # A single element is broadcast, which is left to PyTorch; any other length is an error of ours.
+    return bias.dim() == 1 and (bias.shape[0] != 1 or weight.shape[0] == 1)
 
 
 def linear(
@@ -65,7 +82,15 @@ def linear(
         ValueError: unknown activation.
     """
     relu = _RELU[check_activation(activation)]
-    if _covered(input) and weight.is_cpu and weight.dim() == 2:
+    if (
+        _plain(input)
+        and input.dtype in _DTYPES
+        and input.dim() > 0
+        and _plain(weight)
+        and weight.dim() == 2
+        and (bias is None or (_plain(bias) and _one_per_feature(bias, weight)))
+        and _ordinary_call()
+    ):
         return Linear.apply(input, weight, bias, relu)
     output = F.linear(input, weight, bias)
     return torch.relu(output) if relu else output
@@ -84,6 +109,10 @@ def cross_entropy(
 
     As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
     PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
+
+    Two differences: the logits themselves are kept for the backward (PyTorch keeps a copy of that
+    size), so writing to them in between raises; and a row that is ignored has gradient 0 even if
+    its logits are NaN.
 
     Args:
         input: logits, ``[N, C]`` (other shapes: see the module's docstring), any strides.
@@ -104,22 +133,24 @@ def cross_entropy(
         RuntimeError: dtypes or devices that do not fit together.
         NotImplementedError: logits of an integer dtype.
     """
-    mode = _REDUCTION.get(reduction)
-    if mode is None:
-        raise ValueError(
-            "mnist_ext.cross_entropy: reduction: expected one of "
-            f"{', '.join(_REDUCTION)}, got {reduction!r}"
-        )
+    mode = _REDUCTION.get(reduction) if isinstance(reduction, str) else None
     if (
         weight is None
         and label_smoothing == 0.0
+        and mode is not None
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and _plain(input)
+        and input.dtype in _DTYPES
         and input.dim() == 2
-        and target.is_cpu
+        and _plain(target)
+        and target.dim() > 0
         and not target.is_floating_point()
-        and _covered(input)
+        and target.dtype is not torch.uint8
+        and _ordinary_call()
     ):
         return CrossEntropy.apply(input, target, ignore_index, mode)
-    if not input.is_floating_point():
+    if isinstance(input, Tensor) and not input.is_floating_point():
         raise NotImplementedError(
             "mnist_ext.cross_entropy: input: expected logits of a floating dtype, "
             f"got {input.dtype}"

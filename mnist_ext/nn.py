@@ -20,9 +20,9 @@ class Linear(torch.nn.Linear):
         in_features: size of the input's last dimension.
         out_features: size of the output's last dimension.
         bias: whether to learn an additive bias.
-        activation: ``"none"`` or ``"relu"``.
         device: device of the parameters.
         dtype: dtype of the parameters.
+        activation: ``"none"`` or ``"relu"``.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Linear(torch.nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        *,
-        activation: functional.Activation = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: functional.Activation = "none",
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = functional.check_activation(activation)
@@ -68,7 +68,8 @@ def swap(module: _Module) -> _Module:
     In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
     ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
     their class: Parameter objects, hooks and references to them stay valid. Running it twice
-    changes nothing more. Subclasses of ``torch.nn.Linear`` are left alone.
+    changes nothing more. Subclasses of ``torch.nn.Linear``, and modules whose
+    ``forward`` was replaced on the instance, are left alone.
 
     A ReLU is not fused where somebody may look between the two: if either of them has forward or
     backward hooks, or if the Linear appears more than once in module. Code that takes a fused
@@ -82,6 +83,8 @@ def swap(module: _Module) -> _Module:
     """
     uses = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
     for child in module.modules():
+        if _has_own_forward(child):
+            continue
         if type(child) is torch.nn.Linear:
             child.__class__ = Linear
             child.activation = "none"  # type: ignore[assignment]
@@ -91,6 +94,7 @@ def swap(module: _Module) -> _Module:
         if (
             isinstance(sequential, torch.nn.Sequential)
             and type(sequential).forward is torch.nn.Sequential.forward
+            and not _has_own_forward(sequential)
         ):
             _fuse_relu(sequential, uses)
     return module
@@ -106,9 +110,15 @@ def _fuse_relu(sequential: torch.nn.Sequential, uses: Counter[int]) -> None:
             and uses[id(layer)] == 1
             and not _has_hooks(layer)
             and not _has_hooks(following)
+            and not _has_own_forward(following)
         ):
             layer.activation = "relu"
-            sequential[index + 1] = torch.nn.Identity()
+            sequential[index + 1] = torch.nn.Identity().train(following.training)
+
+
+def _has_own_forward(module: torch.nn.Module) -> bool:
+    # Wrappers that put a function of theirs in place of a module's forward.
+    return "forward" in vars(module)
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:

@@ -107,15 +107,15 @@ OP_CALLS = [
     *(
         (
             "linear_backward",
-            lambda needs=needs, output=output: (
+            lambda which=which, relu=relu: (
                 torch.randn(3, 4),
-                torch.randn(3, 5),
-                torch.randn(4, 5),
-                torch.randn(3, 4).relu() if output else None,
-                *needs,
+                torch.randn(3, 5) if which[0] else None,
+                torch.randn(4, 5) if which[1] else None,
+                torch.randn(3, 4).relu() if relu else None,
+                which[2],
             ),
         )
-        for needs, output in itertools.product([(True, True, True), (False, True, False)], [0, 1])
+        for which, relu in itertools.product([(1, 1, True), (0, 1, False), (0, 0, True)], [0, 1])
     ),
     *(
         (
@@ -145,3 +145,35 @@ OP_CALLS = [
 @pytest.mark.parametrize(("name", "make"), OP_CALLS, ids=lambda p: p if isinstance(p, str) else "")
 def test_opcheck(name, make):
     torch.library.opcheck(getattr(torch.ops.mnist_ext, name).default, make())
+
+
+def test_forward_mode_derivatives_agree():
+    input, weight, tangent = torch.randn(4, 3), torch.randn(5, 3), torch.randn(4, 3)
+    target = torch.tensor([0, 4, 2, 2])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(input, tangent)
+        ours, torchs = (
+            torch.autograd.forward_ad.unpack_dual(
+                op.cross_entropy(op.linear(dual, weight), target)
+            ).tangent
+            for op in (functional, F)
+        )
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 4), (3, 4, 0), (0, 4, 5)], ids=str)
+def test_recorded_backward_of_empty_layers(shape):
+    rows, in_features, out_features = shape
+    input, weight = double(rows, in_features), double(out_features, in_features)
+    output = functional.linear(input, weight, double(out_features))
+    grads = torch.autograd.grad(output.sum(), (input, weight), create_graph=True)
+    assert [g.shape for g in grads] == [input.shape, weight.shape]
+
+
+def test_fake_tensors_refuse_wrong_shapes():
+    op = torch.ops.mnist_ext
+    with torch._subclasses.FakeTensorMode():
+        with pytest.raises(RuntimeError, match="in_features"):
+            op.linear(torch.randn(2, 3), torch.randn(4, 5), None, False)
+        with pytest.raises(ValueError, match="target"):
+            op.cross_entropy(torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), -100, 1)

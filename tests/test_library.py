@@ -1,5 +1,6 @@
 """The compiled library: how it loads, what it links to, which kernels it picks, its threads."""
 
+import itertools
 import json
 import os
 import shutil
@@ -110,11 +111,13 @@ class TestInstructionSet:
         input, weight = torch.randn(8, 999), torch.randn(8, 999)
         before, reason = _C.active_isa(), _C.active_isa_reason()
         results = []
-        for isa in _C.available_isas():
-            _C.set_isa(isa)
-            results.append(functional.linear(input, weight))
-        _C.set_isa(before, reason)
-        assert not any(torch.equal(results[0], other) for other in results[1:])
+        try:
+            for isa in _C.available_isas():
+                _C.set_isa(isa)
+                results.append(functional.linear(input, weight))
+        finally:
+            _C.set_isa(before, reason)
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files and /proc")
@@ -178,10 +181,11 @@ class TestThreads:
 
     @pytest.mark.parametrize("threads", [2, 3, 5])
     def test_results_do_not_depend_on_the_number_of_threads(self, isa, threads):
-        input = torch.randn(200, 130, requires_grad=True)
+        # Large enough for five threads in every kernel.
+        input = torch.randn(600, 130, requires_grad=True)
         weight = torch.randn(150, 130, requires_grad=True)
         bias = torch.randn(150, requires_grad=True)
-        target = torch.randint(0, 150, (200,))
+        target = torch.randint(0, 150, (600,))
 
         def everything():
             hidden = functional.linear(input, weight, bias, activation="relu")

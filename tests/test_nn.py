@@ -176,3 +176,24 @@ def test_training_steps_equal_pytorchs():
             history.append(loss.detach())
         losses.append(torch.stack(history))
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["layer", "relu", "sequential"])
+def test_swap_leaves_a_forward_of_the_instance_alone(where):
+    """Wrappers put a function in place of a module's forward; the ReLU must not get lost."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    module = {"layer": model[0], "relu": model[1], "sequential": model}[where]
+    old = module.forward
+    module.forward = lambda input: old(input) + 1
+    input = torch.randn(3, 4)
+    expected = model(input)
+    torch.testing.assert_close(swap(model)(input), expected)
+
+
+def test_swap_keeps_the_mode():
+    model = swap(mlp().eval())
+    assert not any(module.training for module in model.modules())
+
+
+def test_linear_takes_device_and_dtype_by_position():
+    assert mnist_ext.nn.Linear(3, 4, True, "cpu", torch.float64).weight.dtype == torch.float64

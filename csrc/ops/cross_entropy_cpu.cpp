@@ -17,8 +17,9 @@ void check_operands(const char* op, const Tensor& logits, const Tensor& target, 
   check(logits.dim() == 2, op, ": logits: expected 2 dimensions [N, C], got shape ", shape(logits));
   check(target.scalar_type() == ScalarType::Long, op, ": target: expected int64, got ", dtype_name(target));
   check(target.is_cpu(), op, ": target: expected a tensor on the CPU, as logits is, got one on another device");
-  check<std::invalid_argument>(target.dim() == 1 && target.size(0) == logits.size(0), op, ": target: expected shape [",
+  check<std::invalid_argument>(target.dim() >= 1 && target.size(0) == logits.size(0), op, ": target: expected shape [",
                                logits.size(0), "] for logits ", shape(logits), ", got ", shape(target));
+  check(target.dim() == 1, op, ": target: expected 1 dimension, [", logits.size(0), "], got shape ", shape(target));
   check<std::invalid_argument>(0 <= reduction && reduction <= 2, op,
                                ": reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
 }

@@ -6,11 +6,11 @@ STABLE_TORCH_LIBRARY(mnist_ext, m) {
   // relu(input @ weight.T + bias), or without relu.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor");
 
-  // (grad_input, grad_weight, grad_bias); those not needed are undefined (None). output: what `linear` returned if relu
-  // was set, else None.
+  // (grad_input if weight is given, grad_weight if input is given, grad_bias if need_bias); the others are undefined
+  // (None). output: what `linear` returned if relu was set, else None.
   m.def(
-      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? output, bool need_input, "
-      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
 
   // (loss, stats [2, N]: each row's maximum and log-sum-exp above it, total_weight []). reduction: 0 none, 1 mean, 2
   // sum.

@@ -58,43 +58,72 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                   const std::optional<Tensor>& output, bool need_input,
-                                                   bool need_weight, bool need_bias) {
-  check_operands(kBackward, input, weight);
-  const int64_t in_features = weight.size(1), out_features = weight.size(0);
-  const auto check_out_shape = [&](const char* argument, const Tensor& t) {
-    check_like(kBackward, argument, t, "input", input);
-    bool equal = t.dim() == input.dim() && t.size(t.dim() - 1) == out_features;
-    for (int64_t i = 0; equal && i < t.dim() - 1; ++i) equal = t.size(i) == input.size(i);
-    check(equal, kBackward, ": ", argument, ": expected the shape of linear(input, weight) for input ", shape(input),
-          " and weight ", shape(weight), ", got ", shape(t));
-  };
-  check_out_shape("grad_output", grad_output);
-  if (output) check_out_shape("output", *output);
+// All of shape [..., columns] with the same leading dimensions.
+bool same_leading_dimensions(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim() - 1; ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& output, bool need_bias) {
+  check_floating(kBackward, "grad_output", grad_output);
+  const int64_t dims = grad_output.dim();
+  check(1 <= dims && dims <= kMaxDims, kBackward, ": grad_output: expected 1 to ", kMaxDims, " dimensions, got ", dims);
+  const int64_t out_features = grad_output.size(dims - 1);
+  int64_t in_features = 0;
+  if (weight) {
+    check_like(kBackward, "weight", *weight, "grad_output", grad_output);
+    check(weight->dim() == 2 && weight->size(0) == out_features, kBackward, ": weight: expected shape [", out_features,
+          ", in_features] for grad_output ", shape(grad_output), ", got ", shape(*weight));
+    in_features = weight->size(1);
+  }
+  if (input) {
+    check_like(kBackward, "input", *input, "grad_output", grad_output);
+    check(same_leading_dimensions(*input, grad_output), kBackward,
+          ": input: expected the leading dimensions of grad_output ", shape(grad_output), ", got ", shape(*input));
+    check(!weight || input->size(dims - 1) == in_features, kBackward, ": input: expected its last dimension to be ",
+          in_features, " for weight ", weight ? shape(*weight) : "", ", got ", shape(*input));
+    in_features = input->size(dims - 1);
+  }
+  if (output) {
+    check_like(kBackward, "output", *output, "grad_output", grad_output);
+    check(same_leading_dimensions(*output, grad_output) && output->size(dims - 1) == out_features, kBackward,
+          ": output: expected the shape of grad_output, ", shape(grad_output), ", got ", shape(*output));
+  }
 
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not needed
-  if (need_input) grad_input = empty(input, input.sizes().data(), input.dim());
-  if (need_weight) grad_weight = empty(weight, {out_features, in_features});
-  if (need_bias) grad_bias = empty(weight, {out_features});
+  if (weight) {
+    int64_t sizes[kMaxDims];
+    for (int64_t i = 0; i < dims - 1; ++i) sizes[i] = grad_output.size(i);
+    sizes[dims - 1] = in_features;
+    grad_input = empty(grad_output, sizes, dims);
+  }
+  if (input) grad_weight = empty(grad_output, {out_features, in_features});
+  if (need_bias) grad_bias = empty(grad_output, {out_features});
 
-  const Matrix dy = as_matrix(grad_output), x = as_matrix(input), w = as_matrix(weight);
-  std::optional<Matrix> y;
-  if (output) y = as_matrix(*output);
-  dispatch_floating(input, [&](auto zero) {
+  const Matrix dy = as_matrix(grad_output);
+  const auto matrix = [](const std::optional<Tensor>& t) {
+    return t ? std::optional<Matrix>(as_matrix(*t)) : std::nullopt;
+  };
+  const std::optional<Matrix> x = matrix(input), w = matrix(weight), y = matrix(output);
+  dispatch_floating(grad_output, [&](auto zero) {
     using T = decltype(zero);
+    const auto data = [](const std::optional<Matrix>& m) { return m ? m->template data<T>() : nullptr; };
+    const auto stride = [](const std::optional<Matrix>& m) { return m ? m->stride : 0; };
     const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
-    mnist_ext::linear_backward<T>({.rows = x.rows,
+    mnist_ext::linear_backward<T>({.rows = dy.rows,
                                    .in_features = in_features,
                                    .out_features = out_features,
                                    .grad_output = dy.data<T>(),
                                    .grad_output_stride = dy.stride,
-                                   .output = y ? y->data<T>() : nullptr,
-                                   .output_stride = y ? y->stride : 0,
-                                   .input = x.data<T>(),
-                                   .input_stride = x.stride,
-                                   .weight = w.data<T>(),
-                                   .weight_stride = w.stride,
+                                   .output = data(y),
+                                   .output_stride = stride(y),
+                                   .input = data(x),
+                                   .input_stride = stride(x),
+                                   .weight = data(w),
+                                   .weight_stride = stride(w),
                                    .grad_input = out(grad_input),
                                    .grad_weight = out(grad_weight),
                                    .grad_bias = out(grad_bias)},

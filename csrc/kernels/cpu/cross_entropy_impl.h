@@ -49,7 +49,12 @@ RowSum<T> row_log_sum_exp(const T* row, int64_t n) {
       if (sum > 0) sum *= std::exp(static_cast<double>(max) - static_cast<double>(new_max));
       max = new_max;
     }
-    if (max == lowest) continue;  // nothing but -inf (or NaN, which the final x - max brings out) so far
+    if (max == lowest) {  // nothing but -inf and NaN so far: exp(x - max) would make NaN of both
+      for (int64_t j = begin; j < begin + size; ++j) {
+        if (row[j] != row[j]) sum = std::numeric_limits<double>::quiet_NaN();
+      }
+      continue;
+    }
     V block_sum{};
     const V shift = V::broadcast(max);
     for_each_vector(row + begin, size, lowest,

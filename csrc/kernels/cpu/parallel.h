@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "scratch.h"
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -36,8 +37,15 @@ MNIST_EXT_INLINE void parallel(int threads, const Body& body) {
     body(0, 1);
     return;
   }
+  bool failed = false;
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  try {
+    body(omp_get_thread_num(), omp_get_num_threads());
+  } catch (...) {  // of all that a kernel calls, scratch() alone throws
+#pragma omp atomic write
+    failed = true;
+  }
+  if (failed) scratch_failed();
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -32,4 +32,6 @@ void* scratch(Scratch slot, std::size_t bytes) {
   return buffer.memory.get();
 }
 
+void scratch_failed() { throw std::bad_alloc(); }
+
 }  // namespace mnist_ext
