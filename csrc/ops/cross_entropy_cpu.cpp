@@ -14,12 +14,12 @@ constexpr const char* kBackward = "mnist_ext.cross_entropy_backward";
 
 void check_operands(const char* op, const Tensor& logits, const Tensor& target, int64_t reduction) {
   check_floating(op, "logits", logits);
-  check(logits.dim() == 2, op, ": logits: expected 2 dimensions [N, C], got shape ", shape(logits));
-  check(target.scalar_type() == ScalarType::Long, op, ": target: expected int64, got ", dtype_name(target));
+  check(logits.dim() == 2, op, ": logits: expected 2 dimensions [N, C], got shape ", Shape(logits));
+  check(target.scalar_type() == ScalarType::Long, op, ": target: expected int64, got ", DtypeName(target));
   check(target.is_cpu(), op, ": target: expected a tensor on the CPU, as logits is, got one on another device");
   check<std::invalid_argument>(target.dim() >= 1 && target.size(0) == logits.size(0), op, ": target: expected shape [",
-                               logits.size(0), "] for logits ", shape(logits), ", got ", shape(target));
-  check(target.dim() == 1, op, ": target: expected 1 dimension, [", logits.size(0), "], got shape ", shape(target));
+                               logits.size(0), "] for logits ", Shape(logits), ", got ", Shape(target));
+  check(target.dim() == 1, op, ": target: expected 1 dimension, [", logits.size(0), "], got shape ", Shape(target));
   check<std::invalid_argument>(0 <= reduction && reduction <= 2, op,
                                ": reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
 }
@@ -76,13 +76,13 @@ Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, c
   check_like(kBackward, "total_weight", total_weight, "logits", logits);
   if (mode == Reduction::none) {
     check(grad_output.dim() == 1 && grad_output.size(0) == rows, kBackward, ": grad_output: expected shape [", rows,
-          "] for reduction none, got ", shape(grad_output));
+          "] for reduction none, got ", Shape(grad_output));
   } else {
-    check(grad_output.numel() == 1, kBackward, ": grad_output: expected one element, got shape ", shape(grad_output));
+    check(grad_output.numel() == 1, kBackward, ": grad_output: expected one element, got shape ", Shape(grad_output));
   }
   check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == rows, kBackward, ": stats: expected shape [2, ",
-        rows, "], got ", shape(stats));
-  check(total_weight.numel() == 1, kBackward, ": total_weight: expected one element, got shape ", shape(total_weight));
+        rows, "], got ", Shape(stats));
+  check(total_weight.numel() == 1, kBackward, ": total_weight: expected one element, got shape ", Shape(total_weight));
 
   const Tensor grad_logits = empty(logits, {rows, classes});
   const Matrix x = as_matrix(logits);

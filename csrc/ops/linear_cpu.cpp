@@ -18,10 +18,10 @@ void check_operands(const char* op, const Tensor& input, const Tensor& weight) {
   check(1 <= input.dim() && input.dim() <= kMaxDims, op, ": input: expected 1 to ", kMaxDims, " dimensions, got ",
         input.dim());
   check(weight.dim() == 2, op, ": weight: expected 2 dimensions [out_features, in_features], got shape ",
-        shape(weight));
+        Shape(weight));
   check(input.size(input.dim() - 1) == weight.size(1), op,
-        ": input: expected its last dimension to be in_features = ", weight.size(1), " of weight ", shape(weight),
-        ", got shape ", shape(input));
+        ": input: expected its last dimension to be in_features = ", weight.size(1), " of weight ", Shape(weight),
+        ", got shape ", Shape(input));
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
@@ -30,7 +30,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   if (bias) {
     check_like(kLinear, "bias", *bias, "input", input);
     check(bias->dim() == 1 && bias->size(0) == out_features, kLinear, ": bias: expected shape [", out_features,
-          "] for weight ", shape(weight), ", got ", shape(*bias));
+          "] for weight ", Shape(weight), ", got ", Shape(*bias));
   }
   int64_t out_sizes[kMaxDims];
   const int64_t dims = input.dim();
@@ -76,21 +76,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   if (weight) {
     check_like(kBackward, "weight", *weight, "grad_output", grad_output);
     check(weight->dim() == 2 && weight->size(0) == out_features, kBackward, ": weight: expected shape [", out_features,
-          ", in_features] for grad_output ", shape(grad_output), ", got ", shape(*weight));
+          ", in_features] for grad_output ", Shape(grad_output), ", got ", Shape(*weight));
     in_features = weight->size(1);
   }
   if (input) {
     check_like(kBackward, "input", *input, "grad_output", grad_output);
     check(same_leading_dimensions(*input, grad_output), kBackward,
-          ": input: expected the leading dimensions of grad_output ", shape(grad_output), ", got ", shape(*input));
-    check(!weight || input->size(dims - 1) == in_features, kBackward, ": input: expected its last dimension to be ",
-          in_features, " for weight ", weight ? shape(*weight) : "", ", got ", shape(*input));
+          ": input: expected the leading dimensions of grad_output ", Shape(grad_output), ", got ", Shape(*input));
+    if (weight) {
+      check(input->size(dims - 1) == in_features, kBackward,
+            ": input: expected its last dimension to be in_features = ", in_features, " of weight ", Shape(*weight),
+            ", got shape ", Shape(*input));
+    }
     in_features = input->size(dims - 1);
   }
   if (output) {
     check_like(kBackward, "output", *output, "grad_output", grad_output);
     check(same_leading_dimensions(*output, grad_output) && output->size(dims - 1) == out_features, kBackward,
-          ": output: expected the shape of grad_output, ", shape(grad_output), ", got ", shape(*output));
+          ": output: expected the shape of grad_output, ", Shape(grad_output), ", got ", Shape(*output));
   }
 
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not needed

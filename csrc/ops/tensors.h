@@ -32,42 +32,48 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail<Error>(parts...);
 }
 
-// "[64, 10]"
-inline std::string shape(const Tensor& t) {
-  std::ostringstream s;
-  s << '[';
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
-  s << ']';
-  return s.str();
-}
-
-inline const char* dtype_name(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "a dtype without kernels";
+// Parts of messages that are put into words only when a message is written: every call passes them to check().
+struct Shape {  // "[64, 10]"
+  const Tensor& tensor;
+  explicit Shape(const Tensor& t) : tensor(t) {}
+  friend std::ostream& operator<<(std::ostream& out, const Shape& s) {
+    out << '[';
+    for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "") << s.tensor.size(i);
+    return out << ']';
   }
-}
+};
+
+struct DtypeName {  // "float32"
+  const Tensor& tensor;
+  explicit DtypeName(const Tensor& t) : tensor(t) {}
+  friend std::ostream& operator<<(std::ostream& out, const DtypeName& d) {
+    switch (d.tensor.scalar_type()) {
+      case ScalarType::Float: return out << "float32";
+      case ScalarType::Double: return out << "float64";
+      case ScalarType::Half: return out << "float16";
+      case ScalarType::BFloat16: return out << "bfloat16";
+      case ScalarType::Long: return out << "int64";
+      case ScalarType::Int: return out << "int32";
+      case ScalarType::Short: return out << "int16";
+      case ScalarType::Char: return out << "int8";
+      case ScalarType::Byte: return out << "uint8";
+      case ScalarType::Bool: return out << "bool";
+      default: return out << "a dtype without kernels";
+    }
+  }
+};
 
 // The dtype that fixes the kernel's type: float32 or float64, else an error.
 inline void check_floating(const char* op, const char* argument, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   check(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", argument,
-        ": expected float32 or float64, got ", dtype_name(t));
+        ": expected float32 or float64, got ", DtypeName(t));
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
                        const Tensor& other) {
   check(t.scalar_type() == other.scalar_type(), op, ": ", argument, ": expected the dtype of ", other_argument, ", ",
-        dtype_name(other), ", got ", dtype_name(t));
+        DtypeName(other), ", got ", DtypeName(t));
   check(t.is_cpu(), op, ": ", argument, ": expected a tensor on the CPU, as ", other_argument,
         " is, got one on another device");
 }
