@@ -32,6 +32,7 @@ def load() -> ModuleType:
         raise ImportError(
             f"mnist_ext: cannot load the compiled library mnist_ext._C ({error}). "
             "If it has not been built, run `pip install .` in the source folder, or "
-            "`pip install --no-build-isolation -e .` to work on it"
+            "`pip install --no-build-isolation -e .` to work on it; after `pip install .`, start "
+            f"Python outside the source folder (this is {__file__})"
         ) from error
     return _C

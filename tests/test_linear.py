@@ -362,6 +362,7 @@ try:
 except (MemoryError, RuntimeError) as error:
     print(type(error).__name__)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Not in the checkout, whose mnist_ext would come before the installed one.
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == "MemoryError"

@@ -76,18 +76,25 @@ double pairwise_sum(const T* x, int64_t n) {
   return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
 }
 
-// The first row with a target that is neither ignored nor a class, or -1.
-inline int64_t first_bad_target(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+struct Targets {
+  int64_t first_bad;  // the first row with a target that is neither ignored nor a class, or -1
+  int64_t counted;    // rows that are not ignored, if none is bad
+};
+
+inline Targets check_targets(const int64_t* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  int64_t counted = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    if (target[i] != ignore_index && (target[i] < 0 || target[i] >= classes)) return i;
+    if (target[i] == ignore_index) continue;
+    if (target[i] < 0 || target[i] >= classes) return {i, counted};
+    ++counted;
   }
-  return -1;
+  return {-1, counted};
 }
 
 template <class T>
 int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
-  const int64_t bad = first_bad_target(x.target, x.rows, x.classes, x.ignore_index);
-  if (bad >= 0) return bad;
+  const Targets targets = check_targets(x.target, x.rows, x.classes, x.ignore_index);
+  if (targets.first_bad >= 0) return targets.first_bad;
   const double work = static_cast<double>(x.rows) * static_cast<double>(x.classes);
   parallel(threads_for(work, kCrossEntropyGrain, threads), [&](int thread, int count) {
     const Range rows = split(x.rows, 1, thread, count);
@@ -104,12 +111,10 @@ int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
       x.row_loss[i] = -((row[t] - lse.max) - lse.log_sum);
     }
   });
-  int64_t counted = 0;
-  for (int64_t i = 0; i < x.rows; ++i) counted += x.target[i] != x.ignore_index;
-  *x.total_weight = static_cast<T>(counted);
+  *x.total_weight = static_cast<T>(targets.counted);
   if (x.reduction != Reduction::none) {
     const double sum = pairwise_sum(x.row_loss, x.rows);
-    *x.loss = static_cast<T>(x.reduction == Reduction::mean ? sum / static_cast<double>(counted) : sum);
+    *x.loss = static_cast<T>(x.reduction == Reduction::mean ? sum / static_cast<double>(targets.counted) : sum);
   }
   return -1;
 }
@@ -117,8 +122,8 @@ int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
 template <class T>
 int64_t cross_entropy_backward(const CrossEntropyBackward<T>& x, int threads) {
   using V = Vec<T>;
-  const int64_t bad = first_bad_target(x.target, x.rows, x.classes, x.ignore_index);
-  if (bad >= 0) return bad;
+  const Targets targets = check_targets(x.target, x.rows, x.classes, x.ignore_index);
+  if (targets.first_bad >= 0) return targets.first_bad;
   const T mean_scale = x.reduction == Reduction::mean ? *x.grad_output / *x.total_weight : T(0);
   const double work = static_cast<double>(x.rows) * static_cast<double>(x.classes);
   parallel(threads_for(work, kCrossEntropyGrain, threads), [&](int thread, int count) {
