@@ -23,7 +23,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 # into another's.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
 # No fast-math: inf and NaN are part of the contract. Contracting a * b + c is not fast-math.

@@ -23,6 +23,15 @@ _cross_entropy = _ops.cross_entropy.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
 
 
+def _is_recorded() -> bool:
+    """Say whether a backward must consist of PyTorch's own ops.
+
+    So it is where it is itself recorded, or run for many grad_outputs at once (vmap, as in
+    ``torch.autograd.grad(..., is_grads_batched=True)``).
+    """
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 class Linear(Function):
     """``relu(input @ weight.T + bias)``, or without relu."""
 
@@ -43,8 +52,7 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are needed, None for the others."""
-        recorded = torch.is_grad_enabled()
-        op: Any = _linear_backward_differentiable if recorded else _linear_backward
+        op: Any = _linear_backward_differentiable if _is_recorded() else _linear_backward
         return *op(grad_output, *ctx.saved_tensors, ctx.needs_input_grad[2]), None
 
 
@@ -70,34 +78,48 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 class CrossEntropy(Function):
-    """Softmax cross-entropy of [N, C] logits against class indices."""
+    """Softmax cross-entropy of logits against class indices or probabilities."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: Tensor, target: Tensor, ignore_index: int, reduction: int
+        ctx: FunctionCtx,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: int,
     ) -> Tensor:
-        """Shapes: logits [N, C], target [N]; returns [] or, for reduction 0 (none), [N]."""
-        loss, stats, total_weight = _cross_entropy(logits, target, ignore_index, reduction)
-        ctx.save_for_backward(logits, target, stats, total_weight)
-        ctx.ignore_index = ignore_index  # type: ignore[attr-defined]
-        ctx.reduction = reduction  # type: ignore[attr-defined]
+        """Shapes: see `functional.cross_entropy`; returns [] or, for reduction 0 (none), [N, ...]."""
+        loss, stats, total_weight = _cross_entropy(
+            logits, target, weight, ignore_index, label_smoothing, reduction
+        )
+        ctx.save_for_backward(logits, target, weight, stats, total_weight)  # type: ignore[arg-type]
+        ctx.options = ignore_index, label_smoothing, reduction  # type: ignore[attr-defined]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the logits, [N, C], and None for the rest."""
-        logits, target, stats, total_weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            (grad,) = torch.autograd.grad(
-                torch.ops.aten.cross_entropy_loss(
-                    logits, target, None, ctx.reduction, ctx.ignore_index
-                ),
-                logits,
-                grad_output,
-                create_graph=True,
-            )
+        """Return the gradients of logits and probabilities that are needed, None for the rest."""
+        logits, target, weight, stats, total_weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if _is_recorded():
+            ignore_index, label_smoothing, reduction = ctx.options
+            if target.dtype in (
+                torch.int32,
+                torch.uint8,
+            ):  # PyTorch's op takes only int64 throughout
+                target = target.long()
+            wanted = [t for t, need in zip((logits, target), needs, strict=True) if need]
+            with torch.enable_grad():
+                loss = torch.ops.aten.cross_entropy_loss(
+                    logits, target, weight, reduction, ignore_index, label_smoothing
+                )
+            recorded = torch.is_grad_enabled()
+            found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=recorded))
+            grads = [next(found) if need else None for need in needs]
         else:
-            grad = _cross_entropy_backward(
-                grad_output, logits, target, stats, total_weight, ctx.ignore_index, ctx.reduction
+            grads = _cross_entropy_backward(
+                grad_output, logits, target, weight, stats, total_weight, *ctx.options, *needs
             )
-        return grad, None, None, None
+        return *grads, None, None, None, None

@@ -40,19 +40,32 @@ def _(
 
 @torch.library.register_fake("mnist_ext::cross_entropy")
 def _(
-    logits: Tensor, target: Tensor, ignore_index: int, reduction: int
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(logits.dim() == 2, lambda: "mnist_ext.cross_entropy: logits: expected [N, C]")
+    torch._check(
+        logits.dim() >= 1, lambda: "mnist_ext.cross_entropy: logits: expected [C] or [N, C, ...]"
+    )
+    positions = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else ()
+    expected = logits.shape if target.is_floating_point() else positions
     torch._check_value(
-        target.dim() == 1 and target.shape[0] == logits.shape[0],
+        target.shape == expected,
         lambda: (
-            f"mnist_ext.cross_entropy: target: expected shape [{logits.shape[0]}], "
+            f"mnist_ext.cross_entropy: target: expected shape {list(expected)}, "
             f"got {list(target.shape)}"
         ),
     )
-    rows = logits.shape[0]
-    loss = logits.new_empty((rows,) if reduction == 0 else ())
-    return loss, logits.new_empty((2, rows)), logits.new_empty(())
+    loss = logits.new_empty(positions if reduction == 0 else ())
+    dtype = torch.float32 if logits.dtype.itemsize == 2 else logits.dtype
+    return (
+        loss,
+        logits.new_empty((2, *positions), dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+    )
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy_backward")
@@ -60,9 +73,20 @@ def _(
     grad_output: Tensor,
     logits: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     stats: Tensor,
     total_weight: Tensor,
     ignore_index: int,
+    label_smoothing: float,
     reduction: int,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
+    need_logits: bool,
+    need_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    def gradient() -> Tensor:
+        if logits.dim() > 2 and not target.is_floating_point():
+            classes_last = logits.movedim(1, -1)
+            if classes_last.is_contiguous():
+                return logits.new_empty(classes_last.shape).movedim(-1, 1)
+        return logits.new_empty(logits.shape)
+
+    return gradient() if need_logits else None, gradient() if need_target else None

@@ -1,9 +1,9 @@
 """The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
-The kernels cover float32 and float64 on the CPU. Every other call (another dtype, device or layout,
-tensor subclasses, class weights, label smoothing, probability targets, more than two dimensions of
-logits, autocast, torch.func transforms, forward-mode derivatives) runs PyTorch's own op: the result
-is the same, the speed is PyTorch's.
+The kernels cover float32, float64, bfloat16 and float16 on the CPU. What they do not cover runs
+PyTorch's own op, with its result at its speed: other devices, dtypes and layouts, tensor
+subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast.
+``docs/semantics.md`` lists every case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Reduction = Literal["none", "mean", "sum"]
 
 _RELU = {"none": False, "relu": True}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -37,12 +38,9 @@ def _plain(tensor: Tensor) -> bool:
     )
 
 
-def _ordinary_call() -> bool:
-    return (
-        not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _transformed() -> bool:
+    # By torch.func, or for forward-mode derivatives.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def check_activation(activation: Activation) -> Activation:
@@ -89,7 +87,8 @@ def linear(
         and _plain(weight)
         and weight.dim() == 2
         and (bias is None or (_plain(bias) and _one_per_feature(bias, weight)))
-        and _ordinary_call()
+        and not _transformed()
+        and not torch.is_autocast_enabled("cpu")
     ):
         return Linear.apply(input, weight, bias, relu)
     output = F.linear(input, weight, bias)
@@ -110,51 +109,57 @@ def cross_entropy(
     As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
     PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
 
-    Two differences: the logits themselves are kept for the backward (PyTorch keeps a copy of that
-    size), so writing to them in between raises; and a row that is ignored has gradient 0 even if
-    its logits are NaN.
+    Three differences: class indices may be int32 or uint8 throughout; the logits themselves are
+    kept for the backward (PyTorch keeps a copy of that size), so writing to them in between raises;
+    and a position that is ignored has gradient 0 even if its logits are NaN.
 
     Args:
-        input: logits, ``[N, C]`` (other shapes: see the module's docstring), any strides.
-        target: ``[N]`` int64 class indices in ``[0, C)``, or ``ignore_index``.
-        weight: ``[C]``, a weight per class.
-        ignore_index: targets of this value count neither in the loss nor in the gradient.
-        reduction: ``"mean"`` (over the targets that count; NaN if there are none), ``"sum"`` or
-            ``"none"``.
-        label_smoothing: in [0, 1].
+        input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``, any strides.
+        target: class indices in ``[0, C)`` or ``ignore_index``, int64, int32 or uint8, of shape
+            ``[]``, ``[N]`` or ``[N, d1, ...]``; or class probabilities, of the shape of input.
+        weight: ``[C]``, of the dtype of input: a weight per class.
+        ignore_index: class indices of this value count neither in the loss nor in the gradient.
+        reduction: ``"mean"`` (with class indices over the weights of the targets that count, NaN if
+            there are none; with probabilities over ``N * d1 * ...``), ``"sum"`` or ``"none"``.
+        label_smoothing: in [0, 1]: the share of the target that is spread evenly over the classes.
 
     Returns:
-        A scalar, or ``[N]`` for reduction ``"none"``, of the dtype of input. The sum over a row's
-        classes runs in that dtype by blocks, everything beyond in float64.
+        A scalar, or for reduction ``"none"`` the shape of input without C, of the dtype of input.
+        bfloat16 and float16 are computed in float32 and rounded once; under autocast the result is
+        float32, as PyTorch's is.
 
     Raises:
-        IndexError: a target that is neither a class nor ignore_index.
+        IndexError: a class index that is neither a class nor ignore_index.
         ValueError: batch sizes that differ; unknown reduction.
-        RuntimeError: dtypes or devices that do not fit together.
+        RuntimeError: shapes, dtypes or devices that do not fit together, label_smoothing above 1.
         NotImplementedError: logits of an integer dtype.
     """
     mode = _REDUCTION.get(reduction) if isinstance(reduction, str) else None
     if (
-        weight is None
-        and label_smoothing == 0.0
-        and mode is not None
+        mode is not None
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
+        and type(label_smoothing) in (float, int)
         and _plain(input)
         and input.dtype in _DTYPES
-        and input.dim() == 2
+        and input.dim() > 0
         and _plain(target)
-        and target.dim() > 0
-        and not target.is_floating_point()
-        and target.dtype is not torch.uint8
-        and _ordinary_call()
+        and (weight is None or (_plain(weight) and not weight.requires_grad))
+        and _has_kernel(input, target, label_smoothing)
+        and not _transformed()
     ):
-        return CrossEntropy.apply(input, target, ignore_index, mode)
+        if torch.is_autocast_enabled("cpu"):
+            input, target, weight = _in_float32(input), _in_float32(target), _in_float32(weight)
+        return CrossEntropy.apply(
+            input, target, weight, ignore_index, max(0.0, label_smoothing), mode
+        )
     if isinstance(input, Tensor) and not input.is_floating_point():
         raise NotImplementedError(
             "mnist_ext.cross_entropy: input: expected logits of a floating dtype, "
             f"got {input.dtype}"
         )
+    if isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES:
+        target = target.long()
     return F.cross_entropy(
         input,
         target,
@@ -163,3 +168,18 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def _has_kernel(input: Tensor, target: Tensor, label_smoothing: float) -> bool:
+    if target.dtype in _INDEX_DTYPES:
+        # Of logits without classes, label smoothing makes PyTorch's NaN.
+        return not label_smoothing or input.numel() > 0
+    # Probabilities of another dtype are promoted, which is left to PyTorch.
+    return target.dtype is input.dtype and target.shape == input.shape
+
+
+def _in_float32(tensor: Tensor | None) -> Tensor | None:
+    # What autocast does to the arguments of a loss: float64 and class indices stay.
+    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.float()
+    return tensor

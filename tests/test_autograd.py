@@ -1,179 +1,229 @@
-"""The autograd Functions: gradcheck, second derivatives, and torch's transforms and compilers."""
+"""Derivatives of every kind: gradcheck, second derivatives, torch.func's transforms, in-place writes."""
 
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.autograd import gradcheck, gradgradcheck
-
-from mnist_ext import functional
+from op_cases import CASES, FEW, value_and_gradients, with_gradients
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 
-def double(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+def checkable(case):
+    """Return the case's function of its differentiable tensors, and these, for gradcheck."""
+    leaves, wanted = with_gradients(case.tensors(torch.float64), case.differentiable)
+
+    def function(*inputs):
+        values = iter(inputs)
+        arguments = [
+            next(values) if i in case.differentiable and leaf is not None else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        return case.ours(*arguments)
+
+    return function, tuple(wanted)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [6, 135])  # dot products; packed outer products
-def test_linear_gradcheck(isa, rows, bias, activation):
-    """Gradcheck draws a random grad_output by itself and checks every input."""
-    arguments = (double(rows, 4), double(3, 4), double(3) if bias else None)
-    assert gradcheck(lambda *a: functional.linear(*a, activation=activation), arguments)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradcheck(case):
+    """Of all gradients; grad_output is random, and also a batch of them at once (vmap)."""
+    function, inputs = checkable(case)
+    gradcheck(function, inputs, check_batched_grad=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("ignore_index", [-100, 1])
-def test_cross_entropy_gradcheck(isa, ignore_index, reduction):
-    target = torch.tensor([0, 4, 1, 1, 3, 2, 0])
-    options = {"ignore_index": ignore_index, "reduction": reduction}
-    assert gradcheck(lambda x: functional.cross_entropy(x, target, **options), (double(7, 5),))
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_gradcheck_on_each_instruction_set(isa, case):
+    function, inputs = checkable(case)
+    gradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_gradgradcheck(bias, activation):
-    arguments = (double(2, 3, 4), double(3, 4), double(3) if bias else None)
-    assert gradgradcheck(lambda *a: functional.linear(*a, activation=activation), arguments)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradgradcheck(case):
+    function, inputs = checkable(case)
+    gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_gradgradcheck(reduction):
-    target = torch.tensor([0, 4, -100, 1])
-    op = functional.cross_entropy
-    assert gradgradcheck(lambda x: op(x, target, reduction=reduction), (double(4, 5),))
-
-
-def test_backward_twice_with_retain_graph():
-    input, weight, bias = double(8, 5), double(4, 5), double(4)
-    target = torch.randint(0, 4, (8,))
-    loss = functional.cross_entropy(
-        functional.linear(input, weight, bias, activation="relu"), target
-    )
-    first = torch.autograd.grad(loss, (input, weight, bias), retain_graph=True)
-    second = torch.autograd.grad(loss, (input, weight, bias))
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_backward_twice_with_retain_graph(case):
+    leaves, wanted = with_gradients(case.tensors(torch.float32), case.differentiable)
+    value = case.ours(*leaves)
+    grad_output = torch.randn(value.shape)
+    first = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
+    second = torch.autograd.grad(value, wanted, grad_output)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def loss_of(op, weight, bias, input, target):
-    hidden = op.linear(input, weight, bias)
-    return op.cross_entropy(hidden, target)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_only_the_gradients_asked_for(isa, case):
+    """Each subset of the tensors: the same gradients, nothing for the others."""
+    tensors = case.tensors(torch.float32)
+    present = [i for i in case.differentiable if tensors[i] is not None]
+    everything = dict(zip(present, value_and_gradients(case.ours, case, tensors)[1:], strict=True))
+    for size in range(len(present) + 1):
+        for subset in itertools.combinations(present, size):
+            leaves, wanted = with_gradients(tensors, subset)
+            value = case.ours(*leaves)
+            assert value.requires_grad == bool(subset)
+            if subset:
+                grads = torch.autograd.grad(value, wanted, torch.ones_like(value))
+                for i, grad in zip(subset, grads, strict=True):
+                    torch.testing.assert_close(grad, everything[i])
 
 
-def test_functorch_transforms_agree():
-    weight, bias = torch.randn(4, 5), torch.randn(4)
-    inputs, targets = torch.randn(3, 6, 5), torch.randint(0, 4, (3, 6))
-    for transform in (
-        lambda f: torch.func.vmap(f, (None, None, 0, 0)),
-        lambda f: torch.func.vmap(torch.func.grad(f), (None, None, 0, 0)),
-    ):
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_inputs_and_saved_tensors_are_not_written(isa, case):
+    tensors = case.tensors(torch.float32)
+    leaves, wanted = with_gradients(tensors, case.differentiable)
+    given = [t for t in leaves if t is not None]
+    before = [(t.detach().clone(), t._version) for t in given]
+    value = case.ours(*leaves)
+    grad_output = torch.randn(value.shape)
+    grad_before, value_before = grad_output.clone(), value.detach().clone()
+    torch.autograd.grad(value, wanted, grad_output)
+    for tensor, (content, version) in zip(given, before, strict=True):
+        assert torch.equal(tensor, content)
+        assert tensor._version == version
+    assert torch.equal(grad_output, grad_before)
+    assert torch.equal(value, value_before)
+    assert value._version == 0
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_writing_what_the_backward_reads_raises(case):
+    """Each tensor that the backward needs, written in between: PyTorch's error, not wrong numbers."""
+    tensors = case.tensors(torch.float32)
+    for written in range(len(tensors)):
+        if tensors[written] is None:
+            continue
+        leaves, wanted = with_gradients(tensors, case.differentiable)
+        value = case.ours(*leaves)
+        expected = torch.autograd.grad(value, wanted, torch.ones_like(value), retain_graph=True)
+        leaves[written].detach().zero_()  # shares its version counter
+        if case.op == "linear" and written == 2:  # the bias is not read again
+            again = torch.autograd.grad(value, wanted, torch.ones_like(value))
+            assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(value, wanted, torch.ones_like(value))
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize(
+    "transform", ["grad", "vmap", "vmap_of_grad", "jacrev", "jacfwd", "hessian", "jvp", "vjp"]
+)
+def test_torch_func_agrees(case, transform):
+    tensors = case.tensors(torch.float64)
+    first, rest = tensors[0], tensors[1:]
+    batch = torch.stack([first, first + 0.5, first * 2])
+
+    def of(function):
+        def scalar(x):
+            return function(x, *rest).sum()
+
+        def value(x):
+            return function(x, *rest)
+
+        match transform:
+            case "grad":
+                return torch.func.grad(scalar)(first)
+            case "vmap":
+                return torch.func.vmap(value)(batch)
+            case "vmap_of_grad":
+                return torch.func.vmap(torch.func.grad(scalar))(batch)
+            case "jacrev":
+                return torch.func.jacrev(value)(first)
+            case "jacfwd":
+                return torch.func.jacfwd(value)(first)
+            case "hessian":
+                return torch.func.hessian(scalar)(first)
+            case "jvp":
+                return torch.func.jvp(value, (first,), (torch.ones_like(first),))
+            case _:
+                output, vjp = torch.func.vjp(value, first)
+                return output, vjp(torch.ones_like(output))
+
+    torch.testing.assert_close(of(case.ours), of(case.torchs))
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_vmap_over_every_tensor(case):
+    tensors = case.tensors(torch.float64)
+    batched = [None if t is None else torch.stack([t, t]) for t in tensors]
+    dims = tuple(None if t is None else 0 for t in tensors)
+    ours, torchs = (torch.func.vmap(f, dims)(*batched) for f in (case.ours, case.torchs))
+    torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_autograd_functional_jacobian_and_hessian(case, vectorize):
+    tensors = case.tensors(torch.float64)
+    for compute in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
         ours, torchs = (
-            transform(lambda *a, op=op: loss_of(op, *a))(weight, bias, inputs, targets)
-            for op in (functional, F)
+            compute(
+                lambda x, f=f: f(x, *tensors[1:]).sum(),
+                tensors[0].contiguous(),
+                vectorize=vectorize,
+            )
+            for f in (case.ours, case.torchs)
         )
         torch.testing.assert_close(ours, torchs)
 
 
-def test_autocast_gives_pytorchs_dtypes():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert functional.linear(torch.randn(2, 3), torch.randn(4, 3)).dtype == torch.bfloat16
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_forward_mode_derivatives_agree(case):
+    tensors = case.tensors(torch.float64)
+    tangents = {
+        i: torch.randn_like(tensors[i]) for i in case.differentiable if tensors[i] is not None
+    }
+    results = []
+    for function in (case.ours, case.torchs):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(t, tangents[i]) if i in tangents else t
+                for i, t in enumerate(tensors)
+            ]
+            results.append(forward_ad.unpack_dual(function(*duals)).tangent)
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_break(dynamic):
-    """Traced by AOTAutograd, forward and backward; the inductor code generator is not needed."""
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_saved_tensor_hooks_and_checkpoint(case):
+    from torch.utils.checkpoint import checkpoint
 
-    def loss(input, weight, bias, target):
-        hidden = functional.linear(input, weight, bias, activation="relu")
-        return functional.cross_entropy(hidden, target)
+    tensors = case.tensors(torch.float32)
+    expected = value_and_gradients(case.ours, case, tensors)
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (8, 9):
-        arguments = [torch.randn(rows, 5), torch.randn(4, 5), torch.randn(4)]
-        arguments = [t.requires_grad_() for t in arguments]
-        target = torch.randint(0, 4, (rows,))
-        ours, eager = compiled(*arguments, target), loss(*arguments, target)
-        assert torch.equal(ours, eager)
-        for a, b in zip(
-            torch.autograd.grad(ours, arguments), torch.autograd.grad(eager, arguments), strict=True
-        ):
-            assert torch.equal(a, b)
+    def checkpointed(*leaves):
+        return checkpoint(case.ours, *leaves, use_reentrant=False)
+
+    again = value_and_gradients(checkpointed, case, tensors)
+    with torch.autograd.graph.save_on_cpu():
+        saved = value_and_gradients(case.ours, case, tensors)
+    for results in (again, saved):
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-OP_CALLS = [
-    ("linear", lambda: (torch.randn(3, 5), torch.randn(4, 5), torch.randn(4), True)),
-    ("linear", lambda: (torch.randn(2, 3, 5), torch.randn(4, 5), None, False)),
-    *(
-        (
-            "linear_backward",
-            lambda which=which, relu=relu: (
-                torch.randn(3, 4),
-                torch.randn(3, 5) if which[0] else None,
-                torch.randn(4, 5) if which[1] else None,
-                torch.randn(3, 4).relu() if relu else None,
-                which[2],
-            ),
-        )
-        for which, relu in itertools.product([(1, 1, True), (0, 1, False), (0, 0, True)], [0, 1])
-    ),
-    *(
-        (
-            "cross_entropy",
-            lambda r=r: (torch.randn(3, 5), torch.tensor([0, 4, -100]), -100, r),
-        )
-        for r in (0, 1, 2)
-    ),
-    *(
-        (
-            "cross_entropy_backward",
-            lambda r=r: (
-                torch.randn(3) if r == 0 else torch.randn(()),
-                torch.randn(3, 5),
-                torch.tensor([0, 4, -100]),
-                torch.randn(2, 3),
-                torch.tensor(2.0),
-                -100,
-                r,
-            ),
-        )
-        for r in (0, 1, 2)
-    ),
-]
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_no_grad_and_inference_mode(case):
+    tensors = case.tensors(torch.float32)
+    leaves, _ = with_gradients(tensors, case.differentiable)
+    expected = case.ours(*leaves)
+    with torch.no_grad():
+        assert torch.equal(case.ours(*leaves), expected)
+        assert not case.ours(*leaves).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(case.ours(*leaves), expected)
+        assert case.ours(*leaves).is_inference()
 
 
-@pytest.mark.parametrize(("name", "make"), OP_CALLS, ids=lambda p: p if isinstance(p, str) else "")
-def test_opcheck(name, make):
-    torch.library.opcheck(getattr(torch.ops.mnist_ext, name).default, make())
-
-
-def test_forward_mode_derivatives_agree():
-    input, weight, tangent = torch.randn(4, 3), torch.randn(5, 3), torch.randn(4, 3)
-    target = torch.tensor([0, 4, 2, 2])
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(input, tangent)
-        ours, torchs = (
-            torch.autograd.forward_ad.unpack_dual(
-                op.cross_entropy(op.linear(dual, weight), target)
-            ).tangent
-            for op in (functional, F)
-        )
-    torch.testing.assert_close(ours, torchs)
-
-
-@pytest.mark.parametrize("shape", [(3, 0, 4), (3, 4, 0), (0, 4, 5)], ids=str)
-def test_recorded_backward_of_empty_layers(shape):
-    rows, in_features, out_features = shape
-    input, weight = double(rows, in_features), double(out_features, in_features)
-    output = functional.linear(input, weight, double(out_features))
-    grads = torch.autograd.grad(output.sum(), (input, weight), create_graph=True)
-    assert [g.shape for g in grads] == [input.shape, weight.shape]
-
-
-def test_fake_tensors_refuse_wrong_shapes():
-    op = torch.ops.mnist_ext
-    with torch._subclasses.FakeTensorMode():
-        with pytest.raises(RuntimeError, match="in_features"):
-            op.linear(torch.randn(2, 3), torch.randn(4, 5), None, False)
-        with pytest.raises(ValueError, match="target"):
-            op.cross_entropy(torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), -100, 1)
+@pytest.mark.filterwarnings("ignore:Error detected in")  # how it names the forward
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_anomaly_mode(case):
+    """NaN from a backward is found, and the forward that made it is named."""
+    tensors = case.tensors(torch.float32)
+    leaves, wanted = with_gradients(tensors, case.differentiable)
+    with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
+        value = case.ours(*leaves)
+        grad_output = torch.full_like(value, torch.nan)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            torch.autograd.grad(value, wanted, grad_output)

@@ -1,57 +1,91 @@
-// Fused softmax + cross-entropy over the rows of a matrix of logits, and its gradient.
+// Fused softmax + cross-entropy of logits against class indices or class probabilities, and its gradients.
 //
-//   log_softmax(x)_j = (x_j - max) - log_sum,  log_sum = log(sum_j exp(x_j - max))
-//   loss_i = -log_softmax(logits_i)_target_i
+//   log_p_c = (x_c - max) - log_sum,  log_sum = log(sum_c exp(x_c - max))
+//   loss    = -sum_c q_c * log_p_c
+//
+// q holds the class weights w (1 without) and the label smoothing s:
+//   class index t:     q_c = (1 - s) * w_t * [c == t] + s / classes * w_c;  loss 0 where t == ignore_index
+//   probabilities t_c: q_c = ((1 - s) * t_c + s / classes) * w_c
 //
 // max and log_sum are kept apart, as in PyTorch's log_softmax: their sum would lose log_sum for logits around 1e16.
-// Precision: exp and the differences in T; sums of exponentials per block of a row in T, across blocks in double; the
-// reduction over rows pairwise in double.
-// A row of -inf only, or with +inf or NaN in it, gives NaN, as in PyTorch.
-// Layout: logits are row-major with unit column stride; logits_stride is the distance in elements between rows.
+// Precision: everything per position in ComputeType<T>, sums over classes in short chains of it; the reduction over
+// positions pairwise in double.
+// Logits of -inf only, or with +inf or NaN among them, give NaN, as in PyTorch.
 // Aliasing: outputs overlap nothing. Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace mnist_ext {
 
 enum class Reduction { none, mean, sum };  // the order of torch.nn._reduction.get_enum
 
+// [batch, classes, positions]: element (b, c, s) lies at b * batch_stride + c * class_stride + s. Where there is one
+// position only, class_stride is 1: the matrix [batch, classes] with contiguous rows.
+template <class T>
+struct ClassScores {
+  T* data;  // null: not given, not wanted
+  int64_t batch_stride, class_stride;
+};
+
+struct ClassIndices {
+  enum class Type { int64, int32, uint8 };
+
+  const void* data;  // [batch, positions], contiguous; null if the target is probabilities
+  Type type;
+
+  int64_t operator[](int64_t i) const {
+    switch (type) {
+      case Type::int64: return static_cast<const int64_t*>(data)[i];
+      case Type::int32: return static_cast<const int32_t*>(data)[i];
+      default: return static_cast<const uint8_t*>(data)[i];
+    }
+  }
+};
+
+// What forward and backward have in common.
+template <class T>
+struct CrossEntropyProblem {
+  int64_t batch, classes, positions;
+  ClassScores<const T> logits;
+  ClassIndices target;                 // each in [0, classes) or ignore_index
+  ClassScores<const T> probabilities;  // in place of class indices
+  const T* weight;                     // [classes], or null
+  int64_t ignore_index;
+  double label_smoothing;  // in [0, 1]
+  Reduction reduction;
+};
+
 template <class T>
 struct CrossEntropyForward {
-  int64_t rows, classes;
-  const T* logits;  // [rows, classes]
-  int64_t logits_stride;
-  const int64_t* target;  // [rows], each in [0, classes) or ignore_index
-  int64_t ignore_index;
-  Reduction reduction;
-  T* row_loss;      // [rows]: the loss of each row, 0 where ignored
-  T* row_max;       // [rows]: 0 where ignored
-  T* row_log_sum;   // [rows]: 0 where ignored
-  T* loss;          // [1]: mean over the rows that count (NaN if none does) or sum; not written for Reduction::none
-  T* total_weight;  // [1]: the number of rows that count
+  CrossEntropyProblem<T> problem;
+  ComputeType<T>* position_loss;     // [batch, positions]: 0 where ignored
+  ComputeType<T>* position_max;      // [batch, positions]: 0 where ignored
+  ComputeType<T>* position_log_sum;  // [batch, positions]: 0 where ignored
+  ComputeType<T>* total_weight;      // [1]: what the mean divides by: the sum of w_t over the positions that are not
+                                     // ignored; with probabilities the number of positions (NaN for 0 classes)
+  T* loss;  // mean or sum: [1]. none: [batch, positions], or null where position_loss serves (ComputeType<T> is T)
 };
 
-// grad_logits = scale * (softmax(logits) - onehot(target)), 0 in ignored rows;
-// scale = grad_output (sum), grad_output / total_weight (mean), grad_output[row] (none).
+// grad_logits_c = scale * (p_c * sum_k q_k - q_c)    grad_probabilities_c = -scale * (1 - s) * w_c * log_p_c
+// and 0 at ignored positions; scale = grad_output (sum), grad_output / total_weight (mean), grad_output[position]
+// (none). The gradients are contiguous.
 template <class T>
 struct CrossEntropyBackward {
-  int64_t rows, classes;
-  const T* grad_output;  // [1], or for Reduction::none [rows] with stride grad_output_stride
-  int64_t grad_output_stride;
-  const T* logits;  // [rows, classes]
-  int64_t logits_stride;
-  const int64_t* target;  // [rows]
-  int64_t ignore_index;
-  Reduction reduction;
-  const T* row_max;       // from the forward
-  const T* row_log_sum;   // from the forward
-  const T* total_weight;  // from the forward
-  T* grad_logits;         // [rows, classes], contiguous
+  CrossEntropyProblem<T> problem;
+  const T* grad_output;                    // [1], or for Reduction::none [batch, positions] with
+  int64_t grad_output_stride;              // this distance between positions
+  const ComputeType<T>* position_max;      // from the forward
+  const ComputeType<T>* position_log_sum;  // from the forward
+  const ComputeType<T>* total_weight;      // from the forward
+  T* grad_logits;                          // [batch, classes, positions], or null
+  T* grad_probabilities;                   // [batch, classes, positions], or null
 };
 
-// Both return -1, or the first row whose target is neither ignore_index nor in [0, classes). Nothing is read or written
-// out of bounds for such a row, but the outputs are then incomplete.
+// Both return -1, or the first position whose target is neither ignore_index nor in [0, classes). Nothing is read or
+// written out of bounds for such a target, but the outputs are then incomplete.
 template <class T>
 int64_t cross_entropy_forward(const CrossEntropyForward<T>& args, int threads);
 

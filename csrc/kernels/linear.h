@@ -1,7 +1,8 @@
 // Fused linear layer: out = activation(input * weight^T + bias), and its gradients.
 //
-// Precision: products are accumulated in T by fused multiply-add where the instruction set has it, in vector lanes and
-// in blocks of the summed dimension, never in one long chain. grad_bias is accumulated in double.
+// Precision: products are accumulated in ComputeType<T> by fused multiply-add where the instruction set has it, in
+// vector lanes and in blocks of the summed dimension, never in one long chain; the result is rounded to T once, after
+// bias and activation. grad_bias is accumulated in double.
 // Layout: every matrix is row-major with unit column stride; *_stride is the distance in elements between rows (the
 // leading dimension). A stride of 0 (an expanded tensor) is allowed for what is only read.
 // Aliasing: outputs overlap nothing. Any size may be 0; a sum over nothing is 0.
@@ -9,6 +10,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "dtypes.h"
 
 namespace mnist_ext {
 

@@ -9,105 +9,308 @@
 namespace mnist_ext::ops {
 namespace {
 
-constexpr const char* kCrossEntropy = "mnist_ext.cross_entropy";
+constexpr const char* kForward = "mnist_ext.cross_entropy";
 constexpr const char* kBackward = "mnist_ext.cross_entropy_backward";
 
-void check_operands(const char* op, const Tensor& logits, const Tensor& target, int64_t reduction) {
-  check_floating(op, "logits", logits);
-  check(logits.dim() == 2, op, ": logits: expected 2 dimensions [N, C], got shape ", Shape(logits));
-  check(target.scalar_type() == ScalarType::Long, op, ": target: expected int64, got ", DtypeName(target));
+// The shape of logits without the dimension of the classes, which is the second one, or the only one.
+struct Positions {
+  const Tensor& logits;
+
+  int64_t dims() const { return logits.dim() - 1; }
+  int64_t size(int64_t i) const { return logits.size(i == 0 ? 0 : i + 1); }
+  bool is_shape_of(const Tensor& t) const {
+    bool same = t.dim() == dims();
+    for (int64_t i = 0; same && i < dims(); ++i) same = t.size(i) == size(i);
+    return same;
+  }
+  friend std::ostream& operator<<(std::ostream& out, const Positions& p) {
+    out << '[';
+    for (int64_t i = 0; i < p.dims(); ++i) out << (i ? ", " : "") << p.size(i);
+    return out << ']';
+  }
+};
+
+int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+
+void check_probabilities(const char* op, const Tensor& logits, const Tensor& target, int64_t ignore_index) {
+  check_like(op, "target", target, "logits", logits);
+  bool same = target.dim() == logits.dim();
+  for (int64_t i = 0; same && i < logits.dim(); ++i) same = target.size(i) == logits.size(i);
+  check(same, op, ": target: expected probabilities of the shape of logits, ", Shape(logits), ", got ", Shape(target));
+  check(ignore_index < 0, op, ": ignore_index: expected a negative number, as target holds probabilities, got ",
+        ignore_index);
+}
+
+void check_indices(const char* op, const Tensor& logits, const Tensor& target) {
+  const ScalarType dtype = target.scalar_type();
+  check(dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Byte, op,
+        ": target: expected class indices of dtype int64, int32 or uint8, or probabilities of the shape and dtype of "
+        "logits, ",
+        Shape(logits), " ", DtypeName(logits), ", got ", Shape(target), " ", DtypeName(target));
   check(target.is_cpu(), op, ": target: expected a tensor on the CPU, as logits is, got one on another device");
-  check<std::invalid_argument>(target.dim() >= 1 && target.size(0) == logits.size(0), op, ": target: expected shape [",
-                               logits.size(0), "] for logits ", Shape(logits), ", got ", Shape(target));
-  check(target.dim() == 1, op, ": target: expected 1 dimension, [", logits.size(0), "], got shape ", Shape(target));
+  const Positions positions{logits};
+  if (positions.is_shape_of(target)) return;
+  // A batch size of its own is a ValueError in PyTorch, another shape a RuntimeError.
+  if (logits.dim() > 1) {
+    const int64_t batch = target.dim() > 0 ? target.size(0) : 0;
+    check<std::invalid_argument>(target.dim() > 0 && batch == logits.size(0), op, ": target: expected shape ",
+                                 positions, " for logits ", Shape(logits), ", got ", Shape(target));
+  }
+  fail<std::runtime_error>(op, ": target: expected shape ", positions, " for logits ", Shape(logits), ", got ",
+                           Shape(target));
+}
+
+void check_operands(const char* op, const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+                    int64_t ignore_index, double label_smoothing, int64_t reduction) {
+  check_floating(op, "logits", logits);
+  check(1 <= logits.dim() && logits.dim() <= kMaxDims, op, ": logits: expected [C], [N, C] or [N, C, d1, ...], got ",
+        Shape(logits));
+  if (is_floating(target)) {
+    check_probabilities(op, logits, target, ignore_index);
+  } else {
+    check_indices(op, logits, target);
+  }
+  if (weight) {
+    check_like(op, "weight", *weight, "logits", logits);
+    const int64_t classes = logits.size(class_dim(logits));
+    check(weight->dim() == 1 && weight->size(0) == classes, op, ": weight: expected shape [", classes,
+          "], one for each class, got ", Shape(*weight));
+  }
+  check(0 <= label_smoothing && label_smoothing <= 1, op, ": label_smoothing: expected a number in [0, 1], got ",
+        label_smoothing);
   check<std::invalid_argument>(0 <= reduction && reduction <= 2, op,
                                ": reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", reduction);
 }
 
-void check_target_row(const char* op, int64_t bad_row, const Tensor& logits, const Tensor& target,
-                      int64_t ignore_index) {
-  if (bad_row < 0) return;
-  const int64_t value = static_cast<const int64_t*>(target.const_data_ptr())[bad_row];
-  fail<std::out_of_range>(op, ": target: expected class indices in [0, ", logits.size(1),
-                          ") or ignore_index = ", ignore_index, ", got ", value, " at row ", bad_row);
+// What the backward gets from the forward.
+void check_statistics(const Tensor& logits, const Tensor& stats, const Tensor& total_weight) {
+  const Positions positions{logits};
+  bool fitting = stats.dim() == positions.dims() + 1 && stats.size(0) == 2;
+  for (int64_t i = 0; fitting && i < positions.dims(); ++i) fitting = stats.size(i + 1) == positions.size(i);
+  check(fitting, kBackward, ": stats: expected shape [2, ...] with ", positions, " for ..., got ", Shape(stats));
+  check(total_weight.numel() == 1, kBackward, ": total_weight: expected one element, got shape ", Shape(total_weight));
+  for (const Tensor* t : {&stats, &total_weight}) {
+    check(dtype_of(*t) == compute_dtype_of(logits) && t->is_cpu(), kBackward,
+          t == &stats ? ": stats" : ": total_weight",
+          ": expected a CPU tensor of float64 for logits of float64, else of float32, got ", DtypeName(*t));
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target, int64_t ignore_index,
-                                                 int64_t reduction) {
-  check_operands(kCrossEntropy, logits, target, reduction);
-  const auto mode = static_cast<Reduction>(reduction);
-  const int64_t rows = logits.size(0);
-  const Tensor row_loss = empty(logits, {rows});
-  const Tensor stats = empty(logits, {2, rows});
-  const Tensor total_weight = empty(logits, {});
-  const Tensor loss = mode == Reduction::none ? row_loss : empty(logits, {});
+// Where logits, probabilities and their gradients lie, in the kernels' terms.
+struct Layout {
+  int64_t batch = 1, classes, positions = 1;
+  bool classes_last;  // logits [N, C, d1, ...] that lie in memory as [N, d1, ..., C]: a matrix
 
-  const Matrix x = as_matrix(logits);
-  const Tensor t = torch::stable::contiguous(target);
+  Layout(const Tensor& logits, const Tensor& target) : classes(logits.size(class_dim(logits))) {
+    const int64_t dims = logits.dim();
+    if (dims > 1) batch = logits.size(0);
+    for (int64_t i = 2; i < dims; ++i) positions *= logits.size(i);
+    classes_last = dims > 2 && !is_floating(target) && lies_with_classes_last(logits);
+    if (classes_last) {
+      batch *= positions;
+      positions = 1;
+    }
+  }
+
+  static bool lies_with_classes_last(const Tensor& t) {  // mnist_ext/_fake.py has the same rule
+    if (t.numel() == 0) return true;
+    int64_t expected = 1;
+    const auto fits = [&](int64_t dim) {
+      const bool fitting = t.size(dim) == 1 || t.stride(dim) == expected;
+      expected *= t.size(dim);
+      return fitting;
+    };
+    bool fitting = fits(1);
+    for (int64_t dim = t.dim() - 1; dim >= 2; --dim) fitting = fitting && fits(dim);
+    return fitting && fits(0);
+  }
+
+  // An uninitialized tensor of the shape of `logits`, laid out as the kernels write gradients.
+  Tensor gradient(const Tensor& logits) const {
+    const int64_t dims = logits.dim();
+    int64_t sizes[kMaxDims], strides[kMaxDims];
+    for (int64_t i = 0; i < dims; ++i) sizes[i] = logits.size(i);
+    if (!classes_last) return empty(dtype_of(logits), sizes, dims);
+    int64_t stride = 1;
+    const auto next = [&](int64_t dim) {
+      strides[dim] = stride;
+      stride *= sizes[dim] > 1 ? sizes[dim] : 1;
+    };
+    next(1);
+    for (int64_t dim = dims - 1; dim >= 2; --dim) next(dim);
+    next(0);
+    return empty_strided(dtype_of(logits), sizes, strides, dims);
+  }
+};
+
+// Logits or probabilities as the kernels want them.
+struct Scores {
+  Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed
+  int64_t batch_stride, class_stride;
+
+  Scores(const Tensor& t, const Layout& layout) : tensor(t), batch_stride(layout.classes), class_stride(1) {
+    const int64_t dims = t.dim();
+    if (layout.classes_last) return;
+    if (dims <= 2) {
+      if (layout.classes > 1 && t.stride(dims - 1) != 1) tensor = torch::stable::contiguous(t);
+      if (dims == 2) batch_stride = tensor.stride(0);
+    } else {
+      if (layout.positions == 1 || merged_stride(t, 2, dims) != 1) tensor = torch::stable::contiguous(t);
+      batch_stride = tensor.stride(0);
+      class_stride = tensor.stride(1);
+    }
+  }
+
+  template <class T>
+  ClassScores<const T> as() const {
+    return {static_cast<const T*>(tensor.const_data_ptr()), batch_stride, class_stride};
+  }
+};
+
+// The arguments of both ops in the kernels' terms.
+struct Operands {
+  Layout layout;
+  Scores logits;
+  std::optional<Scores> probabilities;
+  std::optional<Tensor> indices, weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+
+  Operands(const Tensor& x, const Tensor& target, const std::optional<Tensor>& w, int64_t ignored, double smoothing,
+           int64_t mode)
+      : layout(x, target),
+        logits(x, layout),
+        ignore_index(ignored),
+        label_smoothing(smoothing),
+        reduction(static_cast<Reduction>(mode)) {
+    if (is_floating(target)) {
+      probabilities.emplace(target, layout);
+    } else {
+      indices = torch::stable::contiguous(target);
+    }
+    if (w) weight = torch::stable::contiguous(*w);
+  }
+
+  template <class T>
+  CrossEntropyProblem<T> problem() const {
+    return {.batch = layout.batch,
+            .classes = layout.classes,
+            .positions = layout.positions,
+            .logits = logits.as<T>(),
+            .target = {indices ? indices->const_data_ptr() : nullptr, index_type()},
+            .probabilities = probabilities ? probabilities->template as<T>() : ClassScores<const T>{},
+            .weight = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr,
+            .ignore_index = ignore_index,
+            .label_smoothing = label_smoothing,
+            .reduction = reduction};
+  }
+
+  ClassIndices::Type index_type() const {
+    switch (indices ? indices->scalar_type() : ScalarType::Long) {
+      case ScalarType::Int: return ClassIndices::Type::int32;
+      case ScalarType::Byte: return ClassIndices::Type::uint8;
+      default: return ClassIndices::Type::int64;
+    }
+  }
+
+  // Raises for the position that a kernel found, if it found one.
+  void check_class(const char* op, int64_t bad_position) const {
+    if (bad_position < 0) return;
+    int64_t rest = bad_position;
+    std::string index;
+    for (int64_t dim = indices->dim() - 1; dim >= 0; --dim) {
+      index = std::to_string(rest % indices->size(dim)) + (index.empty() ? "" : ", ") + index;
+      rest /= indices->size(dim);
+    }
+    fail<std::out_of_range>(op, ": target: expected class indices in [0, ", layout.classes,
+                            ") or ignore_index = ", ignore_index, ", got ",
+                            ClassIndices{indices->const_data_ptr(), index_type()}[bad_position], " at [", index, "]");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction) {
+  check_operands(kForward, logits, target, weight, ignore_index, label_smoothing, reduction);
+  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
+  const Positions positions{logits};
+  const int32_t dtype = dtype_of(logits), compute_dtype = compute_dtype_of(logits);
+  int64_t stats_sizes[kMaxDims] = {2};
+  for (int64_t i = 0; i < positions.dims(); ++i) stats_sizes[i + 1] = positions.size(i);
+  const int64_t* sizes = stats_sizes + 1;
+  const Tensor stats = empty(compute_dtype, stats_sizes, positions.dims() + 1);
+  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
+  const Tensor total_weight = empty(compute_dtype, {});
+  const bool none = operands.reduction == Reduction::none;
+  const Tensor loss = !none                    ? empty(dtype, {})
+                      : dtype == compute_dtype ? position_loss
+                                               : empty(dtype, sizes, positions.dims());
+
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
-    T* row_stats = static_cast<T*>(stats.mutable_data_ptr());
-    const int64_t bad_row = cross_entropy_forward<T>({.rows = rows,
-                                                      .classes = x.columns,
-                                                      .logits = x.data<T>(),
-                                                      .logits_stride = x.stride,
-                                                      .target = static_cast<const int64_t*>(t.const_data_ptr()),
-                                                      .ignore_index = ignore_index,
-                                                      .reduction = mode,
-                                                      .row_loss = static_cast<T*>(row_loss.mutable_data_ptr()),
-                                                      .row_max = row_stats,
-                                                      .row_log_sum = row_stats + rows,
-                                                      .loss = static_cast<T*>(loss.mutable_data_ptr()),
-                                                      .total_weight = static_cast<T*>(total_weight.mutable_data_ptr())},
-                                                     threads());
-    check_target_row(kCrossEntropy, bad_row, logits, t, ignore_index);
+    using A = ComputeType<T>;
+    A* position_max = static_cast<A*>(stats.mutable_data_ptr());
+    const int64_t bad_position = cross_entropy_forward<T>(
+        {.problem = operands.problem<T>(),
+         .position_loss = static_cast<A*>(position_loss.mutable_data_ptr()),
+         .position_max = position_max,
+         .position_log_sum = position_max + position_loss.numel(),
+         .total_weight = static_cast<A*>(total_weight.mutable_data_ptr()),
+         .loss = none && dtype == compute_dtype ? nullptr : static_cast<T*>(loss.mutable_data_ptr())},
+        threads());
+    operands.check_class(kForward, bad_position);
   });
   return {loss, stats, total_weight};
 }
 
-Tensor cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                              const Tensor& stats, const Tensor& total_weight, int64_t ignore_index,
-                              int64_t reduction) {
-  check_operands(kBackward, logits, target, reduction);
-  const auto mode = static_cast<Reduction>(reduction);
-  const int64_t rows = logits.size(0), classes = logits.size(1);
+std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                                  const std::optional<Tensor>& weight, const Tensor& stats,
+                                                  const Tensor& total_weight, int64_t ignore_index,
+                                                  double label_smoothing, int64_t reduction, bool need_logits,
+                                                  bool need_target) {
+  check_operands(kBackward, logits, target, weight, ignore_index, label_smoothing, reduction);
+  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
+  const Positions positions{logits};
   check_like(kBackward, "grad_output", grad_output, "logits", logits);
-  check_like(kBackward, "stats", stats, "logits", logits);
-  check_like(kBackward, "total_weight", total_weight, "logits", logits);
-  if (mode == Reduction::none) {
-    check(grad_output.dim() == 1 && grad_output.size(0) == rows, kBackward, ": grad_output: expected shape [", rows,
-          "] for reduction none, got ", Shape(grad_output));
+  if (operands.reduction == Reduction::none) {
+    check(positions.is_shape_of(grad_output), kBackward, ": grad_output: expected shape ", positions,
+          " for reduction none, got ", Shape(grad_output));
   } else {
     check(grad_output.numel() == 1, kBackward, ": grad_output: expected one element, got shape ", Shape(grad_output));
   }
-  check(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == rows, kBackward, ": stats: expected shape [2, ",
-        rows, "], got ", Shape(stats));
-  check(total_weight.numel() == 1, kBackward, ": total_weight: expected one element, got shape ", Shape(total_weight));
+  check_statistics(logits, stats, total_weight);
+  check(!need_target || operands.probabilities, kBackward,
+        ": need_target: expected false, as target holds class indices, got true");
 
-  const Tensor grad_logits = empty(logits, {rows, classes});
-  const Matrix x = as_matrix(logits);
-  const Tensor t = torch::stable::contiguous(target), s = torch::stable::contiguous(stats);
+  Tensor grad_logits, grad_target;  // undefined where not needed
+  if (need_logits) grad_logits = operands.layout.gradient(logits);
+  if (need_target) grad_target = operands.layout.gradient(logits);
+  Tensor dy = grad_output;
+  std::optional<int64_t> dy_stride = merged_stride(dy, 0, dy.dim());
+  if (!dy_stride) {
+    dy = torch::stable::contiguous(dy);
+    dy_stride = 1;
+  }
+  const Tensor s = torch::stable::contiguous(stats);
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
-    const T* row_stats = static_cast<const T*>(s.const_data_ptr());
-    const int64_t bad_row =
-        mnist_ext::cross_entropy_backward<T>({.rows = rows,
-                                              .classes = classes,
-                                              .grad_output = static_cast<const T*>(grad_output.const_data_ptr()),
-                                              .grad_output_stride = mode == Reduction::none ? grad_output.stride(0) : 0,
-                                              .logits = x.data<T>(),
-                                              .logits_stride = x.stride,
-                                              .target = static_cast<const int64_t*>(t.const_data_ptr()),
-                                              .ignore_index = ignore_index,
-                                              .reduction = mode,
-                                              .row_max = row_stats,
-                                              .row_log_sum = row_stats + rows,
-                                              .total_weight = static_cast<const T*>(total_weight.const_data_ptr()),
-                                              .grad_logits = static_cast<T*>(grad_logits.mutable_data_ptr())},
+    using A = ComputeType<T>;
+    const A* position_max = static_cast<const A*>(s.const_data_ptr());
+    const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
+    const int64_t bad_position =
+        mnist_ext::cross_entropy_backward<T>({.problem = operands.problem<T>(),
+                                              .grad_output = static_cast<const T*>(dy.const_data_ptr()),
+                                              .grad_output_stride = *dy_stride,
+                                              .position_max = position_max,
+                                              .position_log_sum = position_max + s.numel() / 2,
+                                              .total_weight = static_cast<const A*>(total_weight.const_data_ptr()),
+                                              .grad_logits = out(grad_logits),
+                                              .grad_probabilities = out(grad_target)},
                                              threads());
-    check_target_row(kBackward, bad_row, logits, t, ignore_index);
+    operands.check_class(kBackward, bad_position);
   });
-  return grad_logits;
+  return {grad_logits, grad_target};
 }
 
 }  // namespace

@@ -12,12 +12,18 @@ STABLE_TORCH_LIBRARY(mnist_ext, m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias) "
       "-> (Tensor, Tensor, Tensor)");
 
-  // (loss, stats [2, N]: each row's maximum and log-sum-exp above it, total_weight []). reduction: 0 none, 1 mean, 2
-  // sum.
-  m.def("cross_entropy(Tensor logits, Tensor target, int ignore_index, int reduction) -> (Tensor, Tensor, Tensor)");
-
-  // grad_logits, from what `cross_entropy` returned.
+  // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
+  // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or
+  // probabilities of that shape. reduction: 0 none, 1 mean, 2 sum. stats and total_weight are float32 for logits of
+  // bfloat16 and float16.
   m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor stats, Tensor total_weight, "
-      "int ignore_index, int reduction) -> Tensor");
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+      "int reduction) -> (Tensor, Tensor, Tensor)");
+
+  // (grad_logits if need_logits, grad_target if need_target), from what `cross_entropy` returned; the others are
+  // undefined (None). need_target: with probabilities only.
+  m.def(
+      "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor stats, "
+      "Tensor total_weight, int ignore_index, float label_smoothing, int reduction, bool need_logits, "
+      "bool need_target) -> (Tensor, Tensor)");
 }

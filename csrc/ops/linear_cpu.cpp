@@ -36,7 +36,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const int64_t dims = input.dim();
   for (int64_t i = 0; i < dims - 1; ++i) out_sizes[i] = input.size(i);
   out_sizes[dims - 1] = out_features;
-  const Tensor out = empty(input, out_sizes, dims);
+  const Tensor out = empty(dtype_of(input), out_sizes, dims);
 
   const Matrix x = as_matrix(input), w = as_matrix(weight);
   std::optional<Tensor> b;
@@ -101,10 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
     int64_t sizes[kMaxDims];
     for (int64_t i = 0; i < dims - 1; ++i) sizes[i] = grad_output.size(i);
     sizes[dims - 1] = in_features;
-    grad_input = empty(grad_output, sizes, dims);
+    grad_input = empty(dtype_of(grad_output), sizes, dims);
   }
-  if (input) grad_weight = empty(grad_output, {out_features, in_features});
-  if (need_bias) grad_bias = empty(grad_output, {out_features});
+  if (input) grad_weight = empty(dtype_of(grad_output), {out_features, in_features});
+  if (need_bias) grad_bias = empty(dtype_of(grad_output), {out_features});
 
   const Matrix dy = as_matrix(grad_output);
   const auto matrix = [](const std::optional<Tensor>& t) {

@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../kernels/dtypes.h"
+
 namespace mnist_ext::ops {
 
 using torch::headeronly::ScalarType;
@@ -64,11 +66,14 @@ struct DtypeName {  // "float32"
   }
 };
 
-// The dtype that fixes the kernel's type: float32 or float64, else an error.
-inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+inline bool is_floating(const Tensor& t) {  // of a dtype that kernels compute with
   const ScalarType dtype = t.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", argument,
-        ": expected float32 or float64, got ", DtypeName(t));
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
+inline void check_floating(const char* op, const char* argument, const Tensor& t) {
+  check(is_floating(t), op, ": ", argument, ": expected float32, float64, bfloat16 or float16, got ", DtypeName(t));
 }
 
 inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
@@ -79,14 +84,33 @@ inline void check_like(const char* op, const char* argument, const Tensor& t, co
         " is, got one on another device");
 }
 
-// Calls body(float{}) or body(double{}) by the tensor's dtype.
+// Calls body with an element of the kernels' type for the tensor's dtype, one of the four that is_floating() allows.
 template <class Body>
 void dispatch_floating(const Tensor& t, const Body& body) {
-  if (t.scalar_type() == ScalarType::Float) {
-    body(float{});
-  } else {
-    body(double{});
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::Double: return body(double{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: return body(Float16{});
   }
+}
+
+// The stride of dimensions [begin, end) taken as one, if there is one: each of them steps over exactly the whole of the
+// next. Sizes of 1 step over nothing; if there are no others, the stride is 0.
+inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int64_t end) {
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  int64_t stride = 0, inner = -1;
+  for (int64_t i = end - 1; i >= begin; --i) {
+    if (sizes[i] == 1) continue;
+    if (inner == -1) {
+      stride = strides[i];
+    } else if (strides[i] != inner) {
+      return std::nullopt;
+    }
+    inner = strides[i] * sizes[i];
+  }
+  return stride;
 }
 
 // A tensor [..., columns] as a matrix [rows, columns] with unit column stride and one row stride.
@@ -101,47 +125,47 @@ struct Matrix {
 };
 
 inline Matrix as_matrix(const Tensor& t) {
-  const int64_t dims = t.dim();
-  const int64_t columns = t.size(dims - 1);
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
+  const int64_t dims = t.dim(), columns = t.size(dims - 1);
   int64_t rows = 1;
-  bool expressible = columns <= 1 || strides[dims - 1] == 1;
-  for (int64_t i = 0; i < dims - 1; ++i) rows *= sizes[i];
-  // The leading dimensions are one if each steps over exactly the whole of the next; sizes of 1 step over nothing.
-  int64_t stride = columns, inner = -1;
-  for (int64_t i = dims - 2; i >= 0 && rows > 0; --i) {
-    if (sizes[i] == 1) continue;
-    if (inner == -1) {
-      stride = strides[i];
-    } else {
-      expressible = expressible && strides[i] == inner;
-    }
-    inner = strides[i] * sizes[i];
-  }
-  if (expressible) return {t, rows, columns, stride};
+  for (int64_t i = 0; i < dims - 1; ++i) rows *= t.size(i);
+  const bool unit_columns = columns <= 1 || t.stride(dims - 1) == 1;
+  const std::optional<int64_t> stride = merged_stride(t, 0, dims - 1);
+  if (rows == 0 || (unit_columns && stride)) return {t, rows, columns, stride.value_or(columns)};
   return {torch::stable::contiguous(t), rows, columns, columns};
 }
 
-// A new contiguous CPU tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which
-// costs more than a small op has to compute.
-inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims) {
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// Of the kernels' ComputeType: float32 for bfloat16 and float16.
+inline int32_t compute_dtype_of(const Tensor& t) {
+  return t.element_size() == 2 ? aoti_torch_dtype_float32() : dtype_of(t);
+}
+
+// A new CPU tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which costs more
+// than a small op has to compute.
+inline Tensor empty_strided(int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dims) {
   int64_t strides[kMaxDims];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  int32_t dtype;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_strided(dtype, sizes, strides, dims);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()));
+inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
+  return empty(dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
 inline int threads() { return static_cast<int>(torch::stable::get_num_threads()); }

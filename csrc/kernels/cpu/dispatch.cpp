@@ -17,7 +17,7 @@ std::vector<Isa> detect() {
   std::vector<Isa> isas = {{"baseline", &kernels_baseline}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     isas.push_back({"avx2", &kernels_avx2});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
@@ -72,11 +72,7 @@ namespace {
 
 template <class T>
 const KernelsOf<T>& kernels() {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return active().isa.kernels->f32;
-  } else {
-    return active().isa.kernels->f64;
-  }
+  return *active().isa.kernels;
 }
 
 }  // namespace
@@ -103,11 +99,19 @@ int64_t cross_entropy_backward(const CrossEntropyBackward<T>& args, int threads)
 
 template void linear_forward(const LinearForward<float>&, int);
 template void linear_forward(const LinearForward<double>&, int);
+template void linear_forward(const LinearForward<BFloat16>&, int);
+template void linear_forward(const LinearForward<Float16>&, int);
 template void linear_backward(const LinearBackward<float>&, int);
 template void linear_backward(const LinearBackward<double>&, int);
+template void linear_backward(const LinearBackward<BFloat16>&, int);
+template void linear_backward(const LinearBackward<Float16>&, int);
 template int64_t cross_entropy_forward(const CrossEntropyForward<float>&, int);
 template int64_t cross_entropy_forward(const CrossEntropyForward<double>&, int);
+template int64_t cross_entropy_forward(const CrossEntropyForward<BFloat16>&, int);
+template int64_t cross_entropy_forward(const CrossEntropyForward<Float16>&, int);
 template int64_t cross_entropy_backward(const CrossEntropyBackward<float>&, int);
 template int64_t cross_entropy_backward(const CrossEntropyBackward<double>&, int);
+template int64_t cross_entropy_backward(const CrossEntropyBackward<BFloat16>&, int);
+template int64_t cross_entropy_backward(const CrossEntropyBackward<Float16>&, int);
 
 }  // namespace mnist_ext

@@ -15,10 +15,7 @@ struct KernelsOf {
   int64_t (*cross_entropy_backward)(const CrossEntropyBackward<T>&, int threads);
 };
 
-struct KernelTable {
-  KernelsOf<float> f32;
-  KernelsOf<double> f64;
-};
+struct KernelTable : KernelsOf<float>, KernelsOf<double>, KernelsOf<BFloat16>, KernelsOf<Float16> {};
 
 extern const KernelTable kernels_baseline;
 #if defined(__x86_64__)

@@ -96,6 +96,14 @@ MNIST_EXT_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
   return {a.raw < b.raw ? a.raw : b.raw};
 }
 
+// x in the first n lanes, 0 in the others.
+template <class T>
+MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n) {
+  typename Vec<T>::RawBits lane;
+  for (int i = 0; i < Vec<T>::width; ++i) lane[i] = i;
+  return {lane < n ? x.raw : typename Vec<T>::Raw{}};
+}
+
 // x where gate is > 0 or NaN, else 0: the gradient of ReLU, whose output the gate is.
 template <class T>
 MNIST_EXT_INLINE Vec<T> where_positive(Vec<T> gate, Vec<T> x) {

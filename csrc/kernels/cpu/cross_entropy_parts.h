@@ -1,0 +1,120 @@
+// What the two layouts of softmax cross-entropy share: targets, coefficients, the reduction over positions.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../cross_entropy.h"
+#include "exp.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+inline constexpr double kCrossEntropyGrain = 16384;  // logits that are worth a thread of their own
+
+template <class T>
+double logits_of(const CrossEntropyProblem<T>& p) {
+  return static_cast<double>(p.batch) * static_cast<double>(p.classes) * static_cast<double>(p.positions);
+}
+
+// The coefficients q of the contract, apart from the class weights' vectors.
+template <class T>
+struct Coefficients {
+  using A = ComputeType<T>;
+
+  const T* weight;
+  bool smoothed;
+  A target;        // 1 - s
+  A every;         // s / classes
+  A every_summed;  // sum_c s / classes * w_c
+
+  explicit Coefficients(const CrossEntropyProblem<T>& p)
+      : weight(p.weight),
+        smoothed(p.label_smoothing > 0),
+        target(static_cast<A>(1 - p.label_smoothing)),
+        every(smoothed ? static_cast<A>(p.label_smoothing / static_cast<double>(p.classes)) : A(0)),
+        every_summed(0) {
+    if (!smoothed || p.probabilities.data) return;
+    double sum = static_cast<double>(p.classes);
+    if (weight) {
+      sum = 0;
+      for (int64_t c = 0; c < p.classes; ++c) sum += static_cast<double>(load_one(weight + c));
+    }
+    every_summed = static_cast<A>(p.label_smoothing / static_cast<double>(p.classes) * sum);
+  }
+
+  A weight_of(int64_t c) const { return weight ? load_one(weight + c) : A(1); }
+};
+
+struct Targets {
+  int64_t first_bad;    // the first position with a target that is neither ignored nor a class, or -1
+  double total_weight;  // of the positions that are not ignored, if none is bad
+};
+
+template <class T>
+Targets check_targets(const CrossEntropyProblem<T>& p) {
+  const int64_t n = p.batch * p.positions;
+  if (p.probabilities.data) {
+    return {-1, p.classes > 0 ? static_cast<double>(n) : std::numeric_limits<double>::quiet_NaN()};
+  }
+  int64_t counted = 0;
+  double weights = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t t = p.target[i];
+    if (t == p.ignore_index) continue;
+    if (t < 0 || t >= p.classes) return {i, weights};
+    ++counted;
+    if (p.weight) weights += static_cast<double>(load_one(p.weight + t));
+  }
+  return {-1, p.weight ? weights : static_cast<double>(counted)};
+}
+
+// Pairwise: the error grows with the logarithm of n.
+template <class A>
+double pairwise_sum(const A* x, int64_t n) {
+  if (n <= 128) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
+    return sum;
+  }
+  const int64_t half = n / 2;
+  return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
+}
+
+// From the positions' losses to what the caller asked for.
+template <class T>
+void reduce_losses(const CrossEntropyForward<T>& x, double total_weight) {
+  using A = ComputeType<T>;
+  const int64_t n = x.problem.batch * x.problem.positions;
+  *x.total_weight = static_cast<A>(total_weight);
+  if (x.problem.reduction != Reduction::none) {
+    const double sum = pairwise_sum(x.position_loss, n);
+    store_one(x.loss, static_cast<A>(x.problem.reduction == Reduction::mean ? sum / total_weight : sum));
+  } else if (x.loss) {
+    for_each_vector<T>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      store(x.loss + i, load(x.position_loss + i, lanes), lanes);
+    });
+  }
+}
+
+// What multiplies the gradient of each position's loss.
+template <class T>
+struct GradientScale {
+  using A = ComputeType<T>;
+
+  const CrossEntropyBackward<T>& args;
+  A of_all;
+
+  explicit GradientScale(const CrossEntropyBackward<T>& x) : args(x), of_all(0) {
+    if (x.problem.reduction == Reduction::mean) of_all = load_one(x.grad_output) / *x.total_weight;
+    if (x.problem.reduction == Reduction::sum) of_all = load_one(x.grad_output);
+  }
+
+  A operator[](int64_t position) const {
+    if (args.problem.reduction != Reduction::none) return of_all;
+    return load_one(args.grad_output + position * args.grad_output_stride);
+  }
+};
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

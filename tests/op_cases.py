@@ -1,0 +1,220 @@
+"""One description of the ops, from which the tests of their meaning are made.
+
+A case is one way to call an op: which tensors, of which shapes, layouts and kinds, and which
+options. `ours` and `torchs` make the same call to us and to PyTorch.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist_ext import functional
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op."""
+
+    name: str
+    op: str  # "linear" or "cross_entropy"
+    make: Callable[[torch.dtype], list[Tensor | None]] = field(repr=False)
+    options: dict[str, Any]
+    differentiable: tuple[int, ...]  # which of the tensors can have a gradient
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """Make the arguments; the same seed gives the same ones."""
+        torch.manual_seed(0)
+        return self.make(dtype)
+
+    def ours(self, *tensors: Tensor | None) -> Tensor:
+        return getattr(functional, self.op)(*tensors, **self.options)
+
+    def torchs(self, *tensors: Tensor | None) -> Tensor:
+        if self.op == "cross_entropy":
+            return F.cross_entropy(*tensors, **self.options)
+        output = F.linear(*tensors)
+        return torch.relu(output) if self.options["activation"] == "relu" else output
+
+
+def with_gradients(tensors: list[Tensor | None], differentiable: tuple[int, ...]):
+    """Detach the tensors, keeping their strides; return them and those that want a gradient."""
+    leaves = [None if t is None else t.detach() for t in tensors]
+    wanted = [leaves[i].requires_grad_() for i in differentiable if leaves[i] is not None]
+    return leaves, wanted
+
+
+def value_and_gradients(function, case: Case, tensors, grad_output: Tensor | None = None):
+    """Return the value and the gradient of each differentiable tensor."""
+    leaves, wanted = with_gradients(tensors, case.differentiable)
+    value = function(*leaves)
+    if grad_output is None:
+        grad_output = torch.ones_like(value)
+    return [value.detach(), *torch.autograd.grad(value, wanted, grad_output.to(value.dtype))]
+
+
+# How the logits lie. Classes are 5, so that a vector of any instruction set holds some of them and
+# nothing else; 21 positions, so that there is a rest behind whole vectors of all but the widest.
+def _positions_last(*shape: int) -> Callable[[torch.dtype], Tensor]:
+    return lambda dtype: (torch.randn(shape) * 2).to(dtype)
+
+
+def _classes_last(dtype: torch.dtype) -> Tensor:
+    return (torch.randn(2, 3, 7, 5) * 2).to(dtype).movedim(-1, 1)
+
+
+def _cropped(dtype: torch.dtype) -> Tensor:  # d1 and d2 cannot be taken as one dimension
+    return (torch.randn(2, 5, 3, 9) * 2).to(dtype)[..., 1:-1]
+
+
+def _every_other_class(dtype: torch.dtype) -> Tensor:  # the kernels read it with its own strides
+    return (torch.randn(2, 10, 3, 7) * 2).to(dtype)[:, ::2]
+
+
+def _transposed(dtype: torch.dtype) -> Tensor:
+    return (torch.randn(5, 9) * 2).to(dtype).t()
+
+
+LOGITS = {
+    "[C]": _positions_last(5),
+    "[N,C]": _positions_last(9, 5),
+    "[N,C] transposed": _transposed,
+    "[N,C,1]": _positions_last(4, 5, 1),
+    "[N,C,d]": _positions_last(2, 5, 21),
+    "[N,C,d,d]": _positions_last(2, 5, 3, 7),
+    "[N,C,d,d,d]": _positions_last(2, 5, 2, 3, 3),
+    "[N,C,d,d] channels last": _classes_last,
+    "[N,C,d,d] cropped": _cropped,
+    "[N,C,d,d] every other class": _every_other_class,
+}
+
+
+def _index_target(shape: torch.Size, ignore_index: int) -> Tensor:
+    if len(shape) == 1:
+        return torch.tensor(3)
+    target = torch.randint(0, 5, shape[:1] + shape[2:])
+    target.flatten()[::4] = ignore_index  # a view: randint's result is contiguous
+    return target
+
+
+def _cross_entropy_case(layout, kind, weighted, smoothing, ignore_index, reduction) -> Case:
+    def make(dtype):
+        logits = LOGITS[layout](dtype)
+        if kind == "probabilities":
+            target = torch.rand(logits.shape).softmax(0 if logits.dim() == 1 else 1).to(dtype)
+        else:
+            target = _index_target(logits.shape, ignore_index).to(getattr(torch, kind))
+        return [logits, target, (torch.rand(5) + 0.1).to(dtype) if weighted else None]
+
+    return Case(
+        name="-".join(
+            [
+                layout.replace(" ", "_"),
+                kind,
+                *(["weight"] if weighted else []),
+                *([f"smoothing_{smoothing}"] if smoothing else []),
+                *([f"ignore_{ignore_index}"] if ignore_index != -100 else []),
+                reduction,
+            ]
+        ),
+        op="cross_entropy",
+        make=make,
+        options={
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+            "ignore_index": ignore_index,
+        },
+        differentiable=(0, 1) if kind == "probabilities" else (0,),
+    )
+
+
+CROSS_ENTROPY = [
+    _cross_entropy_case(layout, kind, weighted, smoothing, ignore_index, reduction)
+    for layout, kind, weighted, smoothing, ignore_index, reduction in itertools.product(
+        LOGITS, ("int64", "probabilities"), (False, True), (0.0, 0.3), (-100, 2), REDUCTIONS
+    )
+    if not (kind == "probabilities" and ignore_index >= 0)
+]
+
+# PyTorch wants int64 (in places uint8): these are compared with the same indices as int64.
+NARROW_INDICES = [
+    _cross_entropy_case(layout, kind, weighted, smoothing, 2, "mean")
+    for layout, kind, weighted, smoothing in itertools.product(
+        ("[C]", "[N,C]", "[N,C,d,d]", "[N,C,d,d] channels last"),
+        ("int32", "uint8"),
+        (False, True),
+        (0.0, 0.3),
+    )
+]
+
+
+def _linear_case(shape, bias, activation, strided) -> Case:
+    def make(dtype):
+        def tensor(*sizes):
+            if strided and len(sizes) > 1:
+                return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
+            return torch.randn(sizes).to(dtype)
+
+        return [tensor(*shape), tensor(4, shape[-1]), tensor(4) if bias else None]
+
+    name = ["x".join(map(str, shape)), *(["bias"] if bias else []), activation]
+    return Case(
+        name="-".join([*name, *(["strided"] if strided else [])]),
+        op="linear",
+        make=make,
+        options={"activation": activation},
+        differentiable=(0, 1, 2),
+    )
+
+
+# 140 rows take the packing kernel, fewer the dot products.
+LINEAR = [
+    _linear_case(shape, bias, activation, strided)
+    for shape, bias, activation, strided in itertools.product(
+        [(3,), (6, 3), (140, 3), (2, 3, 3), (2, 1, 2, 3, 3), (0, 3), (2, 0, 3), (5, 0)],
+        (False, True),
+        ("none", "relu"),
+        (False, True),
+    )
+]
+
+CASES = [*LINEAR, *CROSS_ENTROPY]
+
+# For what takes long, and depends on the Python around the kernels more than on every combination:
+# each layout, kind, option and activation at least once.
+FEW = [
+    _linear_case((6, 3), True, "relu", False),
+    _linear_case((3,), False, "none", False),
+    _linear_case((2, 3, 3), True, "none", True),
+    *(
+        _cross_entropy_case(layout, *rest)
+        for layout, rest in zip(
+            itertools.cycle(LOGITS),
+            [
+                ("int64", False, 0.0, -100, "mean"),
+                ("int64", True, 0.0, 2, "mean"),
+                ("probabilities", False, 0.0, -100, "mean"),
+                ("int64", True, 0.3, -100, "none"),
+                ("probabilities", True, 0.3, -100, "sum"),
+                ("int64", False, 0.3, 2, "sum"),
+                ("int64", False, 0.0, -100, "none"),
+                ("int64", True, 0.0, -100, "sum"),
+                ("probabilities", True, 0.0, -100, "none"),
+                ("int64", True, 0.3, 2, "mean"),
+                ("probabilities", False, 0.3, -100, "mean"),
+                ("int64", False, 0.0, 2, "mean"),
+            ],
+            strict=False,
+        )
+    ),
+]

@@ -1,0 +1,195 @@
+"""torch.compile, torch.export, fake and meta tensors, opcheck, autocast: what wraps an op from outside."""
+
+import itertools
+
+import pytest
+import torch
+from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients, with_gradients
+
+import mnist_ext
+
+op = torch.ops.mnist_ext
+
+
+def compiled_agrees(case, tensors, backend, **options):
+    """Compile without graph breaks, run, and compare with eager, bit for bit."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.ours, fullgraph=True, backend=backend, **options)
+    ours = value_and_gradients(compiled, case, tensors)
+    eager = value_and_gradients(case.ours, case, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    return compiled
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", [*FEW, *NARROW_INDICES[::5]], ids=str)
+def test_compiles_without_graph_break(case, dynamic):
+    """Traced by Dynamo and AOTAutograd, forward and backward; the ops themselves then run."""
+    compiled_agrees(case, case.tensors(torch.float32), "aot_eager", dynamic=dynamic)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_compiles_with_inductor(dtype):
+    """A model and its loss, whole, in the compiler that users get by default."""
+    model = mnist_ext.nn.swap(
+        torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    ).to(dtype)
+    criterion = mnist_ext.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def loss(input, target):
+        return criterion(model(input), target)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for rows in (4, 9):
+        input, target = torch.randn(rows, 7, dtype=dtype), torch.randint(0, 3, (rows,))
+        results = []
+        for function in (compiled, loss):
+            value = function(input, target)
+            results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+        torch.testing.assert_close(*results)
+
+
+def test_dynamic_shapes_are_compiled_once():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def loss(input, weight, target):
+        return mnist_ext.functional.cross_entropy(
+            mnist_ext.functional.linear(input, weight), target
+        )
+
+    for rows in (4, 9, 33):
+        loss(torch.randn(rows, 7), torch.randn(3, 7), torch.randint(0, 3, (rows,)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(dynamic, strict):
+    """A swapped model is exported and runs as it did.
+
+    Not strict, which is the default, PyTorch's own ops are recorded: such a program needs no
+    mnist_ext where it is loaded.
+    """
+    model = mnist_ext.nn.swap(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.ReLU())
+    )
+    input = torch.randn(4, 3, 4)
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    program = torch.export.export(model, (input,), dynamic_shapes=shapes, strict=strict)
+    assert strict or "mnist_ext" not in program.graph_module.code
+    for x in [input, torch.randn(9, 3, 4)] if dynamic else [input]:
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def forward_and_backward_calls(case, dtype):
+    """Yield (op, arguments) for each call that the case makes of our ops, with a gradient."""
+    tensors = [None if t is None else t.detach() for t in case.tensors(dtype)]
+    if case.op == "linear":
+        input, weight, bias = tensors
+        relu = case.options["activation"] == "relu"
+        yield op.linear.default, (input, weight, bias, relu)
+        output = op.linear(input, weight, bias, relu)
+        for need_input, need_weight, need_bias in itertools.product((False, True), repeat=3):
+            yield (
+                op.linear_backward.default,
+                (
+                    torch.randn_like(output),
+                    input if need_weight else None,
+                    weight if need_input else None,
+                    output if relu else None,
+                    need_bias,
+                ),
+            )
+    else:
+        options = (
+            case.options["ignore_index"],
+            case.options["label_smoothing"],
+            ["none", "mean", "sum"].index(case.options["reduction"]),
+        )
+        yield op.cross_entropy.default, (*tensors, *options)
+        loss, stats, total_weight = op.cross_entropy(*tensors, *options)
+        for needs in itertools.product((False, True), repeat=2):
+            if not needs[1] or tensors[1].is_floating_point():
+                yield (
+                    op.cross_entropy_backward.default,
+                    (torch.randn_like(loss), *tensors, stats, total_weight, *options, *needs),
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [*FEW, *NARROW_INDICES[::5]], ids=str)
+def test_opcheck(case, dtype):
+    """Schema, fake tensors, autograd registration, AOTDispatch: static and dynamic."""
+    for function, arguments in forward_and_backward_calls(case, dtype):
+        torch.library.opcheck(function, arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fake_and_meta_tensors_have_the_metadata_of_real_ones(case):
+    def metadata(results):
+        results = results if isinstance(results, tuple) else (results,)
+        return [None if r is None else (r.shape, r.dtype, r.stride()) for r in results]
+
+    for dtype in (torch.float64, torch.float16):
+        for function, arguments in forward_and_backward_calls(case, dtype):
+            expected = metadata(function(*arguments))
+            with torch._subclasses.FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments]
+                assert metadata(function(*fakes)) == expected
+            metas = [a.to("meta") if torch.is_tensor(a) else a for a in arguments]
+            results = function(*metas)
+            assert metadata(results) == expected
+            results = results if isinstance(results, tuple) else (results,)
+            assert all(r is None or r.is_meta for r in results)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_functions_on_meta_tensors(case):
+    metas = [None if t is None else t.to("meta") for t in case.tensors(torch.float32)]
+    ours, torchs = case.ours(*metas), case.torchs(*metas)
+    assert (ours.shape, ours.dtype, ours.device) == (torchs.shape, torchs.dtype, torchs.device)
+
+
+def test_fake_tensors_refuse_wrong_shapes():
+    with torch._subclasses.FakeTensorMode():
+        with pytest.raises(RuntimeError, match="in_features"):
+            op.linear(torch.randn(2, 3), torch.randn(4, 5), None, False)
+        with pytest.raises(ValueError, match="target"):
+            op.cross_entropy(
+                torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), None, -100, 0.0, 1
+            )
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_autocast_gives_pytorchs_dtypes(case, dtype, autocast):
+    tensors = case.tensors(dtype)
+    results = []
+    for function in (case.ours, case.torchs):
+        leaves, wanted = with_gradients(tensors, case.differentiable)
+        with torch.autocast("cpu", dtype=autocast):
+            value = function(*leaves)
+        results.append([value, *torch.autograd.grad(value, wanted, torch.ones_like(value))])
+    for our, their in zip(*results, strict=True):
+        assert our.dtype == their.dtype
+        torch.testing.assert_close(our, their, atol=1e-2, rtol=2e-2)
+
+
+def test_autocast_runs_the_fused_cross_entropy():
+    logits = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = mnist_ext.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+    assert loss.dtype == torch.float32
+    assert "CrossEntropyBackward" in loss.grad_fn.name()
+
+
+def test_cuda_autocast_does_not_touch_the_cpu():
+    input, weight = torch.randn(2, 3), torch.randn(4, 3)
+    with torch.autocast("cuda", dtype=torch.float16, enabled=torch.cuda.is_available()):
+        assert mnist_ext.functional.linear(input, weight).dtype == torch.float32
