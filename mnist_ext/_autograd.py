@@ -90,7 +90,7 @@ class CrossEntropy(Function):
         label_smoothing: float,
         reduction: int,
     ) -> Tensor:
-        """Shapes: see `functional.cross_entropy`; returns [] or, for reduction 0 (none), [N, ...]."""
+        """Shapes: see `functional.cross_entropy`."""
         loss, stats, total_weight = _cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, reduction
         )

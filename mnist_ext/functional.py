@@ -2,7 +2,8 @@
 
 The kernels cover float32, float64, bfloat16 and float16 on the CPU. What they do not cover runs
 PyTorch's own op, with its result at its speed: other devices, dtypes and layouts, tensor
-subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast.
+subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast, and `linear`
+in bfloat16 or float16 where oneDNN has the CPU's own instructions for it.
 ``docs/semantics.md`` lists every case.
 """
 
@@ -24,6 +25,14 @@ Reduction = Literal["none", "mean", "sum"]
 _RELU = {"none": False, "relu": True}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# For linear without the half dtypes for which oneDNN has this CPU's own instructions: its products
+# are faster then than float32 ones.
+_LINEAR_DTYPES = tuple(
+    dtype
+    for dtype in _DTYPES
+    if not (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    and not (dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
+)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _TYPES = (Tensor, torch.nn.Parameter)
 
@@ -41,6 +50,21 @@ def _plain(tensor: Tensor) -> bool:
 def _transformed() -> bool:
     # By torch.func, or for forward-mode derivatives.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_PYTORCHS_ERRORS = (IndexError, NotImplementedError, RuntimeError, ValueError)
+
+
+def _explained(op: str, error: Exception, **arguments: Tensor | None) -> Exception:
+    """Return PyTorch's error with what its message leaves out: the op, and what came."""
+    if type(error) not in _PYTORCHS_ERRORS:  # a subclass may carry more than a message
+        return error
+    got = ", ".join(
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in arguments.items()
+        if isinstance(tensor, Tensor)
+    )
+    return type(error)(f"mnist_ext.{op}: {error} (got {got})")
 
 
 def check_activation(activation: Activation) -> Activation:
@@ -73,7 +97,7 @@ def linear(
 
     Returns:
         ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
-        dtype (the bias gradient in float64).
+        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient in float64).
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
@@ -82,7 +106,7 @@ def linear(
     relu = _RELU[check_activation(activation)]
     if (
         _plain(input)
-        and input.dtype in _DTYPES
+        and input.dtype in _LINEAR_DTYPES
         and input.dim() > 0
         and _plain(weight)
         and weight.dim() == 2
@@ -91,7 +115,10 @@ def linear(
         and not torch.is_autocast_enabled("cpu")
     ):
         return Linear.apply(input, weight, bias, relu)
-    output = F.linear(input, weight, bias)
+    try:
+        output = F.linear(input, weight, bias)
+    except _PYTORCHS_ERRORS as error:
+        raise _explained("linear", error, input=input, weight=weight, bias=bias) from error
     return torch.relu(output) if relu else output
 
 
@@ -144,42 +171,52 @@ def cross_entropy(
         and input.dtype in _DTYPES
         and input.dim() > 0
         and _plain(target)
-        and (weight is None or (_plain(weight) and not weight.requires_grad))
-        and _has_kernel(input, target, label_smoothing)
+        and _fits(target, input)
+        and (classes := input.size(1 if input.dim() > 1 else 0)) > 0
+        and (weight is None or _is_constant_per_class(weight, classes, input.dtype))
+        and 0 <= label_smoothing <= 1
         and not _transformed()
     ):
         if torch.is_autocast_enabled("cpu"):
-            input, target, weight = _in_float32(input), _in_float32(target), _in_float32(weight)
-        return CrossEntropy.apply(
-            input, target, weight, ignore_index, max(0.0, label_smoothing), mode
-        )
-    if isinstance(input, Tensor) and not input.is_floating_point():
-        raise NotImplementedError(
-            "mnist_ext.cross_entropy: input: expected logits of a floating dtype, "
-            f"got {input.dtype}"
-        )
-    if isinstance(target, Tensor) and target.dtype in _INDEX_DTYPES:
+            input, target = _in_float32(input), _in_float32(target)
+            weight = None if weight is None else _in_float32(weight)
+        return CrossEntropy.apply(input, target, weight, ignore_index, label_smoothing, mode)
+    if isinstance(target, Tensor) and target.dtype in (torch.int32, torch.uint8):
         target = target.long()
-    return F.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    try:
+        return F.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    except _PYTORCHS_ERRORS as error:
+        raise _explained(
+            "cross_entropy", error, input=input, target=target, weight=weight
+        ) from error
 
 
-def _has_kernel(input: Tensor, target: Tensor, label_smoothing: float) -> bool:
+def _fits(target: Tensor, input: Tensor) -> bool:
     if target.dtype in _INDEX_DTYPES:
-        # Of logits without classes, label smoothing makes PyTorch's NaN.
-        return not label_smoothing or input.numel() > 0
-    # Probabilities of another dtype are promoted, which is left to PyTorch.
+        if input.dim() == 2:
+            return target.dim() == 1 and target.size(0) == input.size(0)
+        return target.shape == (input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
+    # Probabilities. Those of another dtype are promoted, which is left to PyTorch.
     return target.dtype is input.dtype and target.shape == input.shape
 
 
-def _in_float32(tensor: Tensor | None) -> Tensor | None:
+def _is_constant_per_class(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
+    return (
+        _plain(weight)
+        and not weight.requires_grad
+        and weight.dtype is dtype
+        and weight.dim() == 1
+        and weight.size(0) == classes
+    )
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
     # What autocast does to the arguments of a loss: float64 and class indices stay.
-    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
-        return tensor.float()
-    return tensor
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from mnist_ext import functional
 
@@ -68,8 +70,11 @@ def swap(module: _Module) -> _Module:
     In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
     ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
     their class: Parameter objects, hooks and references to them stay valid. Running it twice
-    changes nothing more. Subclasses of ``torch.nn.Linear``, and modules whose
-    ``forward`` was replaced on the instance, are left alone.
+    changes nothing more.
+
+    Left alone, and named in one warning, are layers whose class is not exactly PyTorch's
+    (subclasses, lazy layers that have not seen a batch, parametrized layers: swap first, then
+    parametrize) and modules whose ``forward`` was replaced on the instance.
 
     A ReLU is not fused where somebody may look between the two: if either of them has forward or
     backward hooks, or if the Linear appears more than once in module. Code that takes a fused
@@ -80,16 +85,20 @@ def swap(module: _Module) -> _Module:
 
     Returns:
         module itself.
+
+    Warns:
+        UserWarning: layers were left alone; which, and why.
     """
     uses = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
-    for child in module.modules():
-        if _has_own_forward(child):
-            continue
-        if type(child) is torch.nn.Linear:
-            child.__class__ = Linear
-            child.activation = "none"  # type: ignore[assignment]
-        elif type(child) is torch.nn.CrossEntropyLoss:
-            child.__class__ = CrossEntropyLoss
+    left_alone = []
+    for name, child in module.named_modules():
+        swapped = _SWAPPED.get(type(child))
+        if reason := _reason_to_leave(child):
+            left_alone.append(f"{name or 'module'} ({type(child).__name__}: {reason})")
+        elif swapped is not None:
+            child.__class__ = swapped
+            if isinstance(child, Linear):
+                child.activation = "none"
     for sequential in module.modules():
         if (
             isinstance(sequential, torch.nn.Sequential)
@@ -97,7 +106,26 @@ def swap(module: _Module) -> _Module:
             and not _has_own_forward(sequential)
         ):
             _fuse_relu(sequential, uses)
+    if left_alone:
+        warnings.warn(
+            f"mnist_ext.nn.swap left alone: {', '.join(left_alone)}", UserWarning, stacklevel=2
+        )
     return module
+
+
+_SWAPPED = {torch.nn.Linear: Linear, torch.nn.CrossEntropyLoss: CrossEntropyLoss}
+
+
+def _reason_to_leave(module: torch.nn.Module) -> str | None:
+    if isinstance(module, (Linear, CrossEntropyLoss)) or not isinstance(module, tuple(_SWAPPED)):
+        return None
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        return "lazy: swap after the first batch"
+    if is_parametrized(module):
+        return "parametrized: swap first"
+    if type(module) not in _SWAPPED:
+        return "a subclass"
+    return "its forward was replaced" if _has_own_forward(module) else None
 
 
 def _fuse_relu(sequential: torch.nn.Sequential, uses: Counter[int]) -> None:

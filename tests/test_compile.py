@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, fake and meta tensors, opcheck, autocast: what wraps an op from outside."""
+"""What wraps an op from outside: torch.compile, torch.export, fake and meta tensors, autocast."""
 
 import itertools
 

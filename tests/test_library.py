@@ -179,19 +179,29 @@ class TestThreads:
     def test_set_num_threads_is_obeyed(self, threads):
         assert threads_started(threads) == threads - 1
 
-    @pytest.mark.parametrize("threads", [2, 3, 5])
-    def test_results_do_not_depend_on_the_number_of_threads(self, isa, threads):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("threads", [1, 2, 3, 5])
+    def test_results_do_not_depend_on_the_number_of_threads(self, isa, threads, dtype):
+        """Bit by bit; with one thread: nor on which run it is."""
         # Large enough for five threads in every kernel.
-        input = torch.randn(600, 130, requires_grad=True)
-        weight = torch.randn(150, 130, requires_grad=True)
-        bias = torch.randn(150, requires_grad=True)
+        input = torch.randn(600, 130, dtype=dtype, requires_grad=True)
+        weight = torch.randn(150, 130, dtype=dtype, requires_grad=True)
+        bias = torch.randn(150, dtype=dtype, requires_grad=True)
         target = torch.randint(0, 150, (600,))
+        images = torch.randn(3, 40, 30, 35, dtype=dtype, requires_grad=True)
+        probabilities = torch.rand(3, 40, 30, 35, dtype=dtype, requires_grad=True)
 
         def everything():
             hidden = functional.linear(input, weight, bias, activation="relu")
             small = functional.linear(input[:64], weight)
-            loss = functional.cross_entropy(hidden, target) + small.sum()
-            return loss, hidden, small, *torch.autograd.grad(loss, (input, weight, bias))
+            losses = (
+                functional.cross_entropy(hidden, target),
+                functional.cross_entropy(images, probabilities, label_smoothing=0.1),
+                functional.cross_entropy(images, images.argmax(1), ignore_index=1),
+                functional.cross_entropy(images.movedim(-1, 1), images.argmax(3)),
+            )
+            leaves = (input, weight, bias, images, probabilities)
+            return hidden, small, *losses, *torch.autograd.grad(sum(losses) + small.sum(), leaves)
 
         before = torch.get_num_threads()
         try:
@@ -202,6 +212,23 @@ class TestThreads:
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+    @pytest.mark.parametrize("isa", _C.available_isas())
+    def test_results_do_not_depend_on_the_process(self, isa):
+        """Two processes print the same digest of every bit."""
+        code = (
+            "import hashlib, torch\n"
+            "from mnist_ext import functional\n"
+            "torch.manual_seed(0)\n"
+            "x = torch.randn(300, 130).requires_grad_()\n"
+            "w = torch.randn(90, 130).requires_grad_()\n"
+            "loss = functional.cross_entropy(functional.linear(x, w), torch.arange(300) % 90)\n"
+            "results = [loss.detach(), *torch.autograd.grad(loss, (x, w))]\n"
+            "print(hashlib.sha256(b''.join(r.numpy().tobytes() for r in results)).hexdigest())"
+        )
+        digests = [run(code, MNIST_EXT_ISA=isa).stdout for _ in range(2)]
+        assert len(digests[0].strip()) == 64
+        assert digests[0] == digests[1]
 
     def test_called_from_many_python_threads(self):
         from concurrent.futures import ThreadPoolExecutor

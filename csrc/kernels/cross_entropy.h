@@ -22,18 +22,20 @@ namespace mnist_ext {
 
 enum class Reduction { none, mean, sum };  // the order of torch.nn._reduction.get_enum
 
+enum class TargetKind { indices, probabilities };
+
 // [batch, classes, positions]: element (b, c, s) lies at b * batch_stride + c * class_stride + s. Where there is one
 // position only, class_stride is 1: the matrix [batch, classes] with contiguous rows.
 template <class T>
 struct ClassScores {
-  T* data;  // null: not given, not wanted
+  T* data;
   int64_t batch_stride, class_stride;
 };
 
 struct ClassIndices {
   enum class Type { int64, int32, uint8 };
 
-  const void* data;  // [batch, positions], contiguous; null if the target is probabilities
+  const void* data;  // [batch, positions], contiguous
   Type type;
 
   int64_t operator[](int64_t i) const {
@@ -50,6 +52,7 @@ template <class T>
 struct CrossEntropyProblem {
   int64_t batch, classes, positions;
   ClassScores<const T> logits;
+  TargetKind kind;
   ClassIndices target;                 // each in [0, classes) or ignore_index
   ClassScores<const T> probabilities;  // in place of class indices
   const T* weight;                     // [classes], or null

@@ -198,6 +198,7 @@ struct Operands {
             .classes = layout.classes,
             .positions = layout.positions,
             .logits = logits.as<T>(),
+            .kind = indices ? TargetKind::indices : TargetKind::probabilities,
             .target = {indices ? indices->const_data_ptr() : nullptr, index_type()},
             .probabilities = probabilities ? probabilities->template as<T>() : ClassScores<const T>{},
             .weight = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr,

@@ -84,7 +84,7 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
   const CrossEntropyProblem<T>& p = x.problem;
   const Coefficients<T>& q = coefficients.q;
   const int lanes = coefficients.lanes;
-  const bool indexed = !p.probabilities.data;
+  const bool indexed = p.kind == TargetKind::indices;
   const auto logits = [&](int64_t c) __attribute__((always_inline)) { return V::load(tile + c * tile_width); };
 
   V max = V::broadcast(-std::numeric_limits<A>::infinity());
@@ -125,7 +125,7 @@ void forward_strip(const CrossEntropyForward<T>& x, const Coefficients<T>& q, co
       load(logits + c * p.logits.class_stride + s, lanes).store(tile + c * width + s);
     });
   }
-  const T* probabilities = p.probabilities.data ? first_class(p.probabilities, strip) : nullptr;
+  const T* probabilities = p.kind == TargetKind::probabilities ? first_class(p.probabilities, strip) : nullptr;
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
     const ColumnCoefficients<T> coefficients{q, probabilities ? probabilities + s : nullptr,
                                              p.probabilities.class_stride, lanes};

@@ -34,12 +34,12 @@ int64_t cross_entropy_backward(const CrossEntropyBackward<T>& x, int threads) {
   parallel(threads_for(logits_of(p), kCrossEntropyGrain, threads), [&](int thread, int count) {
     if (p.positions == 1) {
       const Range rows = split(p.batch, 1, thread, count);
-      p.probabilities.data ? backward_rows_of_probabilities(x, q, scales, rows)
-                           : backward_rows_of_indices(x, q, scales, rows);
+      p.kind == TargetKind::indices ? backward_rows_of_indices(x, q, scales, rows)
+                                    : backward_rows_of_probabilities(x, q, scales, rows);
     } else {
       for_each_strip(p, thread, count, [&](const Strip& strip) {
-        p.probabilities.data ? backward_strip_of_probabilities(x, q, scales, strip)
-                             : backward_strip_of_indices(x, q, scales, strip);
+        p.kind == TargetKind::indices ? backward_strip_of_indices(x, q, scales, strip)
+                                      : backward_strip_of_probabilities(x, q, scales, strip);
       });
     }
   });

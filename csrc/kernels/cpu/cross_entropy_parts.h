@@ -35,7 +35,7 @@ struct Coefficients {
         target(static_cast<A>(1 - p.label_smoothing)),
         every(smoothed ? static_cast<A>(p.label_smoothing / static_cast<double>(p.classes)) : A(0)),
         every_summed(0) {
-    if (!smoothed || p.probabilities.data) return;
+    if (!smoothed || p.kind == TargetKind::probabilities) return;
     double sum = static_cast<double>(p.classes);
     if (weight) {
       sum = 0;
@@ -55,7 +55,7 @@ struct Targets {
 template <class T>
 Targets check_targets(const CrossEntropyProblem<T>& p) {
   const int64_t n = p.batch * p.positions;
-  if (p.probabilities.data) {
+  if (p.kind == TargetKind::probabilities) {
     return {-1, p.classes > 0 ? static_cast<double>(n) : std::numeric_limits<double>::quiet_NaN()};
   }
   int64_t counted = 0;

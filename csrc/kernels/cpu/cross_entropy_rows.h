@@ -88,7 +88,7 @@ void forward_rows(const CrossEntropyForward<T>& x, const Coefficients<T>& q, Ran
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
-  const bool indexed = !p.probabilities.data;
+  const bool indexed = p.kind == TargetKind::indices;
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const int64_t t = indexed ? p.target[i] : 0;
     if (indexed && t == p.ignore_index) {

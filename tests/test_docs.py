@@ -1,0 +1,38 @@
+"""What the documentation points to exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
+
+
+@pytest.mark.parametrize("test", sorted(set(re.findall(r"`(test_\w+\.py::[\w:]+)`", SEMANTICS))))
+def test_tests_named_in_semantics_exist(test):
+    file, *names = test.split("::")
+    source = (ROOT / "tests" / file).read_text()
+    for name in names:
+        assert re.search(rf"^\s*(def|class) {name}\b", source, re.MULTILINE)
+
+
+def test_every_behaviour_names_a_test():
+    """But those for which the table says in bold, or in words, that there is nothing to test."""
+    rows = [line for line in SEMANTICS.splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not row.startswith(("| what", "| ---"))]
+    without = [row for row in rows if ".py::" not in row]
+    assert len(rows) > 40
+    assert [row.split("|")[1].strip() for row in without] == [
+        "`torch.jit.script` (deprecated)",
+        'CUDA tensors, `torch.autocast("cuda")`',
+    ]
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/semantics.md"])
+def test_links_between_files_lead_somewhere(file):
+    text = (ROOT / file).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert links
+    for link in links:
+        assert ((ROOT / file).parent / link).exists(), link

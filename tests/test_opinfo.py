@@ -1,0 +1,104 @@
+"""PyTorch's own sample calls of the two functions and modules, run on ours."""
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import mnist_ext
+from mnist_ext import functional
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPS = {
+    op.name: (op, getattr(functional, op.name.removeprefix("nn.functional.")))
+    for op in op_db
+    if op.name in ("nn.functional.linear", "nn.functional.cross_entropy")
+}
+MODULES = {
+    info.name: (info, getattr(mnist_ext.nn, info.name.removeprefix("nn.")))
+    for info in module_db
+    if info.name in ("nn.Linear", "nn.CrossEntropyLoss")
+}
+
+
+def value_and_gradients(function, tensors):
+    """Return the value and the gradients of all tensors that want one, first and second."""
+    value = function()
+    wanted = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not wanted:
+        return [value]
+    torch.manual_seed(0)
+    grad_output = torch.randn_like(value)
+    grads = torch.autograd.grad(value, wanted, grad_output, create_graph=True)
+    again = [g for g in grads if g.requires_grad]
+    second = torch.autograd.grad(
+        again, wanted, [torch.randn_like(g) for g in again], allow_unused=True
+    )
+    return [value.detach(), *(g.detach() for g in grads), *second]
+
+
+def assert_same(ours, torchs):
+    for our, their in zip(ours, torchs, strict=True):
+        assert (our is None) == (their is None)
+        if our is not None:
+            half = our.dtype.itemsize == 2
+            tolerance = {"rtol": 3e-2, "atol": 3e-2} if half else {}
+            torch.testing.assert_close(our, their, **tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_samples(isa, name, dtype):
+    op, ours = OPS[name]
+    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
+    samples += list(op.reference_inputs("cpu", dtype, requires_grad=True))
+    assert len(samples) > 10
+    for sample in samples:
+        arguments = (sample.input, *sample.args)
+        assert_same(
+            *(
+                value_and_gradients(
+                    lambda f=f, s=sample: f(s.input, *s.args, **s.kwargs),
+                    [*arguments, *sample.kwargs.values()],
+                )
+                for f in (ours, op.op)
+            )
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_error_samples(name):
+    op, ours = OPS[name]
+    if op.error_inputs_func is None:
+        pytest.skip(f"this torch has no samples of wrong calls of {name}")
+    for error in op.error_inputs("cpu"):
+        sample = error.sample_input
+        with pytest.raises(error.error_type):
+            ours(sample.input, *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_module_samples(name, training, dtype):
+    """The same arguments for constructor and forward."""
+    info, ours = MODULES[name]
+    inputs = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+    )
+    assert inputs
+    for sample in inputs:
+        if sample.constructor_input is None:
+            continue
+        results = []
+        for cls in (ours, info.module_cls):
+            torch.manual_seed(0)
+            constructor, forward = sample.constructor_input, sample.forward_input
+            module = cls(*constructor.args, **constructor.kwargs).to(dtype).train(training)
+            results.append(
+                value_and_gradients(
+                    lambda m=module, f=forward: m(*f.args, **f.kwargs),
+                    [*forward.args, *module.parameters()],
+                )
+            )
+        assert_same(*results)

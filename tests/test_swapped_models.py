@@ -1,0 +1,268 @@
+"""A swapped model behaves as the model it came from, whatever PyTorch does with it."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
+
+import mnist_ext
+from mnist_ext.nn import swap
+
+
+class Model(nn.Module):
+    """Layers of several kinds, and its own loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5, bias=False))
+        self.head = nn.Linear(5, 3)
+        self.loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
+
+    def forward(self, input, target):
+        return self.loss(self.head(torch.tanh(self.body(input))), target)
+
+
+INPUT, TARGET = torch.randn(8, 6), torch.randint(0, 3, (8,))
+
+
+def pair():
+    """Make a model of PyTorch's layers and the same one swapped."""
+    torch.manual_seed(0)
+    torchs = Model()
+    return torchs, swap(copy.deepcopy(torchs))
+
+
+def step(model, input=INPUT, target=TARGET):
+    """Return the loss and all gradients."""
+    model.zero_grad()
+    loss = model(input, target)
+    loss.backward()
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return loss.detach(), grads
+
+
+def test_loss_and_gradients():
+    torch.testing.assert_close(*map(step, pair()))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(clone):
+    _, model = pair()
+    other = clone(model)
+    assert other.body[0].activation == "relu"
+    assert all(a is not b for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    torch.testing.assert_close(step(other), step(model), rtol=0, atol=0)
+
+
+def test_torch_save_of_the_whole_model():
+    _, model = pair()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    torch.testing.assert_close(step(torch.load(file, weights_only=False)), step(model))
+
+
+def test_state_dict_both_ways():
+    torchs, ours = pair()
+    assert list(torchs.state_dict()) == list(ours.state_dict())
+    with torch.no_grad():
+        for parameter in torchs.parameters():
+            parameter.mul_(2)
+    ours.load_state_dict(torchs.state_dict())
+    torch.testing.assert_close(step(torchs), step(ours))
+    torchs.load_state_dict(ours.state_dict())
+
+
+def test_optimizer_made_before_the_swap():
+    torchs, _ = pair()
+    ours = copy.deepcopy(torchs)
+    losses = []
+    for model in (torchs, ours):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        if model is ours:
+            swap(model)
+        history = []
+        for _ in range(20):
+            history.append(step(model)[0])
+            optimizer.step()
+        losses.append(torch.stack(history))
+    assert losses[0][-1] < losses[0][0]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parametrization",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal],
+)
+def test_parametrize_after_the_swap(parametrization):
+    models = pair()
+    for model in models:
+        torch.manual_seed(1)
+        parametrization(model.head)
+    assert isinstance(models[1].head, mnist_ext.nn.Linear)
+    torch.testing.assert_close(*map(step, models))
+    for model in models:
+        parametrize.remove_parametrizations(model.head, "weight")
+    assert type(models[1].head) is mnist_ext.nn.Linear
+
+
+def test_pruning():
+    from torch.nn.utils import prune
+
+    models = pair()
+    for model in models:
+        prune.l1_unstructured(model.head, "weight", amount=0.5)
+    torch.testing.assert_close(*map(step, models))
+
+
+def test_hooks():
+    """Forward, pre-forward and backward hooks see the same tensors and may replace them."""
+    results = []
+    for model in pair():
+        seen = []
+        model.head.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+        model.head.register_forward_hook(
+            lambda m, args, output, s=seen: s.append(output) or -output
+        )
+        model.head.register_full_backward_hook(lambda m, gi, go, s=seen: s.extend([*gi, *go]))
+        model.head.weight.register_hook(lambda grad: grad * 3)
+        model.head.bias.register_post_accumulate_grad_hook(lambda p, s=seen: s.append(p.grad))
+        results.append((step(model), [t.detach().clone() for t in seen]))
+    torch.testing.assert_close(*results)
+    assert len(results[0][1]) == 4
+
+
+@pytest.mark.parametrize("frozen", ["head.weight", "head.bias", "body.0.weight", "body.2.weight"])
+def test_requires_grad_can_be_switched(frozen):
+    models = pair()
+    for model in models:
+        model.get_parameter(frozen).requires_grad_(False)
+    results = [step(model) for model in models]
+    torch.testing.assert_close(*results)
+    assert results[1][1][frozen] is None
+    for model in models:
+        model.requires_grad_(True)
+    torch.testing.assert_close(*map(step, models))
+
+
+def test_clip_grad_norm():
+    norms = []
+    for model in pair():
+        step(model)
+        norms.append(clip_grad_norm_(model.parameters(), 0.01))
+        assert clip_grad_norm_(model.parameters(), 1.0) < 0.0101
+    torch.testing.assert_close(*norms)
+
+
+def test_gradient_accumulation():
+    models = pair()
+    for model in models:
+        model.zero_grad()
+        for part in range(4):
+            rows = slice(2 * part, 2 * part + 2)
+            (model(INPUT[rows], TARGET[rows]) / 4).backward()
+    for torchs, ours in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(ours.grad, torchs.grad)
+
+
+def test_functional_call_and_ensembles():
+    """Vmap over stacked parameters, the torch.func way of running an ensemble."""
+    results = []
+    for model in pair():
+        parameters = {n: torch.stack([p, p * 2]) for n, p in model.named_parameters()}
+
+        def loss(parameters, model=model):
+            return torch.func.functional_call(model, parameters, (INPUT, TARGET))
+
+        results.append(
+            (
+                torch.func.functional_call(
+                    model, {n: p[1] for n, p in parameters.items()}, (INPUT, TARGET)
+                ),
+                torch.func.vmap(torch.func.grad(loss))(parameters),
+            )
+        )
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_dtype(dtype):
+    models = [model.to(dtype) for model in pair()]
+    results = [step(model, INPUT.to(dtype)) for model in models]
+    tolerance = {} if dtype == torch.float64 else {"rtol": 3e-2, "atol": 1e-2}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+def test_meta_device_and_to_empty():
+    with torch.device("meta"):
+        model = swap(Model())
+    model = model.to_empty(device="cpu")
+    torchs, _ = pair()
+    model.load_state_dict(torchs.state_dict())
+    torch.testing.assert_close(step(model), step(torchs))
+
+
+def test_share_memory_and_eval():
+    _, model = pair()
+    expected = model(INPUT, TARGET)
+    model.share_memory().eval()
+    assert torch.equal(model(INPUT, TARGET), expected)
+
+
+DISTRIBUTED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, {tests!r})
+from test_swapped_models import INPUT, TARGET, pair, step
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(5)
+input, target = torch.randn(8, 6), torch.randint(0, 3, (8,))
+mine = slice(rank * 4, rank * 4 + 4)
+torch.manual_seed(6 + rank)
+results = []
+for model in pair():
+    parallel = DistributedDataParallel(model)
+    loss, grads = step(parallel, input[mine], target[mine])
+    results.append(grads)
+torch.testing.assert_close(*results)
+flat = torch.cat([g.flatten() for g in results[1].values()])
+both = [torch.empty_like(flat) for _ in range(2)]
+dist.all_gather(both, flat)
+assert torch.equal(*both)
+print("agrees")
+dist.destroy_process_group()
+"""
+
+
+def test_distributed_data_parallel_in_two_processes(tmp_path):
+    """Gradients are PyTorch's, and the same in both processes."""
+    code = DISTRIBUTED.format(tests=str(Path(__file__).parent))
+    meeting_point = f"file://{tmp_path}/processes"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), meeting_point],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    for process, (stdout, stderr) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, stderr
+        assert stdout.strip() == "agrees"
