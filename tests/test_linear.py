@@ -289,11 +289,15 @@ except (MemoryError, RuntimeError) as error:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [1.0, -1.171875, 0.33203125, 3.0e-3, 7.0e2], ids=str)
 def test_half_dtypes_are_widened_and_rounded_exactly(isa, dtype, factor):
-    """Every bit pattern times a factor: the product is exact in float32, so one rounding is left."""
+    """Every bit pattern times a factor: exact in float32, so that one rounding is left."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    weight = torch.tensor([[factor]], dtype=dtype)
-    expected = (every.float() * weight.float()).to(dtype)
-    for rows in (every[:, None], every[:, None].expand(-1, 3)):  # one lane; several
-        output = functional.linear(rows[:, :1], weight.expand(rows.shape[1], 1))
-        assert torch.equal(output.isnan(), expected.isnan()[:, None].expand_as(output))
-        assert torch.equal(output.nan_to_num(0), expected.nan_to_num(0)[:, None].expand_as(output))
+    factor = torch.tensor([[factor]], dtype=dtype)
+    zeros = torch.zeros(len(every), 1, dtype=dtype)
+    product = (every.float() * factor.float()).to(dtype)
+    for output, expected in [
+        (functional.linear(every[:, None], factor).T, product),  # element by element
+        (functional.linear(factor, every[:, None]), product),  # results in vectors
+        (functional.linear(factor, zeros, every), every[None]),  # both ways in vectors
+    ]:
+        assert torch.equal(output.isnan(), expected.isnan())
+        assert torch.equal(output.nan_to_num(0), expected.nan_to_num(0))
