@@ -24,11 +24,8 @@ _cross_entropy_backward = _ops.cross_entropy_backward.default
 
 
 def _is_recorded() -> bool:
-    """Say whether a backward must consist of PyTorch's own ops.
-
-    So it is where it is itself recorded, or run for many grad_outputs at once (vmap, as in
-    ``torch.autograd.grad(..., is_grads_batched=True)``).
-    """
+    # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist of
+    # PyTorch's own ops.
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 

@@ -36,6 +36,23 @@ def test_gradcheck_on_each_instruction_set(isa, case):
     gradcheck(function, inputs)
 
 
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_vmap_over_the_backward_needs_no_fallback(case, request):
+    """The fallback would run our ops one grad_output at a time; here it is an error."""
+    before = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    request.addfinalizer(lambda: torch._C._functorch._set_vmap_fallback_enabled(before))
+    results = []
+    for function in (case.ours, case.torchs):
+        leaves, wanted = with_gradients(case.tensors(torch.float64), case.differentiable)
+        value = function(*leaves)
+        torch.manual_seed(1)
+        grad_outputs = torch.randn(4, *value.shape, dtype=value.dtype)
+        backward = torch.func.vmap(lambda g, v=value, w=wanted: torch.autograd.grad(v, w, g))
+        results.append(backward(grad_outputs))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck(case):
     function, inputs = checkable(case)
