@@ -24,8 +24,8 @@ _cross_entropy_backward = _ops.cross_entropy_backward.default
 
 
 def _is_recorded() -> bool:
-    # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist of
-    # PyTorch's own ops.
+    # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist
+    # of PyTorch's own ops.
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
