@@ -18,6 +18,19 @@ def pytest_report_header() -> str:
     )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--best-isa", action="store_true", help="run the best instruction set alone, not each"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        isas = _C.available_isas()
+        best_alone = metafunc.config.getoption("best_isa")
+        metafunc.parametrize("isa", isas[-1:] if best_alone else isas, indirect=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
@@ -28,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
 
 
-@pytest.fixture(params=_C.available_isas())
+@pytest.fixture
 def isa(request: pytest.FixtureRequest):
     """Run the test once on each instruction set that this machine has."""
     before, reason = _C.active_isa(), _C.active_isa_reason()

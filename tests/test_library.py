@@ -79,13 +79,13 @@ class TestImport:
 
 
 class TestInstructionSet:
-    @pytest.mark.parametrize("isa", _C.available_isas())
-    def test_environment_forces_one(self, isa):
+    @pytest.mark.parametrize("forced", _C.available_isas())
+    def test_environment_forces_one(self, forced):
         code = (
             "import mnist_ext; i = mnist_ext.build_info(); print(i['cpu_isa'], i['cpu_isa_reason'])"
         )
-        process = run(code, MNIST_EXT_ISA=isa)
-        assert process.stdout.split(maxsplit=1) == [isa, "MNIST_EXT_ISA asks for it\n"]
+        process = run(code, MNIST_EXT_ISA=forced)
+        assert process.stdout.split(maxsplit=1) == [forced, "MNIST_EXT_ISA asks for it\n"]
 
     def test_unknown_one_is_an_import_error_with_the_choices(self):
         process = run("import mnist_ext", MNIST_EXT_ISA="avx3")
@@ -213,8 +213,8 @@ class TestThreads:
             torch.set_num_threads(before)
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
-    @pytest.mark.parametrize("isa", _C.available_isas())
-    def test_results_do_not_depend_on_the_process(self, isa):
+    @pytest.mark.parametrize("forced", _C.available_isas())
+    def test_results_do_not_depend_on_the_process(self, forced):
         """Two processes print the same digest of every bit."""
         code = (
             "import hashlib, torch\n"
@@ -226,7 +226,7 @@ class TestThreads:
             "results = [loss.detach(), *torch.autograd.grad(loss, (x, w))]\n"
             "print(hashlib.sha256(b''.join(r.numpy().tobytes() for r in results)).hexdigest())"
         )
-        digests = [run(code, MNIST_EXT_ISA=isa).stdout for _ in range(2)]
+        digests = [run(code, MNIST_EXT_ISA=forced).stdout for _ in range(2)]
         assert len(digests[0].strip()) == 64
         assert digests[0] == digests[1]
 

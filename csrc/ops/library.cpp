@@ -26,4 +26,11 @@ STABLE_TORCH_LIBRARY(mnist_ext, m) {
       "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor stats, "
       "Tensor total_weight, int ignore_index, float label_smoothing, int reduction, bool need_logits, "
       "bool need_target) -> (Tensor, Tensor)");
+
+  // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
+  // first_step. Returns -1, or, having changed nothing, the first index at which the tensors are none that the kernels
+  // take: of a dtype of theirs, dense, and all of the same shape, strides and dtype.
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
 }

@@ -97,6 +97,11 @@ int64_t cross_entropy_backward(const CrossEntropyBackward<T>& args, int threads)
   return kernels<T>().cross_entropy_backward(args, threads);
 }
 
+template <class T>
+void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, int threads) {
+  kernels<T>().sgd_step(tensors, count, options, threads);
+}
+
 template void linear_forward(const LinearForward<float>&, int);
 template void linear_forward(const LinearForward<double>&, int);
 template void linear_forward(const LinearForward<BFloat16>&, int);
@@ -113,5 +118,9 @@ template int64_t cross_entropy_backward(const CrossEntropyBackward<float>&, int)
 template int64_t cross_entropy_backward(const CrossEntropyBackward<double>&, int);
 template int64_t cross_entropy_backward(const CrossEntropyBackward<BFloat16>&, int);
 template int64_t cross_entropy_backward(const CrossEntropyBackward<Float16>&, int);
+template void sgd_step(const SgdTensor<float>*, int64_t, const SgdOptions&, int);
+template void sgd_step(const SgdTensor<double>*, int64_t, const SgdOptions&, int);
+template void sgd_step(const SgdTensor<BFloat16>*, int64_t, const SgdOptions&, int);
+template void sgd_step(const SgdTensor<Float16>*, int64_t, const SgdOptions&, int);
 
 }  // namespace mnist_ext

@@ -4,6 +4,7 @@
 
 #include "../cross_entropy.h"
 #include "../linear.h"
+#include "../sgd.h"
 
 namespace mnist_ext {
 
@@ -13,6 +14,7 @@ struct KernelsOf {
   void (*linear_backward)(const LinearBackward<T>&, int threads);
   int64_t (*cross_entropy_forward)(const CrossEntropyForward<T>&, int threads);
   int64_t (*cross_entropy_backward)(const CrossEntropyBackward<T>&, int threads);
+  void (*sgd_step)(const SgdTensor<T>*, int64_t count, const SgdOptions&, int threads);
 };
 
 struct KernelTable : KernelsOf<float>, KernelsOf<double>, KernelsOf<BFloat16>, KernelsOf<Float16> {};

@@ -84,6 +84,17 @@ MNIST_EXT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return {a.raw * b.raw + c.raw};
 }
 
+// x, as far as the compiler knows changed: a product is rounded before it is added to anything.
+template <class T>
+MNIST_EXT_INLINE Vec<T> uncontracted(Vec<T> x) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(x.raw));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x.raw));
+#endif
+  return x;
+}
+
 // The larger one; b where either is NaN.
 template <class T>
 MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {

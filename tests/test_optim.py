@@ -1,0 +1,265 @@
+"""SGD against torch.optim.SGD: the same bits, the same state."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import mnist_ext
+
+OPTIONS = [
+    {"lr": 0.1, "momentum": m, "dampening": d, "weight_decay": w, "nesterov": n, "maximize": x}
+    for m, d, w, n, x in itertools.product(
+        (0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True), (False, True)
+    )
+    if not (n and (m == 0 or d != 0)) and not (m == 0 and d != 0)
+]
+
+
+def parameters(dtype=torch.float32):
+    """Shapes: less and more than a vector, none, a scalar, enough for two threads, transposed."""
+    shapes = [(3, 5), (0, 4), (), (17,), (300, 401)]
+    made = [torch.randn(shape).to(dtype) for shape in shapes]
+    made.append(torch.randn(40, 30).to(dtype).t())
+    return [nn.Parameter(p) for p in made]
+
+
+def run(optimizer, params, steps, seed=0):
+    """Step with random gradients; the first parameter gets none in the first step."""
+    torch.manual_seed(seed)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for i, p in enumerate(params):
+            grad = torch.randn_like(p)
+            p.grad = None if i == step == 0 else grad
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_same_bits(isa, options, dtype):
+    ours, torchs = parameters(dtype), None
+    torchs = copy.deepcopy(ours)
+    run(mnist_ext.optim.SGD(ours, **options), ours, 4)
+    run(torch.optim.SGD(torchs, **options), torchs, 4)
+    for our, their in zip(ours, torchs, strict=True):
+        if dtype.itemsize == 2:  # PyTorch rounds once more in what its vectors leave over
+            torch.testing.assert_close(our, their, rtol=1e-2, atol=5e-2)
+        elif isa == "baseline":  # without fused multiply-add
+            torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(our, their)
+
+
+def other(name):
+    return {"ours": torch.optim.SGD, "torch": mnist_ext.optim.SGD}[name]
+
+
+@pytest.mark.parametrize("first", ["ours", "torch"])
+def test_state_dict_is_interchangeable(first):
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    params = parameters()
+    expected = copy.deepcopy(params)
+    start = {"ours": mnist_ext.optim.SGD, "torch": torch.optim.SGD}[first](params, **options)
+    run(start, params, 3)
+    continued = other(first)(params, lr=99.0)
+    continued.load_state_dict(start.state_dict())
+    run(continued, params, 3, seed=1)
+
+    whole = torch.optim.SGD(expected, **options)
+    run(whole, expected, 3)
+    run(whole, expected, 3, seed=1)
+    for ours, theirs in zip(params, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert continued.state_dict().keys() == whole.state_dict().keys()
+    torch.testing.assert_close(continued.state_dict()["state"], whole.state_dict()["state"])
+
+
+def test_groups_schedulers_hooks_and_closure():
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+        optimizer = cls(
+            [
+                {"params": model[0].parameters(), "momentum": 0.5},
+                {"params": model[2].parameters(), "lr": 0.3},
+            ],
+            lr=0.1,
+        )
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        calls = []
+        optimizer.register_step_pre_hook(lambda *a, c=calls: c.append("pre"))
+        optimizer.register_step_post_hook(lambda *a, c=calls: c.append("post"))
+        input = torch.randn(8, 4)
+
+        def closure(model=model, optimizer=optimizer, input=input):
+            optimizer.zero_grad()
+            loss = model(input).square().mean()
+            loss.backward()
+            return loss
+
+        losses = []
+        for _ in range(5):
+            losses.append(optimizer.step(closure).detach())
+            scheduler.step()
+        results.append((torch.stack(losses), *model.parameters()))
+        assert calls == ["pre", "post"] * 5
+    torch.testing.assert_close(*results)
+
+
+def test_one_native_call_per_group():
+    params = parameters()
+    optimizer = mnist_ext.optim.SGD(params, lr=0.1, momentum=0.9)
+    run(optimizer, params, 2)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    names = [e.name for e in profile.events() if "::" in e.name]
+    assert names == ["mnist_ext::sgd_step"]
+
+
+def test_parameters_count_as_modified():
+    """A backward that needs the old values raises, as with PyTorch's."""
+    weight = nn.Parameter(torch.randn(3))
+    input = torch.randn(3, requires_grad=True)
+    loss = (weight * input).sum()
+    weight.grad = torch.ones(3)
+    mnist_ext.optim.SGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_sparse_and_complex_are_refused_by_name():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"SGD.*\[5, 3\].*sparse.*use torch.optim.SGD"):
+        mnist_ext.optim.SGD(embedding.parameters(), lr=0.1).step()
+    weight = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+    weight.grad = torch.randn(2, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=r"SGD.*complex64.*use torch.optim.SGD"):
+        mnist_ext.optim.SGD([weight], lr=0.1).step()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+@pytest.mark.parametrize("odd", ["gaps", "subclass", "grad layout"])
+def test_what_the_kernel_does_not_take_goes_pytorchs_way(odd, options):
+    class Sub(torch.Tensor):
+        pass
+
+    def make():
+        torch.manual_seed(0)
+        if odd == "gaps":
+            return nn.Parameter(torch.randn(6, 8)[:, ::2])
+        if odd == "subclass":
+            return torch.randn(6, 4).as_subclass(Sub).requires_grad_()
+        return nn.Parameter(torch.randn(6, 4))
+
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        p = make()
+        optimizer = cls([p], lr=0.1, **options)
+        for _ in range(3):
+            grad = torch.randn(4, 6).t() if odd == "grad layout" else torch.randn(6, 4)
+            p.grad = grad.as_subclass(Sub) if odd == "subclass" else grad
+            optimizer.step()
+        results.append((p.detach(), *(s["momentum_buffer"] for s in optimizer.state.values() if s)))
+    for our, their in zip(*results, strict=True):
+        assert torch.equal(our, their)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"foreach": True},
+        {"fused": True},
+        {"differentiable": True},
+        {"lr": torch.tensor(0.1)},
+        {"weight_decay": torch.tensor(0.1)},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_options_of_torch(options):
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        params = [torch.randn(5, 3).requires_grad_()]
+        if "differentiable" in options:
+            params = [params[0].clone()]
+            params[0].retain_grad()
+        optimizer = cls(params, **{"lr": 0.1, **options})
+        params[0].grad = torch.ones(5, 3)
+        optimizer.step()
+        results.append(params[0].detach())
+    torch.testing.assert_close(*results)
+
+
+def test_grad_scaler():
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = cls(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for bad in (False, True, False):
+            optimizer.zero_grad()
+            loss = model(torch.full((1, 4), torch.inf if bad else 1.0)).sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(list(model.parameters()))
+        assert all(p.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(*results)
+
+
+def test_compiled_step():
+    params = parameters()
+    expected = copy.deepcopy(params)
+    optimizer = mnist_ext.optim.SGD(params, lr=0.1, momentum=0.9)
+    run(optimizer, params, 1)
+    run(torch.optim.SGD(expected, lr=0.1, momentum=0.9), expected, 1)
+    torch._dynamo.reset()
+    torch.compile(optimizer.step, backend="aot_eager")()
+    assert not torch.equal(params[-1], expected[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([torch.ones(2)], [], []), r"grads: expected one for each of 1 params, got 0"),
+        (([torch.ones(2)], [torch.ones(2)], [torch.ones(2)] * 2), r"momentum_buffers.*got 2"),
+    ],
+)
+def test_op_checks_its_lists(arguments, message):
+    op = torch.ops.mnist_ext.sgd_step
+    with pytest.raises(RuntimeError, match=message):
+        op(*arguments, 0.1, 0.9, 0.0, 0.0, False, False, False)
+
+
+@pytest.mark.parametrize(
+    "param",
+    [
+        torch.ones(4, dtype=torch.int64),
+        torch.ones(1).expand(4),
+        torch.ones(8)[::2],
+        torch.ones(8).as_strided((2, 2, 2), (1, 1, 5)),  # fills its memory, but not once
+    ],
+    ids=["int64", "expanded", "gaps", "overlap"],
+)
+def test_op_says_which_tensor_it_refuses_and_changes_none(param):
+    good = torch.ones(3)
+    result = torch.ops.mnist_ext.sgd_step(
+        [good, param],
+        [torch.ones(3), torch.ones_like(param)],
+        [],
+        0.1,
+        0,
+        0,
+        0,
+        False,
+        False,
+        False,
+    )
+    assert result == 1
+    assert torch.equal(good, torch.ones(3))
