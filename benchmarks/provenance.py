@@ -27,6 +27,21 @@ def commit() -> str:
     return process.stdout.strip() or "unknown"
 
 
+def fields() -> dict[str, object]:
+    """Return the columns that a CSV row carries to say where it comes from."""
+    info = mnist_ext.build_info()
+    return {
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "isa": info["cpu_isa"],
+        "mnist_ext": info["version"],
+        "torch": info["torch"],
+        "python": info["python"],
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def describe() -> str:
     info = mnist_ext.build_info()
     return (

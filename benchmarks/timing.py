@@ -35,8 +35,9 @@ class Times:
 
     turns: Mapping[str, list[float]]
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.turns[name])
+    def percentiles(self, name: str) -> tuple[float, float, float]:
+        """Return the 20th, 50th and 80th percentile of its seconds per call."""
+        return percentiles(self.turns[name])
 
     def ratio(self, name: str, to: str) -> tuple[float, float, float]:
         """Return how many times as long `name` takes as `to`: 20th, 50th, 80th percentile."""
@@ -65,7 +66,10 @@ def take_turns(
 class Table:
     """Rows printed as they come, and kept for a CSV file."""
 
-    def __init__(self, columns: Mapping[str, str], provenance: Mapping[str, object]) -> None:
+    def __init__(
+        self, columns: Mapping[str, str], provenance: Mapping[str, object], turns: int = TURNS
+    ) -> None:
+        self.turns = turns
         self.columns = dict(columns)  # name -> format, for example {"median": ">9.1f"}
         self.provenance = dict(provenance)
         self.rows: list[dict[str, object]] = []

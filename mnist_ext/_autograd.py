@@ -20,6 +20,7 @@ _ops = torch.ops.mnist_ext
 _linear = _ops.linear.default
 _linear_backward = _ops.linear_backward.default
 _cross_entropy = _ops.cross_entropy.default
+_cross_entropy_with_gradient = _ops.cross_entropy_with_gradient.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
 
 
@@ -75,11 +76,16 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 class CrossEntropy(Function):
-    """Softmax cross-entropy of logits against class indices or probabilities."""
+    """Softmax cross-entropy of logits against class indices or probabilities.
+
+    The gradient of a mean or a sum is known but for a factor, grad_output, which nearly always is
+    1: it is formed in the forward, while the logits are in the cache, and handed over to the first
+    backward. A second one, of a retained graph, computes it again from the logits.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -88,11 +94,26 @@ class CrossEntropy(Function):
         reduction: int,
     ) -> Tensor:
         """Shapes: see `functional.cross_entropy`."""
+        ctx.options = ignore_index, label_smoothing, reduction
+        need_logits, need_target = ctx.needs_input_grad[:2]
+        ctx.gradient = None
+        if (
+            need_logits
+            and not need_target
+            and reduction != 0
+            # float16 would underflow before grad_output, a loss scale, can prevent it.
+            and logits.dtype is not torch.float16
+            and not torch.compiler.is_compiling()
+        ):
+            loss, ctx.gradient = _cross_entropy_with_gradient(
+                logits, target, weight, ignore_index, label_smoothing, reduction
+            )
+            ctx.save_for_backward(logits, target, weight, None, None)
+            return loss
         loss, stats, total_weight = _cross_entropy(
             logits, target, weight, ignore_index, label_smoothing, reduction
         )
-        ctx.save_for_backward(logits, target, weight, stats, total_weight)  # type: ignore[arg-type]
-        ctx.options = ignore_index, label_smoothing, reduction  # type: ignore[attr-defined]
+        ctx.save_for_backward(logits, target, weight, stats, total_weight)
         return loss
 
     @staticmethod
@@ -101,22 +122,42 @@ class CrossEntropy(Function):
         logits, target, weight, stats, total_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if _is_recorded():
-            ignore_index, label_smoothing, reduction = ctx.options
-            if target.dtype in (
-                torch.int32,
-                torch.uint8,
-            ):  # PyTorch's op takes only int64 throughout
-                target = target.long()
-            wanted = [t for t, need in zip((logits, target), needs, strict=True) if need]
-            with torch.enable_grad():
-                loss = torch.ops.aten.cross_entropy_loss(
-                    logits, target, weight, reduction, ignore_index, label_smoothing
-                )
-            recorded = torch.is_grad_enabled()
-            found = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=recorded))
-            grads = [next(found) if need else None for need in needs]
-        else:
-            grads = _cross_entropy_backward(
-                grad_output, logits, target, weight, stats, total_weight, *ctx.options, *needs
+            grads = _cross_entropy_backward_differentiable(
+                grad_output, logits, target, weight, *ctx.options, *needs
             )
+            return *grads, None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None and not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+            if grad_output.item() == 1:
+                return gradient, None, None, None, None, None
+            if gradient.dtype is not torch.bfloat16:  # which would be rounded twice
+                return gradient.mul_(grad_output), None, None, None, None, None
+        if stats is None:
+            _, stats, total_weight = _cross_entropy(logits, target, weight, *ctx.options)
+        grads = _cross_entropy_backward(
+            grad_output, logits, target, weight, stats, total_weight, *ctx.options, *needs
+        )
         return *grads, None, None, None, None
+
+
+def _cross_entropy_backward_differentiable(
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    need_logits: bool,
+    need_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    if target.dtype in (torch.int32, torch.uint8):  # PyTorch's op takes only int64 throughout
+        target = target.long()
+    wanted = [t for t, need in ((logits, need_logits), (target, need_target)) if need]
+    with torch.enable_grad():
+        loss = torch.ops.aten.cross_entropy_loss(
+            logits, target, weight, reduction, ignore_index, label_smoothing
+        )
+    recorded = torch.is_grad_enabled()
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=recorded))
+    return next(grads) if need_logits else None, next(grads) if need_target else None

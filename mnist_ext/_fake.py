@@ -38,6 +38,30 @@ def _(
     return grad_input, grad_weight, grad_bias
 
 
+def _positions(logits: Tensor, target: Tensor) -> torch.Size:
+    torch._check(
+        logits.dim() >= 1, lambda: "mnist_ext.cross_entropy: logits: expected [C] or [N, C, ...]"
+    )
+    positions = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
+    expected = logits.shape if target.is_floating_point() else positions
+    torch._check_value(
+        target.shape == expected,
+        lambda: (
+            f"mnist_ext.cross_entropy: target: expected shape {list(expected)}, "
+            f"got {list(target.shape)}"
+        ),
+    )
+    return positions
+
+
+def _gradient(logits: Tensor, target: Tensor) -> Tensor:
+    if logits.dim() > 2 and not target.is_floating_point():
+        classes_last = logits.movedim(1, -1)
+        if classes_last.is_contiguous():
+            return logits.new_empty(classes_last.shape).movedim(-1, 1)
+    return logits.new_empty(logits.shape)
+
+
 @torch.library.register_fake("mnist_ext::cross_entropy")
 def _(
     logits: Tensor,
@@ -47,18 +71,7 @@ def _(
     label_smoothing: float,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(
-        logits.dim() >= 1, lambda: "mnist_ext.cross_entropy: logits: expected [C] or [N, C, ...]"
-    )
-    positions = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else ()
-    expected = logits.shape if target.is_floating_point() else positions
-    torch._check_value(
-        target.shape == expected,
-        lambda: (
-            f"mnist_ext.cross_entropy: target: expected shape {list(expected)}, "
-            f"got {list(target.shape)}"
-        ),
-    )
+    positions = _positions(logits, target)
     loss = logits.new_empty(positions if reduction == 0 else ())
     dtype = torch.float32 if logits.dtype.itemsize == 2 else logits.dtype
     return (
@@ -66,6 +79,19 @@ def _(
         logits.new_empty((2, *positions), dtype=dtype),
         logits.new_empty((), dtype=dtype),
     )
+
+
+@torch.library.register_fake("mnist_ext::cross_entropy_with_gradient")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    _positions(logits, target)
+    return logits.new_empty(()), _gradient(logits, target)
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy_backward")
@@ -82,11 +108,7 @@ def _(
     need_logits: bool,
     need_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    def gradient() -> Tensor:
-        if logits.dim() > 2 and not target.is_floating_point():
-            classes_last = logits.movedim(1, -1)
-            if classes_last.is_contiguous():
-                return logits.new_empty(classes_last.shape).movedim(-1, 1)
-        return logits.new_empty(logits.shape)
-
-    return gradient() if need_logits else None, gradient() if need_target else None
+    return (
+        _gradient(logits, target) if need_logits else None,
+        _gradient(logits, target) if need_target else None,
+    )

@@ -66,7 +66,26 @@ def test_backward_twice_with_retain_graph(case):
     grad_output = torch.randn(value.shape)
     first = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
     second = torch.autograd.grad(value, wanted, grad_output)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_gradients_belong_to_the_caller(case, factor):
+    """Writing to what one backward returned does not reach the next one's result."""
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves, wanted = with_gradients(case.tensors(dtype), case.differentiable)
+        value = case.ours(*leaves)
+        grad_output = torch.full_like(value, factor)
+        first = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
+        expected = [g.clone() for g in first]
+        for gradient in first:
+            gradient.fill_(7)
+        second = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
+        third = torch.autograd.grad(value, wanted, grad_output)
+        for results in (second, third):
+            for ours, theirs in zip(results, expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

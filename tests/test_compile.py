@@ -113,6 +113,8 @@ def forward_and_backward_calls(case, dtype):
         )
         yield op.cross_entropy.default, (*tensors, *options)
         loss, stats, total_weight = op.cross_entropy(*tensors, *options)
+        if options[-1] != 0:
+            yield op.cross_entropy_with_gradient.default, (*tensors, *options)
         for needs in itertools.product((False, True), repeat=2):
             if not needs[1] or tensors[1].is_floating_point():
                 yield (

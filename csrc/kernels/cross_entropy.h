@@ -69,6 +69,7 @@ struct CrossEntropyForward {
   ComputeType<T>* position_log_sum;  // [batch, positions]: 0 where ignored
   ComputeType<T>* total_weight;      // [1]: what the mean divides by: the sum of w_t over the positions that are not
                                      // ignored; with probabilities the number of positions (NaN for 0 classes)
+  T* grad_logits;  // [batch, classes, positions], contiguous: the gradient of a mean or sum; null: not wanted
   T* loss;  // mean or sum: [1]. none: [batch, positions], or null where position_loss serves (ComputeType<T> is T)
 };
 

@@ -10,6 +10,7 @@ namespace mnist_ext::ops {
 namespace {
 
 constexpr const char* kForward = "mnist_ext.cross_entropy";
+constexpr const char* kWithGradient = "mnist_ext.cross_entropy_with_gradient";
 constexpr const char* kBackward = "mnist_ext.cross_entropy_backward";
 
 // The shape of logits without the dimension of the classes, which is the second one, or the only one.
@@ -230,39 +231,59 @@ struct Operands {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
-                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
-                                                 double label_smoothing, int64_t reduction) {
-  check_operands(kForward, logits, target, weight, ignore_index, label_smoothing, reduction);
-  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
+struct ForwardResults {
+  Tensor loss, stats, total_weight, grad_logits;  // grad_logits: undefined where not wanted
+};
+
+ForwardResults forward(const char* op, const Tensor& logits, const Operands& operands, bool with_gradient) {
   const Positions positions{logits};
   const int32_t dtype = dtype_of(logits), compute_dtype = compute_dtype_of(logits);
   int64_t stats_sizes[kMaxDims] = {2};
   for (int64_t i = 0; i < positions.dims(); ++i) stats_sizes[i + 1] = positions.size(i);
   const int64_t* sizes = stats_sizes + 1;
-  const Tensor stats = empty(compute_dtype, stats_sizes, positions.dims() + 1);
-  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
-  const Tensor total_weight = empty(compute_dtype, {});
   const bool none = operands.reduction == Reduction::none;
-  const Tensor loss = !none                    ? empty(dtype, {})
-                      : dtype == compute_dtype ? position_loss
-                                               : empty(dtype, sizes, positions.dims());
+  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
+  const bool loss_apart = !none || dtype != compute_dtype;
+  const ForwardResults results = {.loss = loss_apart ? empty(dtype, sizes, none ? positions.dims() : 0) : position_loss,
+                                  .stats = empty(compute_dtype, stats_sizes, positions.dims() + 1),
+                                  .total_weight = empty(compute_dtype, {}),
+                                  .grad_logits = with_gradient ? operands.layout.gradient(logits) : Tensor()};
 
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = ComputeType<T>;
-    A* position_max = static_cast<A*>(stats.mutable_data_ptr());
+    A* position_max = static_cast<A*>(results.stats.mutable_data_ptr());
     const int64_t bad_position = cross_entropy_forward<T>(
         {.problem = operands.problem<T>(),
          .position_loss = static_cast<A*>(position_loss.mutable_data_ptr()),
          .position_max = position_max,
          .position_log_sum = position_max + position_loss.numel(),
-         .total_weight = static_cast<A*>(total_weight.mutable_data_ptr()),
-         .loss = none && dtype == compute_dtype ? nullptr : static_cast<T*>(loss.mutable_data_ptr())},
+         .total_weight = static_cast<A*>(results.total_weight.mutable_data_ptr()),
+         .grad_logits = with_gradient ? static_cast<T*>(results.grad_logits.mutable_data_ptr()) : nullptr,
+         .loss = loss_apart ? static_cast<T*>(results.loss.mutable_data_ptr()) : nullptr},
         threads());
-    operands.check_class(kForward, bad_position);
+    operands.check_class(op, bad_position);
   });
-  return {loss, stats, total_weight};
+  return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction) {
+  check_operands(kForward, logits, target, weight, ignore_index, label_smoothing, reduction);
+  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
+  const ForwardResults results = forward(kForward, logits, operands, false);
+  return {results.loss, results.stats, results.total_weight};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                       double label_smoothing, int64_t reduction) {
+  check_operands(kWithGradient, logits, target, weight, ignore_index, label_smoothing, reduction);
+  check<std::invalid_argument>(reduction != 0, kWithGradient, ": reduction: expected 1 (mean) or 2 (sum), got 0");
+  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
+  const ForwardResults results = forward(kWithGradient, logits, operands, true);
+  return {results.loss, results.grad_logits};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -318,6 +339,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
 }
 

@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(mnist_ext, m) {
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
       "int reduction) -> (Tensor, Tensor, Tensor)");
 
+  // (loss, its gradient with respect to logits), for reductions mean and sum: one pass over the logits for both.
+  m.def(
+      "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, int reduction) -> (Tensor, Tensor)");
+
   // (grad_logits if need_logits, grad_target if need_target), from what `cross_entropy` returned; the others are
   // undefined (None). need_target: with probabilities only.
   m.def(

@@ -1,8 +1,10 @@
 // Softmax cross-entropy where the positions lie side by side ([N, C, height, width]): a vector holds one class of
-// neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed.
+// neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed. Short rows are
+// handled in the same way, a few vectors of them at a time, turned in the first-level cache.
 #pragma once
 
 #include "cross_entropy_parts.h"
+#include "log.h"
 #include "scratch.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -20,30 +22,17 @@ int64_t strip_width(int64_t classes) {
   return (fitting < 1 ? 1 : fitting < kStripVectors ? fitting : kStripVectors) * Register<T>::width;
 }
 
-// Neighbouring positions of one item of the batch.
-struct Strip {
-  int64_t batch;
-  int64_t begin;     // its first position
-  int64_t size;      // how many
-  int64_t position;  // the first one's index in [batch, positions]
+// Scores of neighbouring positions: element (class, position) lies at class * class_stride + position.
+template <class T>
+struct StripScores {
+  T* data;
+  int64_t class_stride;
 };
 
-// Calls body(strip) for this thread's share of all strips.
-template <class T, class Body>
-void for_each_strip(const CrossEntropyProblem<T>& p, int thread, int threads, const Body& body) {
-  const int64_t width = strip_width<T>(p.classes), strips = (p.positions + width - 1) / width;
-  const Range share = split(p.batch * strips, 1, thread, threads);
-  for (int64_t i = share.begin; i < share.end; ++i) {
-    const int64_t batch = i / strips, begin = i % strips * width;
-    const int64_t size = p.positions - begin < width ? p.positions - begin : width;
-    body(Strip{batch, begin, size, batch * p.positions + begin});
-  }
-}
-
-template <class T>
-const T* first_class(const ClassScores<const T>& scores, const Strip& strip) {
-  return scores.data + strip.batch * scores.batch_stride + strip.begin;
-}
+struct Strip {
+  int64_t position;  // the first one's index in [batch, positions]
+  int64_t size;      // how many positions
+};
 
 // The sum over classes of f(class), in short chains.
 template <class T, class F>
@@ -64,13 +53,14 @@ struct ColumnCoefficients {
   using V = Register<T>;
 
   const Coefficients<T>& q;
-  const T* probabilities;  // of the first of these positions, or null
-  int64_t class_stride;
+  StripScores<const T> probabilities;  // from the first of these positions on, or null
   int lanes;
 
   MNIST_EXT_INLINE V operator()(int64_t c) const {
     V x = V::broadcast(q.every);
-    if (probabilities) x = fma(load(probabilities + c * class_stride, lanes), V::broadcast(q.target), x);
+    if (probabilities.data) {
+      x = fma(load(probabilities.data + c * probabilities.class_stride, lanes), V::broadcast(q.target), x);
+    }
     return q.weight ? x * V::broadcast(load_one(q.weight + c)) : x;
   }
 };
@@ -89,9 +79,8 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
 
   V max = V::broadcast(-std::numeric_limits<A>::infinity());
   for (int64_t c = 0; c < p.classes; ++c) max = mnist_ext::MNIST_EXT_ISA::max(logits(c), max);
-  const V sum = class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) { return exp(logits(c) - max); });
-  V log_sum{};
-  for (int i = 0; i < lanes; ++i) log_sum.raw[i] = std::log(sum.raw[i]);
+  V log_sum =
+      log(class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) { return exp(logits(c) - max); }));
   V loss{};
   if (!indexed || q.smoothed) {
     loss = V{} - class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) {
@@ -113,23 +102,21 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
 }
 
 template <class T>
-void forward_strip(const CrossEntropyForward<T>& x, const Coefficients<T>& q, const Strip& strip) {
+void forward_strip(const CrossEntropyForward<T>& x, const Coefficients<T>& q, const Strip& strip,
+                   StripScores<const T> logits, StripScores<const T> probabilities) {
   using A = ComputeType<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
-  const int64_t width = strip_width<T>(p.classes);
+  const int64_t classes = x.problem.classes, width = strip_width<T>(classes);
   // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
-  A* tile = static_cast<A*>(scratch(Scratch::logits_tile, p.classes * width * sizeof(A)));
-  const T* logits = first_class(p.logits, strip);
-  for (int64_t c = 0; c < p.classes; ++c) {
+  A* tile = static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A)));
+  for (int64_t c = 0; c < classes; ++c) {
     for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-      load(logits + c * p.logits.class_stride + s, lanes).store(tile + c * width + s);
+      load(logits.data + c * logits.class_stride + s, lanes).store(tile + c * width + s);
     });
   }
-  const T* probabilities = p.kind == TargetKind::probabilities ? first_class(p.probabilities, strip) : nullptr;
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const ColumnCoefficients<T> coefficients{q, probabilities ? probabilities + s : nullptr,
-                                             p.probabilities.class_stride, lanes};
-    forward_vector(x, coefficients, tile + s, width, strip.position + s);
+    StripScores<const T> here = probabilities;
+    if (here.data) here.data += s;
+    forward_vector(x, ColumnCoefficients<T>{q, here, lanes}, tile + s, width, strip.position + s);
   });
 }
 
@@ -139,68 +126,68 @@ struct PositionFactors {
   using A = ComputeType<T>;
   static constexpr int64_t kSize = kStripVectors * Register<T>::width;
 
-  alignas(64) A scale[kSize];   // the gradient of the position's loss
-  alignas(64) A of_all[kSize];  // scale * the sum of q
-  alignas(64) A counts[kSize];  // 1, or 0 where ignored
+  alignas(64) A scale[kSize];         // the gradient of the position's loss
+  alignas(64) A of_target[kSize];     // scale times the target's own term of q
+  alignas(64) A of_all[kSize];        // scale times the sum of q
+  alignas(64) A counts[kSize];        // 1, or 0 where ignored
+  alignas(64) A target_logit[kSize];  // the logit of the target
 };
 
 template <class T>
 void backward_strip_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                               const GradientScale<T>& scales, const Strip& strip) {
+                               const GradientScale<T>& scales, const Strip& strip, StripScores<const T> logits,
+                               StripScores<T> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   const A* max = x.position_max + strip.position;
   const A* log_sum = x.position_log_sum + strip.position;
-  PositionFactors<T> factors;
-  alignas(64) A target_logits[PositionFactors<T>::kSize];
-  const T* logits = first_class(p.logits, strip);
-  T* grad = x.grad_logits + strip.batch * p.classes * p.positions + strip.begin;
-
+  PositionFactors<T> of;
   for (int64_t s = 0; s < strip.size; ++s) {
     const int64_t t = p.target[strip.position + s];
     const bool counts = t != p.ignore_index;
     const A scale = counts ? scales[strip.position + s] : A(0);
-    const A of_target = counts ? scale * q.target * q.weight_of(t) : A(0);
-    factors.counts[s] = counts ? A(1) : A(0);
-    factors.scale[s] = scale;
-    factors.of_all[s] = q.smoothed ? of_target + scale * q.every_summed : of_target;
-    target_logits[s] = counts ? load_one(logits + t * p.logits.class_stride + s) : A(0);
+    of.scale[s] = scale;
+    of.of_target[s] = counts ? scale * q.target * q.weight_of(t) : A(0);
+    of.of_all[s] = q.smoothed ? of.of_target[s] + scale * q.every_summed : of.of_target[s];
+    of.counts[s] = counts ? A(1) : A(0);
+    of.target_logit[s] = counts ? load_one(logits.data + t * logits.class_stride + s) : A(0);
   }
   for (int64_t c = 0; c < p.classes; ++c) {
     const V every = V::broadcast(q.every * q.weight_of(c));
     for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-      const V logit = load(logits + c * p.logits.class_stride + s, lanes);
-      V g = load(factors.of_all + s, lanes) * exp((logit - load(max + s, lanes)) - load(log_sum + s, lanes));
-      if (q.smoothed) g = g - load(factors.scale + s, lanes) * every;
-      store(grad + c * p.positions + s, where_positive(load(factors.counts + s, lanes), g), lanes);
+      const V logit = load(logits.data + c * logits.class_stride + s, lanes);
+      V g = load(of.of_all + s, lanes) * exp((logit - load(max + s, lanes)) - load(log_sum + s, lanes));
+      if (q.smoothed) g = g - load(of.scale + s, lanes) * every;
+      store(grad.data + c * grad.class_stride + s, where_positive(load(of.counts + s, lanes), g), lanes);
     });
   }
   // The targets' own entries again: without smoothing from p - 1, so that they are not lost to rounding as p
   // approaches 1.
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const V p_target = exp((load(target_logits + s, lanes) - load(max + s, lanes)) - load(log_sum + s, lanes));
+    const V p_target = exp((load(of.target_logit + s, lanes) - load(max + s, lanes)) - load(log_sum + s, lanes));
     for (int i = 0; i < lanes; ++i) {
       const int64_t t = p.target[strip.position + s + i];
       if (t == p.ignore_index) continue;
-      const A of_all = factors.of_all[s + i], of_target = factors.scale[s + i] * q.target * q.weight_of(t);
-      const A g = q.smoothed ? of_all * p_target.raw[i] - factors.scale[s + i] * q.every * q.weight_of(t) - of_target
-                             : of_target * (p_target.raw[i] - A(1));
-      store_one(grad + t * p.positions + s + i, g);
+      const A g = q.smoothed ? of.of_all[s + i] * p_target.raw[i] - of.scale[s + i] * q.every * q.weight_of(t) -
+                                   of.of_target[s + i]
+                             : of.of_target[s + i] * (p_target.raw[i] - A(1));
+      store_one(grad.data + t * grad.class_stride + s + i, g);
     }
   });
 }
 
+// grad_logits and grad_probabilities: null where not wanted.
 template <class T>
 void backward_strip_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                     const GradientScale<T>& scales, const Strip& strip) {
+                                     const GradientScale<T>& scales, const Strip& strip, StripScores<const T> logits,
+                                     StripScores<const T> probabilities, StripScores<T> grad_logits,
+                                     StripScores<T> grad_probabilities) {
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
-  const T* logits = first_class(p.logits, strip);
-  const T* probabilities = first_class(p.probabilities, strip);
-  const int64_t grad_offset = strip.batch * p.classes * p.positions + strip.begin;
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const ColumnCoefficients<T> coefficients{q, probabilities + s, p.probabilities.class_stride, lanes};
+    const StripScores<const T> here = {probabilities.data + s, probabilities.class_stride};
+    const ColumnCoefficients<T> coefficients{q, here, lanes};
     V scale{};
     for (int i = 0; i < lanes; ++i) scale.raw[i] = scales[strip.position + s + i];
     const V max = load(x.position_max + strip.position + s, lanes);
@@ -208,14 +195,87 @@ void backward_strip_of_probabilities(const CrossEntropyBackward<T>& x, const Coe
     const V of_all = scale * class_sum<T>(p.classes, coefficients);
     const V of_log_p = V{} - scale * V::broadcast(q.target);
     for (int64_t c = 0; c < p.classes; ++c) {
-      const V log_p = (load(logits + c * p.logits.class_stride + s, lanes) - max) - log_sum;
-      const int64_t at = grad_offset + c * p.positions + s;
-      if (x.grad_logits) store(x.grad_logits + at, of_all * exp(log_p) - scale * coefficients(c), lanes);
-      if (x.grad_probabilities) {
-        store(x.grad_probabilities + at, of_log_p * (log_p * V::broadcast(q.weight_of(c))), lanes);
+      const V log_p = (load(logits.data + c * logits.class_stride + s, lanes) - max) - log_sum;
+      if (grad_logits.data) {
+        store(grad_logits.data + c * grad_logits.class_stride + s, of_all * exp(log_p) - scale * coefficients(c),
+              lanes);
+      }
+      if (grad_probabilities.data) {
+        store(grad_probabilities.data + c * grad_probabilities.class_stride + s,
+              of_log_p * (log_p * V::broadcast(q.weight_of(c))), lanes);
       }
     }
   });
+}
+
+// What to do with strips, for either op: forward if `forward` is given, then gradients if `backward` is.
+template <class T>
+struct StripWork {
+  const CrossEntropyForward<T>* forward;
+  const CrossEntropyBackward<T>* backward;
+  const CrossEntropyProblem<T>& problem;
+  const Coefficients<T>& q;
+  const GradientScale<T>& scales;
+};
+
+// This thread's share of positions that lie side by side.
+template <class T>
+void do_columns(const StripWork<T>& work, int thread, int threads) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  const int64_t width = strip_width<T>(p.classes), strips = (p.positions + width - 1) / width;
+  const Range share = split(p.batch * strips, 1, thread, threads);
+  for (int64_t i = share.begin; i < share.end; ++i) {
+    const int64_t batch = i / strips, begin = i % strips * width;
+    const Strip strip = {batch * p.positions + begin, p.positions - begin < width ? p.positions - begin : width};
+    const auto scores = [&](const ClassScores<const T>& s) -> StripScores<const T> {
+      return {s.data + batch * s.batch_stride + begin, s.class_stride};
+    };
+    const auto gradient = [&](T* grad) -> StripScores<T> {
+      return {grad ? grad + batch * p.classes * p.positions + begin : nullptr, p.positions};
+    };
+    const bool indexed = p.kind == TargetKind::indices;
+    const StripScores<const T> logits = scores(p.logits);
+    const StripScores<const T> probabilities = indexed ? StripScores<const T>{} : scores(p.probabilities);
+    if (work.forward) forward_strip(*work.forward, work.q, strip, logits, probabilities);
+    if (!work.backward) continue;
+    const StripScores<T> grad_logits = gradient(work.backward->grad_logits);
+    if (indexed) {
+      backward_strip_of_indices(*work.backward, work.q, work.scales, strip, logits, grad_logits);
+    } else {
+      backward_strip_of_probabilities(*work.backward, work.q, work.scales, strip, logits, probabilities, grad_logits,
+                                      gradient(work.backward->grad_probabilities));
+    }
+  }
+}
+
+// Rows of up to this many classes are turned: a vector of theirs would be mostly empty, or its horizontal sums cost
+// more than the turning.
+template <class T>
+inline constexpr int64_t kShortRow = 4 * Register<T>::width;
+
+// This thread's share of short rows [batch, classes] with class indices.
+template <class T>
+void do_short_rows(const StripWork<T>& work, int thread, int threads) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  const int64_t width = strip_width<T>(p.classes), elements = p.classes * width;
+  T* turned = static_cast<T*>(scratch(Scratch::turned_rows, 2 * elements * sizeof(T)));
+  T* turned_grad = turned + elements;
+  const Range share = split(p.batch, width, thread, threads);
+  for (int64_t begin = share.begin; begin < share.end; begin += width) {
+    const Strip strip = {begin, share.end - begin < width ? share.end - begin : width};
+    for (int64_t i = 0; i < strip.size; ++i) {
+      const T* row = p.logits.data + (begin + i) * p.logits.batch_stride;
+      for (int64_t c = 0; c < p.classes; ++c) turned[c * width + i] = row[c];
+    }
+    const StripScores<const T> logits = {turned, width};
+    if (work.forward) forward_strip(*work.forward, work.q, strip, logits, {});
+    if (!work.backward) continue;
+    backward_strip_of_indices(*work.backward, work.q, work.scales, strip, logits, {turned_grad, width});
+    T* grad = work.backward->grad_logits + begin * p.classes;
+    for (int64_t i = 0; i < strip.size; ++i) {
+      for (int64_t c = 0; c < p.classes; ++c) grad[i * p.classes + c] = turned_grad[c * width + i];
+    }
+  }
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,4 +1,5 @@
-// Softmax cross-entropy: one pass over the logits forward, one more for the gradient.
+// Softmax cross-entropy: one pass over the logits forward, one more for the gradient; or both at once, while a row is
+// still in the cache.
 #pragma once
 
 #include "cross_entropy_columns.h"
@@ -6,43 +7,63 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
+// Fewer short rows than this leave most of a vector of them empty.
+inline constexpr int64_t kTurnFromRows = 8;
+
+// Forward, backward, or one after the other for each part of the problem; either may be null.
+template <class T>
+void cross_entropy(const CrossEntropyProblem<T>& p, const CrossEntropyForward<T>* forward,
+                   const CrossEntropyBackward<T>* backward, int threads) {
+  const Coefficients<T> q(p);
+  const GradientScale<T> scales(backward);
+  const bool indexed = p.kind == TargetKind::indices;
+  const StripWork<T> work = {forward, backward, p, q, scales};
+  const double logits =
+      static_cast<double>(p.batch) * static_cast<double>(p.classes) * static_cast<double>(p.positions);
+  parallel(threads_for(logits, kCrossEntropyGrain, threads), [&](int thread, int count) {
+    if (p.positions != 1) {
+      do_columns(work, thread, count);
+    } else if (indexed && p.classes <= kShortRow<T> && p.batch >= kTurnFromRows) {
+      do_short_rows(work, thread, count);
+    } else {
+      const Range rows = split(p.batch, 1, thread, count);
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        if (forward) forward_row(*forward, q, row);
+        if (backward)
+          indexed ? backward_row_of_index(*backward, q, scales, row)
+                  : backward_row_of_probabilities(*backward, q, scales, row);
+      }
+    }
+  });
+}
+
 template <class T>
 int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
+  using A = ComputeType<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   const Targets targets = check_targets(p);
   if (targets.first_bad >= 0) return targets.first_bad;
-  const Coefficients<T> q(p);
-  parallel(threads_for(logits_of(p), kCrossEntropyGrain, threads), [&](int thread, int count) {
-    if (p.positions == 1) {
-      forward_rows(x, q, split(p.batch, 1, thread, count));
-    } else {
-      for_each_strip(p, thread, count, [&](const Strip& strip) { forward_strip(x, q, strip); });
-    }
-  });
+  *x.total_weight = static_cast<A>(targets.total_weight);
+  T one;
+  store_one(&one, A(1));
+  const CrossEntropyBackward<T> backward = {.problem = p,
+                                            .grad_output = &one,
+                                            .grad_output_stride = 0,
+                                            .position_max = x.position_max,
+                                            .position_log_sum = x.position_log_sum,
+                                            .total_weight = x.total_weight,
+                                            .grad_logits = x.grad_logits,
+                                            .grad_probabilities = nullptr};
+  cross_entropy(p, &x, x.grad_logits ? &backward : nullptr, threads);
   reduce_losses(x, targets.total_weight);
   return -1;
 }
 
 template <class T>
 int64_t cross_entropy_backward(const CrossEntropyBackward<T>& x, int threads) {
-  const CrossEntropyProblem<T>& p = x.problem;
-  const Targets targets = check_targets(p);
+  const Targets targets = check_targets(x.problem);
   if (targets.first_bad >= 0) return targets.first_bad;
-  if (!x.grad_logits && !x.grad_probabilities) return -1;
-  const Coefficients<T> q(p);
-  const GradientScale<T> scales(x);
-  parallel(threads_for(logits_of(p), kCrossEntropyGrain, threads), [&](int thread, int count) {
-    if (p.positions == 1) {
-      const Range rows = split(p.batch, 1, thread, count);
-      p.kind == TargetKind::indices ? backward_rows_of_indices(x, q, scales, rows)
-                                    : backward_rows_of_probabilities(x, q, scales, rows);
-    } else {
-      for_each_strip(p, thread, count, [&](const Strip& strip) {
-        p.kind == TargetKind::indices ? backward_strip_of_indices(x, q, scales, strip)
-                                      : backward_strip_of_probabilities(x, q, scales, strip);
-      });
-    }
-  });
+  if (x.grad_logits || x.grad_probabilities) cross_entropy<T>(x.problem, nullptr, &x, threads);
   return -1;
 }
 

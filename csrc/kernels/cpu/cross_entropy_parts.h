@@ -13,11 +13,6 @@ namespace mnist_ext::MNIST_EXT_ISA {
 
 inline constexpr double kCrossEntropyGrain = 16384;  // logits that are worth a thread of their own
 
-template <class T>
-double logits_of(const CrossEntropyProblem<T>& p) {
-  return static_cast<double>(p.batch) * static_cast<double>(p.classes) * static_cast<double>(p.positions);
-}
-
 // The coefficients q of the contract, apart from the class weights' vectors.
 template <class T>
 struct Coefficients {
@@ -87,7 +82,6 @@ template <class T>
 void reduce_losses(const CrossEntropyForward<T>& x, double total_weight) {
   using A = ComputeType<T>;
   const int64_t n = x.problem.batch * x.problem.positions;
-  *x.total_weight = static_cast<A>(total_weight);
   if (x.problem.reduction != Reduction::none) {
     const double sum = pairwise_sum(x.position_loss, n);
     store_one(x.loss, static_cast<A>(x.problem.reduction == Reduction::mean ? sum / total_weight : sum));
@@ -103,18 +97,23 @@ template <class T>
 struct GradientScale {
   using A = ComputeType<T>;
 
-  const CrossEntropyBackward<T>& args;
-  A of_all;
+  const T* each = nullptr;  // of the first position, for Reduction::none
+  int64_t stride = 0;
+  A of_all = 0;
 
-  explicit GradientScale(const CrossEntropyBackward<T>& x) : args(x), of_all(0) {
-    if (x.problem.reduction == Reduction::mean) of_all = load_one(x.grad_output) / *x.total_weight;
-    if (x.problem.reduction == Reduction::sum) of_all = load_one(x.grad_output);
+  explicit GradientScale(const CrossEntropyBackward<T>* x) {
+    if (!x) return;
+    switch (x->problem.reduction) {
+      case Reduction::none:
+        each = x->grad_output;
+        stride = x->grad_output_stride;
+        break;
+      case Reduction::mean: of_all = load_one(x->grad_output) / *x->total_weight; break;
+      case Reduction::sum: of_all = load_one(x->grad_output); break;
+    }
   }
 
-  A operator[](int64_t position) const {
-    if (args.problem.reduction != Reduction::none) return of_all;
-    return load_one(args.grad_output + position * args.grad_output_stride);
-  }
+  A operator[](int64_t position) const { return each ? load_one(each + position * stride) : of_all; }
 };
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

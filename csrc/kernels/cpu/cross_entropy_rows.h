@@ -84,99 +84,93 @@ MNIST_EXT_INLINE double row_sum(int64_t classes, const F& f) {
 }
 
 template <class T>
-void forward_rows(const CrossEntropyForward<T>& x, const Coefficients<T>& q, Range rows) {
+void forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int64_t i) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   const bool indexed = p.kind == TargetKind::indices;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const int64_t t = indexed ? p.target[i] : 0;
-    if (indexed && t == p.ignore_index) {
-      x.position_loss[i] = x.position_max[i] = x.position_log_sum[i] = A(0);
-      continue;
-    }
-    const T* row = p.logits.data + i * p.logits.batch_stride;
-    const RowSum<A> lse = row_log_sum_exp(row, p.classes);
-    A loss = 0;
-    if (!indexed || q.smoothed) {
-      const T* probabilities = indexed ? nullptr : p.probabilities.data + i * p.probabilities.batch_stride;
-      const RowCoefficients<T> coefficients{q, probabilities};
-      const V max = V::broadcast(lse.max), log_sum = V::broadcast(lse.log_sum);
-      loss = static_cast<A>(-row_sum<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-        return coefficients(c, lanes) * ((load(row + c, lanes) - max) - log_sum);
-      }));
-    }
-    if (indexed) {
-      const A target_loss = -((load_one(row + t) - lse.max) - lse.log_sum) * q.weight_of(t);
-      loss = q.smoothed ? q.target * target_loss + loss : target_loss;
-    }
-    x.position_max[i] = lse.max;
-    x.position_log_sum[i] = lse.log_sum;
-    x.position_loss[i] = loss;
+  const int64_t t = indexed ? p.target[i] : 0;
+  if (indexed && t == p.ignore_index) {
+    x.position_loss[i] = x.position_max[i] = x.position_log_sum[i] = A(0);
+    return;
   }
+  const T* row = p.logits.data + i * p.logits.batch_stride;
+  const RowSum<A> lse = row_log_sum_exp(row, p.classes);
+  A loss = 0;
+  if (!indexed || q.smoothed) {
+    const T* probabilities = indexed ? nullptr : p.probabilities.data + i * p.probabilities.batch_stride;
+    const RowCoefficients<T> coefficients{q, probabilities};
+    const V max = V::broadcast(lse.max), log_sum = V::broadcast(lse.log_sum);
+    loss = static_cast<A>(-row_sum<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+      return coefficients(c, lanes) * ((load(row + c, lanes) - max) - log_sum);
+    }));
+  }
+  if (indexed) {
+    const A target_loss = -((load_one(row + t) - lse.max) - lse.log_sum) * q.weight_of(t);
+    loss = q.smoothed ? q.target * target_loss + loss : target_loss;
+  }
+  x.position_max[i] = lse.max;
+  x.position_log_sum[i] = lse.log_sum;
+  x.position_loss[i] = loss;
 }
 
 template <class T>
-void backward_rows_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                              const GradientScale<T>& scales, Range rows) {
+void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<T>& q, const GradientScale<T>& scales,
+                           int64_t i) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
+  T* grad = x.grad_logits + i * p.classes;
+  const int64_t t = p.target[i];
+  if (t == p.ignore_index) {
+    std::memset(grad, 0, p.classes * sizeof(T));
+    return;
+  }
+  const A scale = scales[i];
+  const A of_target = scale * q.target * q.weight_of(t);
+  const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
+  const T* row = p.logits.data + i * p.logits.batch_stride;
+  const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
+  const V factor = V::broadcast(of_all), scale_vector = V::broadcast(scale);
+  const RowCoefficients<T> coefficients{q, nullptr};
+  for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+    V g = factor * exp((load(row + c, lanes) - max) - log_sum);
+    if (q.smoothed) g = g - scale_vector * coefficients(c, lanes);
+    store(grad + c, g, lanes);
+  });
+  // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
+  const A p_target = exp((V::broadcast(load_one(row + t)) - max) - log_sum).raw[0];
+  const A g =
+      q.smoothed ? of_all * p_target - scale * q.every * q.weight_of(t) - of_target : of_target * (p_target - A(1));
+  store_one(grad + t, g);
+}
+
+template <class T>
+void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                   const GradientScale<T>& scales, int64_t i) {
+  using A = ComputeType<T>;
+  using V = Register<T>;
+  const CrossEntropyProblem<T>& p = x.problem;
+  const T* row = p.logits.data + i * p.logits.batch_stride;
+  const RowCoefficients<T> coefficients{q, p.probabilities.data + i * p.probabilities.batch_stride};
+  const A scale = scales[i];
+  const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
+  if (x.grad_logits) {
     T* grad = x.grad_logits + i * p.classes;
-    const int64_t t = p.target[i];
-    if (t == p.ignore_index) {
-      std::memset(grad, 0, p.classes * sizeof(T));
-      continue;
-    }
-    const A scale = scales[i];
-    const A of_target = scale * q.target * q.weight_of(t);
-    const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
-    const T* row = p.logits.data + i * p.logits.batch_stride;
-    const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
-    const V factor = V::broadcast(of_all), scale_vector = V::broadcast(scale);
-    const RowCoefficients<T> coefficients{q, nullptr};
+    const V factor = V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients)));
+    const V scale_vector = V::broadcast(scale);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      V g = factor * exp((load(row + c, lanes) - max) - log_sum);
-      if (q.smoothed) g = g - scale_vector * coefficients(c, lanes);
-      store(grad + c, g, lanes);
+      const V probability = exp((load(row + c, lanes) - max) - log_sum);
+      store(grad + c, factor * probability - scale_vector * coefficients(c, lanes), lanes);
     });
-    // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
-    const A p_target = exp((V::broadcast(load_one(row + t)) - max) - log_sum).raw[0];
-    const A g =
-        q.smoothed ? of_all * p_target - scale * q.every * q.weight_of(t) - of_target : of_target * (p_target - A(1));
-    store_one(grad + t, g);
   }
-}
-
-template <class T>
-void backward_rows_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                    const GradientScale<T>& scales, Range rows) {
-  using A = ComputeType<T>;
-  using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
-  for (int64_t i = rows.begin; i < rows.end; ++i) {
-    const T* row = p.logits.data + i * p.logits.batch_stride;
-    const RowCoefficients<T> coefficients{q, p.probabilities.data + i * p.probabilities.batch_stride};
-    const A scale = scales[i];
-    const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
-    if (x.grad_logits) {
-      T* grad = x.grad_logits + i * p.classes;
-      const V factor = V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients)));
-      const V scale_vector = V::broadcast(scale);
-      for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-        const V probability = exp((load(row + c, lanes) - max) - log_sum);
-        store(grad + c, factor * probability - scale_vector * coefficients(c, lanes), lanes);
-      });
-    }
-    if (x.grad_probabilities) {
-      T* grad = x.grad_probabilities + i * p.classes;
-      const V factor = V::broadcast(-scale * q.target);
-      for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-        const V log_p = (load(row + c, lanes) - max) - log_sum;
-        store(grad + c, factor * (q.weight ? log_p * load(q.weight + c, lanes) : log_p), lanes);
-      });
-    }
+  if (x.grad_probabilities) {
+    T* grad = x.grad_probabilities + i * p.classes;
+    const V factor = V::broadcast(-scale * q.target);
+    for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+      const V log_p = (load(row + c, lanes) - max) - log_sum;
+      store(grad + c, factor * (q.weight ? log_p * load(q.weight + c, lanes) : log_p), lanes);
+    });
   }
 }
 

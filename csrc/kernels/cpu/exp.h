@@ -2,7 +2,7 @@
 //
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n * ln 2 in two parts (Cody and Waite), |r| <= ln(2)/2, exp(r) by
 // its Taylor polynomial: degree 7 (float) and 13 (double) leave an error of 0.1 ulp before rounding. The result is
-// within 1 ulp or so; subnormal results are rounded twice. exp(-inf) = 0, exp(+inf) = inf, exp(NaN) = NaN.
+// within 1 ulp or so; subnormal results may be rounded twice. exp(-inf) = 0, exp(+inf) = inf, exp(NaN) = NaN.
 #pragma once
 
 #include "vec.h"
@@ -50,6 +50,21 @@ MNIST_EXT_INLINE Vec<T> exp2_integral(Vec<T> n) {
   return power;
 }
 
+// p * 2^n, also where 2^n itself lies outside the exponent range.
+template <class T>
+MNIST_EXT_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {_mm512_maskz_scalef_ps(0xffff, p.raw, n.raw)};  // masked: GCC warns of its own header's other form
+  } else {
+    return {_mm512_maskz_scalef_pd(0xff, p.raw, n.raw)};
+  }
+#else
+  const Vec<T> half = round_small(n * Vec<T>::broadcast(T(0.5)));  // two factors, both inside it
+  return p * exp2_integral(half) * exp2_integral(n - half);
+#endif
+}
+
 constexpr double inverse_factorial(int k) { return k <= 1 ? 1.0 : inverse_factorial(k - 1) / k; }
 
 template <class T>
@@ -63,9 +78,7 @@ MNIST_EXT_INLINE Vec<T> exp(Vec<T> x) {
   V p = V::broadcast(T(inverse_factorial(C::degree)));
 #pragma GCC unroll 16
   for (int k = C::degree - 1; k >= 0; --k) p = fma(p, r, V::broadcast(T(inverse_factorial(k))));
-  // Two factors: 2^n itself may lie outside the exponent range where 2^n * p does not.
-  const V n1 = round_small(n * V::broadcast(T(0.5)));
-  return p * exp2_integral(n1) * exp2_integral(n - n1);
+  return scale_by_power(p, n);
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

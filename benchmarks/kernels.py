@@ -1,0 +1,290 @@
+"""Each kernel by itself, against PyTorch eager, torch.compile and JAX on the same work.
+
+    python benchmarks/kernels.py [linear] [cross_entropy] [sgd] [--dtype float32] [--quick]
+                                 [--csv FILE]
+
+linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on each
+instruction set; and forward + backward through autograd. cross_entropy: forward, and forward +
+backward through autograd. sgd: one optimizer step.
+
+Every contestant's result is compared with PyTorch's before anything is timed. Times are medians in
+microseconds; "torch/ours" and the like are the median of the ratio of each turn, above 1 where ours
+is faster, with its 20th and 80th percentile. "limit" is the share of what this machine reached in
+the same run: of a large matrix product's FLOP/s (linear), or of a copy of the logits into new
+memory (cross_entropy: time of the copy by ours).
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import jax_peers
+import torch
+import torch.nn.functional as F
+from provenance import describe, fields
+from timing import TURNS, Table, take_turns
+
+import mnist_ext
+from mnist_ext import _C, functional
+
+LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
+ROWS = [1, 8, 64, 256, 1024, 4096]
+MNIST_LAYERS = LAYERS[:3]
+LOGITS = [(64, 10), (4096, 10), (4096, 1000), (2048, 32000), (512, 128256)]
+
+COLUMNS = {
+    "what": "<32",
+    "shape": "<16",
+    "dtype": "<8",
+    "contestant": "<14",
+    "us": ">10.1f",
+    "p20": ">10.1f",
+    "p80": ">10.1f",
+    "ratio": ">7.2f",
+    "ratio_p20": ">9.2f",
+    "ratio_p80": ">9.2f",
+    "limit": ">6.2f",
+}
+
+
+def check(name: str, result, expected, dtype: torch.dtype) -> None:
+    """Compare, before the timing, what a contestant computes."""
+    result, expected = (x if isinstance(x, (tuple, list)) else [x] for x in (result, expected))
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(dtype, 5e-2)
+    for ours, theirs in zip(result, expected, strict=True):
+        scale = theirs.double().abs().max().clamp_min(1e-30)
+        error = ((torch.as_tensor(ours).double() - theirs.double()).abs().max() / scale).item()
+        if not error <= tolerance:
+            raise SystemExit(f"{name} is wrong: relative error {error:.3g}")
+
+
+def compare(
+    table: Table,
+    contestants: dict[str, Callable[[], object]],
+    best: str,
+    limit: Callable[[float], float] | None = None,
+    **row: object,
+) -> None:
+    """Time the contestants and add their rows; ratios are to `best`, the time of ours."""
+    times = take_turns(contestants, turns=table.turns)
+    for name in contestants:
+        low, middle, high = times.percentiles(name)
+        ratio = times.ratio(name, best)
+        table.add(
+            **row,
+            contestant=name,
+            us=middle * 1e6,
+            p20=low * 1e6,
+            p80=high * 1e6,
+            ratio=ratio[1],
+            ratio_p20=ratio[0],
+            ratio_p80=ratio[2],
+            limit=limit(middle) if limit else None,
+        )
+
+
+def on_isa(isa: str, function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        _C.set_isa(isa)
+        return function()
+
+    return run
+
+
+def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str]) -> None:
+    """The three products of a layer, as ops: no autograd, no Python around them."""
+    op = torch.ops.mnist_ext
+    peak = matrix_peak(dtype)
+    print(f"\nlinear as ops; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
+    table.header()
+    for rows, (k, n) in grid:
+        input = torch.randn(rows, k, dtype=dtype)
+        weight = torch.randn(n, k, dtype=dtype) / k**0.5
+        bias, grad = torch.randn(n, dtype=dtype), torch.randn(rows, n, dtype=dtype)
+        products: dict[str, tuple[Callable, Callable]] = {
+            "forward": (
+                lambda i=input, w=weight, b=bias: op.linear.default(i, w, b, False),
+                lambda i=input, w=weight, b=bias: F.linear(i, w, b),
+            ),
+            "grad_input": (
+                lambda g=grad, w=weight: op.linear_backward.default(g, None, w, None, False)[0],
+                lambda g=grad, w=weight: g @ w,
+            ),
+            "grad_weight + grad_bias": (
+                lambda g=grad, i=input: op.linear_backward.default(g, i, None, None, True)[1:],
+                lambda g=grad, i=input: (g.t() @ i, g.sum(0)),
+            ),
+        }
+        for what, (ours, torchs) in products.items():
+            contestants = {"torch": torchs}
+            contestants |= {f"ours {isa}": on_isa(isa, ours) for isa in isas}
+            for name, function in contestants.items():
+                check(f"{what} of {name}", function(), torchs(), dtype)
+            flops = 2 * rows * k * n
+            compare(
+                table,
+                contestants,
+                best=f"ours {isas[-1]}",
+                limit=lambda s, f=flops: f / s / peak,
+                what=f"linear {what}",
+                shape=f"{rows}x{k}x{n}",
+                dtype=name_of(dtype),
+            )
+    _C.set_isa(_C.available_isas()[-1])
+
+
+def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
+    """Forward and backward of a layer as a model calls it."""
+    print("\nlinear, forward + backward through autograd")
+    table.header()
+    for k, n in MNIST_LAYERS:
+        ours = mnist_ext.nn.Linear(k, n, dtype=dtype)
+        torchs = torch.nn.Linear(k, n, dtype=dtype)
+        torchs.load_state_dict(ours.state_dict())
+        input = torch.randn(rows, k, dtype=dtype, requires_grad=True)
+        grad = torch.randn(rows, n, dtype=dtype)
+        compiled = torch.compile(torchs)
+
+        def run(layer, x=input, g=grad, parameters=(ours, torchs)):
+            source = parameters[0] if layer is parameters[0] else parameters[1]
+            return torch.autograd.grad(layer(x), [x, *source.parameters()], g)
+
+        contestants = {
+            "torch": lambda: run(torchs),
+            "torch.compile": lambda: run(compiled),
+            "ours": lambda: run(ours),
+        }
+        contestants |= jax_peers.linear(input, *torchs.parameters(), grad)
+        for name, function in contestants.items():
+            if not name.startswith("jax"):
+                check(name, function(), run(torchs), dtype)
+        compare(
+            table,
+            contestants,
+            best="ours",
+            what="linear forward + backward",
+            shape=f"{rows}x{k}x{n}",
+            dtype=name_of(dtype),
+        )
+
+
+def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
+    """The loss of logits against class indices, and its gradient."""
+    print("\ncross_entropy of [N, C] logits; limit: a copy of the logits into new memory")
+    table.header()
+    for rows, classes in shapes:
+        logits = (torch.randn(rows, classes) * 3).to(dtype)
+        target = torch.randint(0, classes, (rows,))
+        leaf = logits.clone().requires_grad_()
+        compiled = torch.compile(F.cross_entropy)
+
+        def both(loss, x=leaf, t=target):
+            return torch.autograd.grad(loss(x, t), x)[0]
+
+        forward = {
+            "torch": lambda x=logits, t=target: F.cross_entropy(x, t),
+            "torch.compile": lambda x=logits, t=target, f=compiled: f(x, t),
+            "ours": lambda x=logits, t=target: functional.cross_entropy(x, t),
+        }
+        backward = {
+            "torch": lambda b=both: b(F.cross_entropy),
+            "torch.compile": lambda b=both, f=compiled: b(f),
+            "ours": lambda b=both: b(functional.cross_entropy),
+        }
+        peers = jax_peers.cross_entropy(logits, target)
+        for what, contestants, jax in (
+            ("forward", forward, peers[0]),
+            ("forward + backward", backward, peers[1]),
+        ):
+            truth = contestants["torch"]()
+            for name, function in contestants.items():
+                check(f"cross_entropy {what} of {name}", function(), truth, dtype)
+            compare(
+                table,
+                {**contestants, **jax, "copy": logits.clone},
+                best="ours",
+                what=f"cross_entropy {what}",
+                shape=f"{rows}x{classes}",
+                dtype=name_of(dtype),
+            )
+
+
+def sgd(table: Table) -> None:
+    """One step over the parameters of the 784-128-64-10 model."""
+    print("\nSGD, one step over the parameters of 784-128-64-10")
+    table.header()
+    for momentum in (0.0, 0.9):
+        contestants = {}
+        results = {}
+        for name, make in {
+            "torch": torch.optim.SGD,
+            "torch foreach": lambda p, **o: torch.optim.SGD(p, foreach=True, **o),
+            "torch fused": lambda p, **o: torch.optim.SGD(p, fused=True, **o),
+            "ours": mnist_ext.optim.SGD,
+        }.items():
+            torch.manual_seed(0)
+            params = [p for k, n in MNIST_LAYERS for p in (torch.randn(n, k), torch.randn(n))]
+            params = [torch.nn.Parameter(p) for p in params]
+            for p in params:
+                p.grad = torch.randn_like(p) * 1e-6
+            optimizer = make(params, lr=0.01, momentum=momentum)
+            optimizer.step()
+            results[name] = [p.detach().clone() for p in params]
+            contestants[name] = optimizer.step
+        for name, result in results.items():
+            check(name, result, results["torch"], torch.float32)
+        compare(
+            table,
+            contestants,
+            best="ours",
+            what="SGD step" + (f", momentum {momentum}" if momentum else ""),
+            shape="109386",
+            dtype="float32",
+        )
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of several."""
+    size = 2048
+    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    out = torch.empty(size, size, dtype=dtype)
+    times = take_turns({"mm": lambda: torch.mm(a, b, out=out)}, turns=5)
+    return 2 * size**3 / min(times.turns["mm"])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    groups = ("linear", "cross_entropy", "sgd")
+    parser.add_argument("groups", nargs="*", metavar="group", help=", ".join(groups))
+    parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16, float16")
+    parser.add_argument("--isa", nargs="+", default=_C.available_isas()[-1:])
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
+    parser.add_argument("--csv", type=Path, help="write the rows to this file")
+    args = parser.parse_args()
+    if unknown := set(args.groups) - set(groups):
+        parser.error(f"unknown group {', '.join(unknown)}: choose from {', '.join(groups)}")
+    chosen = args.groups or groups
+    dtype = getattr(torch, args.dtype)
+
+    print(describe())
+    print(jax_peers.notice())
+    table = Table(COLUMNS, fields(), turns=7 if args.quick else TURNS)
+    if "linear" in chosen:
+        shapes = [(64, layer) for layer in MNIST_LAYERS]
+        grid = shapes if args.quick else [(rows, layer) for layer in LAYERS for rows in ROWS]
+        linear_ops(table, dtype, grid, args.isa)
+        linear_autograd(table, dtype, rows=64)
+    if "cross_entropy" in chosen:
+        cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS)
+    if "sgd" in chosen:
+        sgd(table)
+    if args.csv:
+        table.write(args.csv)
+
+
+if __name__ == "__main__":
+    main()
