@@ -16,6 +16,7 @@ memory (cross_entropy: time of the copy by ours).
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax_peers
@@ -92,7 +93,7 @@ def on_isa(isa: str, function: Callable[[], object]) -> Callable[[], object]:
 
 
 def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str]) -> None:
-    """The three products of a layer, as ops: no autograd, no Python around them."""
+    """Time the three products of a layer as ops: no autograd, no Python around them."""
     op = torch.ops.mnist_ext
     peak = matrix_peak(dtype)
     print(f"\nlinear as ops; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
@@ -134,7 +135,7 @@ def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str]) -> None:
 
 
 def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
-    """Forward and backward of a layer as a model calls it."""
+    """Time forward and backward of a layer as a model calls it."""
     print("\nlinear, forward + backward through autograd")
     table.header()
     for k, n in MNIST_LAYERS:
@@ -145,19 +146,18 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
         grad = torch.randn(rows, n, dtype=dtype)
         compiled = torch.compile(torchs)
 
-        def run(layer, x=input, g=grad, parameters=(ours, torchs)):
-            source = parameters[0] if layer is parameters[0] else parameters[1]
-            return torch.autograd.grad(layer(x), [x, *source.parameters()], g)
+        def run(layer, parameters, x=input, g=grad):
+            return torch.autograd.grad(layer(x), [x, *parameters], g)
 
-        contestants = {
-            "torch": lambda: run(torchs),
-            "torch.compile": lambda: run(compiled),
-            "ours": lambda: run(ours),
+        contestants: dict[str, Callable[[], object]] = {
+            "torch": partial(run, torchs, list(torchs.parameters())),
+            "torch.compile": partial(run, compiled, list(torchs.parameters())),
+            "ours": partial(run, ours, list(ours.parameters())),
         }
-        contestants |= jax_peers.linear(input, *torchs.parameters(), grad)
+        expected = contestants["torch"]()
         for name, function in contestants.items():
-            if not name.startswith("jax"):
-                check(name, function(), run(torchs), dtype)
+            check(f"linear forward + backward of {name}", function(), expected, dtype)
+        contestants |= jax_peers.linear(input, *torchs.parameters(), grad)
         compare(
             table,
             contestants,
@@ -169,7 +169,7 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
 
 
 def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
-    """The loss of logits against class indices, and its gradient."""
+    """Time the loss of logits against class indices, and its gradient."""
     print("\ncross_entropy of [N, C] logits; limit: a copy of the logits into new memory")
     table.header()
     for rows, classes in shapes:
@@ -210,7 +210,7 @@ def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
 
 
 def sgd(table: Table) -> None:
-    """One step over the parameters of the 784-128-64-10 model."""
+    """Time one step over the parameters of the 784-128-64-10 model."""
     print("\nSGD, one step over the parameters of 784-128-64-10")
     table.header()
     for momentum in (0.0, 0.9):

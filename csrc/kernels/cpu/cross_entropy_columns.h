@@ -1,6 +1,5 @@
 // Softmax cross-entropy where the positions lie side by side ([N, C, height, width]): a vector holds one class of
-// neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed. Short rows are
-// handled in the same way, a few vectors of them at a time, turned in the first-level cache.
+// neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed.
 #pragma once
 
 #include "cross_entropy_parts.h"
@@ -65,6 +64,35 @@ struct ColumnCoefficients {
   }
 };
 
+// The targets of a vector of positions, whose logits lie in a strip.
+template <class T>
+struct VectorOfTargets {
+  using A = ComputeType<T>;
+  using V = Register<T>;
+
+  int64_t index[V::width];  // -1 where ignored
+  V counts{};               // 1, or 0 where ignored
+  V logit{};
+  V weight{};
+
+  template <class S>
+  VectorOfTargets(const CrossEntropyProblem<T>& p, const Coefficients<T>& q, const S* logits, int64_t class_stride,
+                  int64_t position, int lanes) {
+    alignas(kVectorBytes) A counts_of[V::width] = {}, logits_of[V::width] = {}, weights_of[V::width] = {};
+    for (int i = 0; i < lanes; ++i) {
+      const int64_t t = p.target[position + i];
+      index[i] = t == p.ignore_index ? -1 : t;
+      if (index[i] < 0) continue;
+      counts_of[i] = A(1);
+      logits_of[i] = load_one(logits + t * class_stride + i);
+      weights_of[i] = q.weight_of(t);
+    }
+    counts = V::load(counts_of);
+    logit = V::load(logits_of);
+    weight = V::load(weights_of);
+  }
+};
+
 // One vector of positions, whose logits lie in `tile`, [classes][tile_width].
 template <class T>
 void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>& coefficients,
@@ -87,14 +115,13 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
              return coefficients(c) * ((logits(c) - max) - log_sum);
            });
   }
-  for (int i = 0; i < lanes && indexed; ++i) {
-    const int64_t t = p.target[position + i];
-    if (t == p.ignore_index) {
-      max.raw[i] = log_sum.raw[i] = loss.raw[i] = A(0);
-      continue;
-    }
-    const A target_loss = -((tile[t * tile_width + i] - max.raw[i]) - log_sum.raw[i]) * q.weight_of(t);
-    loss.raw[i] = q.smoothed ? q.target * target_loss + loss.raw[i] : target_loss;
+  if (indexed) {
+    const VectorOfTargets<T> targets(p, q, tile, tile_width, position, lanes);
+    const V target_loss = (V{} - ((targets.logit - max) - log_sum)) * targets.weight;
+    loss = q.smoothed ? fma(V::broadcast(q.target), target_loss, loss) : target_loss;
+    max = where_positive(targets.counts, max);
+    log_sum = where_positive(targets.counts, log_sum);
+    loss = where_positive(targets.counts, loss);
   }
   store(x.position_max + position, max, lanes);
   store(x.position_log_sum + position, log_sum, lanes);
@@ -120,61 +147,34 @@ void forward_strip(const CrossEntropyForward<T>& x, const Coefficients<T>& q, co
   });
 }
 
-// What the gradient of a strip needs of each of its positions.
-template <class T>
-struct PositionFactors {
-  using A = ComputeType<T>;
-  static constexpr int64_t kSize = kStripVectors * Register<T>::width;
-
-  alignas(64) A scale[kSize];         // the gradient of the position's loss
-  alignas(64) A of_target[kSize];     // scale times the target's own term of q
-  alignas(64) A of_all[kSize];        // scale times the sum of q
-  alignas(64) A counts[kSize];        // 1, or 0 where ignored
-  alignas(64) A target_logit[kSize];  // the logit of the target
-};
-
-template <class T>
-void backward_strip_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                               const GradientScale<T>& scales, const Strip& strip, StripScores<const T> logits,
-                               StripScores<T> grad) {
+// S: T, or ComputeType<T> for scores that have been widened already.
+template <class T, class S>
+void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                const GradientScale<T>& scales, int64_t position, int lanes,
+                                StripScores<const S> logits, StripScores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
-  const A* max = x.position_max + strip.position;
-  const A* log_sum = x.position_log_sum + strip.position;
-  PositionFactors<T> of;
-  for (int64_t s = 0; s < strip.size; ++s) {
-    const int64_t t = p.target[strip.position + s];
-    const bool counts = t != p.ignore_index;
-    const A scale = counts ? scales[strip.position + s] : A(0);
-    of.scale[s] = scale;
-    of.of_target[s] = counts ? scale * q.target * q.weight_of(t) : A(0);
-    of.of_all[s] = q.smoothed ? of.of_target[s] + scale * q.every_summed : of.of_target[s];
-    of.counts[s] = counts ? A(1) : A(0);
-    of.target_logit[s] = counts ? load_one(logits.data + t * logits.class_stride + s) : A(0);
-  }
+  const VectorOfTargets<T> targets(p, q, logits.data, logits.class_stride, position, lanes);
+  const V scale = scales.vector(position, lanes);
+  const V of_target = scale * V::broadcast(q.target) * targets.weight;
+  const V of_all = q.smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
+  const V max = load(x.position_max + position, lanes), log_sum = load(x.position_log_sum + position, lanes);
   for (int64_t c = 0; c < p.classes; ++c) {
-    const V every = V::broadcast(q.every * q.weight_of(c));
-    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-      const V logit = load(logits.data + c * logits.class_stride + s, lanes);
-      V g = load(of.of_all + s, lanes) * exp((logit - load(max + s, lanes)) - load(log_sum + s, lanes));
-      if (q.smoothed) g = g - load(of.scale + s, lanes) * every;
-      store(grad.data + c * grad.class_stride + s, where_positive(load(of.counts + s, lanes), g), lanes);
-    });
+    V g = of_all * exp((load(logits.data + c * logits.class_stride, lanes) - max) - log_sum);
+    if (q.smoothed) g = g - scale * V::broadcast(q.every * q.weight_of(c));
+    store(grad.data + c * grad.class_stride, where_positive(targets.counts, g), lanes);
   }
   // The targets' own entries again: without smoothing from p - 1, so that they are not lost to rounding as p
   // approaches 1.
-  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const V p_target = exp((load(of.target_logit + s, lanes) - load(max + s, lanes)) - load(log_sum + s, lanes));
-    for (int i = 0; i < lanes; ++i) {
-      const int64_t t = p.target[strip.position + s + i];
-      if (t == p.ignore_index) continue;
-      const A g = q.smoothed ? of.of_all[s + i] * p_target.raw[i] - of.scale[s + i] * q.every * q.weight_of(t) -
-                                   of.of_target[s + i]
-                             : of.of_target[s + i] * (p_target.raw[i] - A(1));
-      store_one(grad.data + t * grad.class_stride + s + i, g);
-    }
-  });
+  const V p_target = exp((targets.logit - max) - log_sum);
+  const V at_target = q.smoothed ? of_all * p_target - scale * V::broadcast(q.every) * targets.weight - of_target
+                                 : of_target * (p_target - V::broadcast(A(1)));
+  alignas(kVectorBytes) A at_targets[V::width];
+  at_target.store(at_targets);
+  for (int i = 0; i < lanes; ++i) {
+    if (targets.index[i] >= 0) store_one(grad.data + targets.index[i] * grad.class_stride + i, at_targets[i]);
+  }
 }
 
 // grad_logits and grad_probabilities: null where not wanted.
@@ -188,8 +188,7 @@ void backward_strip_of_probabilities(const CrossEntropyBackward<T>& x, const Coe
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
     const StripScores<const T> here = {probabilities.data + s, probabilities.class_stride};
     const ColumnCoefficients<T> coefficients{q, here, lanes};
-    V scale{};
-    for (int i = 0; i < lanes; ++i) scale.raw[i] = scales[strip.position + s + i];
+    const V scale = scales.vector(strip.position + s, lanes);
     const V max = load(x.position_max + strip.position + s, lanes);
     const V log_sum = load(x.position_log_sum + strip.position + s, lanes);
     const V of_all = scale * class_sum<T>(p.classes, coefficients);
@@ -240,40 +239,14 @@ void do_columns(const StripWork<T>& work, int thread, int threads) {
     if (!work.backward) continue;
     const StripScores<T> grad_logits = gradient(work.backward->grad_logits);
     if (indexed) {
-      backward_strip_of_indices(*work.backward, work.q, work.scales, strip, logits, grad_logits);
+      for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
+        backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
+                                         {logits.data + s, logits.class_stride},
+                                         {grad_logits.data + s, grad_logits.class_stride});
+      });
     } else {
       backward_strip_of_probabilities(*work.backward, work.q, work.scales, strip, logits, probabilities, grad_logits,
                                       gradient(work.backward->grad_probabilities));
-    }
-  }
-}
-
-// Rows of up to this many classes are turned: a vector of theirs would be mostly empty, or its horizontal sums cost
-// more than the turning.
-template <class T>
-inline constexpr int64_t kShortRow = 4 * Register<T>::width;
-
-// This thread's share of short rows [batch, classes] with class indices.
-template <class T>
-void do_short_rows(const StripWork<T>& work, int thread, int threads) {
-  const CrossEntropyProblem<T>& p = work.problem;
-  const int64_t width = strip_width<T>(p.classes), elements = p.classes * width;
-  T* turned = static_cast<T*>(scratch(Scratch::turned_rows, 2 * elements * sizeof(T)));
-  T* turned_grad = turned + elements;
-  const Range share = split(p.batch, width, thread, threads);
-  for (int64_t begin = share.begin; begin < share.end; begin += width) {
-    const Strip strip = {begin, share.end - begin < width ? share.end - begin : width};
-    for (int64_t i = 0; i < strip.size; ++i) {
-      const T* row = p.logits.data + (begin + i) * p.logits.batch_stride;
-      for (int64_t c = 0; c < p.classes; ++c) turned[c * width + i] = row[c];
-    }
-    const StripScores<const T> logits = {turned, width};
-    if (work.forward) forward_strip(*work.forward, work.q, strip, logits, {});
-    if (!work.backward) continue;
-    backward_strip_of_indices(*work.backward, work.q, work.scales, strip, logits, {turned_grad, width});
-    T* grad = work.backward->grad_logits + begin * p.classes;
-    for (int64_t i = 0; i < strip.size; ++i) {
-      for (int64_t c = 0; c < p.classes; ++c) grad[i * p.classes + c] = turned_grad[c * width + i];
     }
   }
 }

@@ -4,11 +4,9 @@
 
 #include "cross_entropy_columns.h"
 #include "cross_entropy_rows.h"
+#include "cross_entropy_short_rows.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
-
-// Fewer short rows than this leave most of a vector of them empty.
-inline constexpr int64_t kTurnFromRows = 8;
 
 // Forward, backward, or one after the other for each part of the problem; either may be null.
 template <class T>
@@ -23,7 +21,7 @@ void cross_entropy(const CrossEntropyProblem<T>& p, const CrossEntropyForward<T>
   parallel(threads_for(logits, kCrossEntropyGrain, threads), [&](int thread, int count) {
     if (p.positions != 1) {
       do_columns(work, thread, count);
-    } else if (indexed && p.classes <= kShortRow<T> && p.batch >= kTurnFromRows) {
+    } else if (indexed && p.classes <= kShortRow<T> && p.batch >= kShortRowsFrom) {
       do_short_rows(work, thread, count);
     } else {
       const Range rows = split(p.batch, 1, thread, count);

@@ -114,6 +114,12 @@ struct GradientScale {
   }
 
   A operator[](int64_t position) const { return each ? load_one(each + position * stride) : of_all; }
+
+  Register<T> vector(int64_t position, int lanes) const {
+    Register<T> scale = Register<T>::broadcast(of_all);
+    for (int i = 0; each && i < lanes; ++i) scale.raw[i] = (*this)[position + i];
+    return scale;
+  }
 };
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,8 +1,8 @@
-// exp(x) for a vector.
+// exp(x) for a vector of differences from a maximum: x <= 0, or NaN.
 //
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n * ln 2 in two parts (Cody and Waite), |r| <= ln(2)/2, exp(r) by
 // its Taylor polynomial: degree 7 (float) and 13 (double) leave an error of 0.1 ulp before rounding. The result is
-// within 1 ulp or so; subnormal results may be rounded twice. exp(-inf) = 0, exp(+inf) = inf, exp(NaN) = NaN.
+// within 1 ulp or so; subnormal results may be rounded twice. exp(-inf) = 0, exp(NaN) = NaN.
 #pragma once
 
 #include "vec.h"
@@ -15,7 +15,7 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int degree = 7;
-  static constexpr float lowest = -104.0f, highest = 89.0f;  // exp is 0 and inf beyond
+  static constexpr float lowest = -104.0f;  // exp is 0 below
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
@@ -24,7 +24,7 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int degree = 13;
-  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr double lowest = -746.0;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
@@ -71,7 +71,7 @@ template <class T>
 MNIST_EXT_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
   using V = Vec<T>;
-  x = min(V::broadcast(C::highest), max(V::broadcast(C::lowest), x));  // NaN passes: it is the second operand
+  x = max(V::broadcast(C::lowest), x);  // NaN passes: it is the second operand
   const V n = round_small(x * V::broadcast(T(1.4426950408889634)));
   V r = fma(n, V::broadcast(-C::ln2_high), x);
   r = fma(n, V::broadcast(-C::ln2_low), r);

@@ -101,12 +101,6 @@ MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.raw > b.raw ? a.raw : b.raw};
 }
 
-// The smaller one; b where either is NaN.
-template <class T>
-MNIST_EXT_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {
-  return {a.raw < b.raw ? a.raw : b.raw};
-}
-
 // x in the first n lanes, 0 in the others.
 template <class T>
 MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n) {
