@@ -6,7 +6,7 @@ through dlpack where that needs no copy.
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 try:
     import jax
@@ -60,3 +60,40 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Contestants, Contesta
         {"jax": lambda: jax.block_until_ready(forward(x, t))},
         {"jax": lambda: jax.block_until_ready(both(x, t))},
     )
+
+
+class JaxLoop:
+    """Training steps of a Sequential of Linear and ReLU, any number of them in one call."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, lr: float) -> None:
+        layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.ReLU))]
+        self.params = [(array(m.weight), array(m.bias)) for m in layers if isinstance(m, nn.Linear)]
+        self.images = jnp.asarray(images.flatten(2).numpy())
+        self.labels = jnp.asarray(labels.numpy())
+        number = len(images)
+
+        def loss_of(params, x, y):
+            linears = iter(params)
+            for layer in layers:
+                if isinstance(layer, nn.ReLU):
+                    x = jax.nn.relu(x)
+                else:
+                    weight, bias = next(linears)
+                    x = x @ weight.T + bias
+            return -jnp.take_along_axis(jax.nn.log_softmax(x), y[:, None], 1).mean()
+
+        def step(params, index):
+            x, y = self.images[index % number], self.labels[index % number]
+            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            return jax.tree.map(lambda p, g: p - lr * g, params, grads), loss
+
+        self.scan = jax.jit(lambda params, indices: jax.lax.scan(step, params, indices))
+
+    def run(self, steps: int):
+        self.params, losses = self.scan(self.params, jnp.arange(steps))
+        return jax.block_until_ready(losses)
+
+
+def training(model: nn.Module, images: Tensor, labels: Tensor, lr: float) -> dict[str, "JaxLoop"]:
+    """Return the loop over [number, batch, 1, 28, 28] images."""
+    return {} if jax is None else {"jax scan": JaxLoop(model, images, labels, lr)}

@@ -54,6 +54,7 @@ def take_turns(
     calls = {}
     for name, function in contestants.items():
         function()  # warm: code, caches, memory
+        function()
         calls[name] = max(1, round(seconds_per_turn / max(seconds(function, 3), 1e-9)))
     results: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)

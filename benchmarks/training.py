@@ -1,11 +1,14 @@
 """What the fused ops buy in training: the step of the ordinary loop, and a whole epoch.
 
-    python benchmarks/training.py [--batch-size 1 64 1024] [--data-dir DIR]
+    python benchmarks/training.py [--batch-size 1 64 1024] [--no-epoch] [--csv FILE]
+                                  [--data-dir DIR]
 
 Step: zero_grad, forward, criterion, backward, step of the 784-128-64-10 model on batches that lie
-ready in memory; PyTorch eager against the same model after `mnist_ext.nn.swap`. Both start from the
-same weights and see the same batches; their losses are compared before anything is timed. They run
-in turns, so that a change of the machine's speed meets both; each turn gives one ratio.
+ready in memory. Contestants: PyTorch eager; the same with model and loss under torch.compile; JAX,
+a whole run of steps jit-compiled with lax.scan, its fastest form; and the model after
+`mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`. All start from the same weights and see the same
+batches; their losses are compared before anything is timed. They take turns; each turn gives one
+ratio.
 
 Epoch: the tutorial's way (torchvision transforms in a DataLoader, eager ops) against
 `mnist-ext train`, each with its evaluation of the test set, on MNIST, or on the embedded digits
@@ -18,76 +21,116 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import jax_peers
 import torch
 from PIL import Image
-from provenance import describe
+from provenance import describe, fields
+from timing import Table, seconds, take_turns
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+import mnist_ext
 from mnist_ext import data, training
 from mnist_ext.models import mlp
 from mnist_ext.nn import swap
 
-ROUNDS = 25
+TURNS = 25
 SECONDS_PER_TURN = 0.04
 EPOCHS = 5
+LEARNING_RATE = 0.01
+
+STEP_COLUMNS = {
+    "batch": ">6d",
+    "activation": "<10",
+    "contestant": "<14",
+    "us": ">9.1f",
+    "p20": ">9.1f",
+    "p80": ">9.1f",
+    "ratio": ">7.2f",
+    "ratio_p20": ">9.2f",
+    "ratio_p80": ">9.2f",
+}
 
 
 class Loop:
     """The ordinary training loop over batches in memory."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module, images, labels):
-        self.model, self.criterion = model, criterion
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        optimizer: type[torch.optim.Optimizer],
+        images: torch.Tensor,
+        labels: torch.Tensor,
+    ):
+        self.loss = loss
         self.batches = list(zip(images, labels, strict=True))
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        self.optimizer = optimizer(parameters, lr=LEARNING_RATE)
 
-    def run(self, steps: int) -> list[torch.Tensor]:
+    def run(self, steps: int) -> list[float]:
         losses = []
         for step in range(steps):
             images, labels = self.batches[step % len(self.batches)]
             self.optimizer.zero_grad()
-            loss = self.criterion(self.model(images), labels)
+            loss = self.loss(images, labels)
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
         return losses
 
 
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    cuts = statistics.quantiles(values, n=10)
-    return cuts[1], statistics.median(values), cuts[7]
-
-
-def time_step(batch_size: int, activation: str) -> None:
+def time_step(table: Table, batch_size: int, activation: str) -> None:
     torch.manual_seed(0)
     model = mlp(activation=activation)
     number = max(2, min(64, 16384 // batch_size))
     images = torch.randn(number, batch_size, 1, 28, 28)
     labels = torch.randint(0, 10, (number, batch_size))
-    eager = Loop(copy.deepcopy(model), nn.CrossEntropyLoss(), images, labels)
-    fused = Loop(swap(model), swap(nn.CrossEntropyLoss()), images, labels)
-    torch.testing.assert_close(fused.run(30), eager.run(30), rtol=1e-4, atol=1e-5)
 
-    steps = max(1, round(SECONDS_PER_TURN / (seconds(lambda: eager.run(20)) / 20)))
-    times: dict[str, list[float]] = {"eager": [], "mnist_ext": []}
-    for turn in range(ROUNDS):
-        contestants = [("eager", eager), ("mnist_ext", fused)]
-        for name, loop in contestants if turn % 2 == 0 else reversed(contestants):
-            times[name].append(seconds(lambda loop=loop: loop.run(steps)) / steps * 1e6)
-    ratios = [e / f for e, f in zip(times["eager"], times["mnist_ext"], strict=True)]
-    low, median, high = percentiles(ratios)
-    for name, values in times.items():
-        p20, p50, p80 = percentiles(values)
-        row = f"{batch_size:>6}  {activation:<10}  {name:<10}  {p50:8.0f}  {p20:6.0f}..{p80:<6.0f}"
-        print(row + (f"  {median:.2f}x ({low:.2f}..{high:.2f})" if name == "mnist_ext" else ""))
+    def loop(optimizer, swapped: bool = False, compiled: bool = False) -> Loop:
+        own = copy.deepcopy(model)
+        criterion: nn.Module = nn.CrossEntropyLoss()
+        if swapped:
+            own, criterion = swap(own), swap(criterion)
+
+        def loss(x, y):
+            return criterion(own(x), y)
+
+        function = torch.compile(loss) if compiled else loss
+        return Loop(list(own.parameters()), function, optimizer, images, labels)
+
+    contestants = {
+        "torch": loop(torch.optim.SGD),
+        "torch.compile": loop(torch.optim.SGD, compiled=True),
+        **jax_peers.training(model, images, labels, LEARNING_RATE),
+        "ours": loop(mnist_ext.optim.SGD, swapped=True),
+    }
+    expected = torch.tensor(contestants["torch"].run(30))
+    for name, contestant in contestants.items():
+        if name != "torch":
+            found = torch.tensor([float(loss) for loss in contestant.run(30)])
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+    per_step = seconds(lambda: contestants["torch"].run(20), 1) / 20
+    steps = max(1, round(SECONDS_PER_TURN / per_step))
+    runs = {name: lambda c=c: c.run(steps) for name, c in contestants.items()}
+    times = take_turns(runs, TURNS, seconds_per_turn=0)  # one call is a turn's worth
+    for name in contestants:
+        low, middle, high = (value / steps * 1e6 for value in times.percentiles(name))
+        ratio = times.ratio(name, "ours")
+        table.add(
+            batch=batch_size,
+            activation=activation,
+            contestant=name,
+            us=middle,
+            p20=low,
+            p80=high,
+            ratio=ratio[1],
+            ratio_p20=ratio[0],
+            ratio_p80=ratio[2],
+        )
 
 
 class TutorialDataset(torch.utils.data.Dataset):
@@ -174,17 +217,27 @@ def time_epoch(dataset: data.Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--activation", nargs="+", default=["relu", "none"])
+    parser.add_argument("--no-epoch", action="store_true", help="only the steps")
     parser.add_argument("--data-dir", help="folder that holds MNIST/raw")
+    parser.add_argument("--csv", type=Path, help="write the rows of the steps to this file")
     args = parser.parse_args()
 
     print(describe())
-    print("\nOne step of the ordinary loop, 784-128-64-10, SGD; microseconds, speed-up per turn")
+    print(jax_peers.notice())
     print(
-        f"{'batch':>6}  {'activation':<10}  {'ops':<10}  {'median':>8}  {'p20..p80':<14}  speed-up"
+        "\nOne step of the ordinary loop, 784-128-64-10, SGD; microseconds; "
+        "ratio: how many times as long as ours"
     )
+    table = Table(STEP_COLUMNS, fields())
+    table.header()
     for batch_size in args.batch_size:
-        for activation in ("relu", "none"):
-            time_step(batch_size, activation)
+        for activation in args.activation:
+            time_step(table, batch_size, activation)
+    if args.csv:
+        table.write(args.csv)
+    if args.no_epoch:
+        return
 
     dataset = data.load("auto", args.data_dir)
     if dataset.notice:

@@ -121,7 +121,7 @@ def tutorial(dataset: data.Dataset, epochs: int) -> int:
     # The optimizer moves every weight against its gradient: W - learning rate * gradient.
     by_hand = our_weight.detach() - LEARNING_RATE * our_weight.grad
     before = our_weight.detach().clone()
-    our_optimizer = torch.optim.SGD(our_model.parameters(), lr=LEARNING_RATE)
+    our_optimizer = mnist_ext.optim.SGD(our_model.parameters(), lr=LEARNING_RATE)
     their_optimizer = torch.optim.SGD(their_model.parameters(), lr=LEARNING_RATE)
     checks.close("a weight before the step", our_weight, their_weight)
     our_optimizer.step()

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as _torchs
 from torch.optim.sgd import sgd as _torchs_sgd
 
 _sgd_step = torch.ops.mnist_ext.sgd_step.default
-_TYPES = (Tensor, torch.nn.Parameter)
+_OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
 
 class SGD(torch.optim.SGD):
@@ -35,8 +36,36 @@ class SGD(torch.optim.SGD):
         Returns:
             What closure returns, or None.
         """
+        return (self._step_with_hooks if self._is_watched() else self._step)(closure)
+
+    # PyTorch would wrap step so that hooks and profilers see it, which costs as much as the step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, without its entry in a profile where nobody profiles."""
+        if not set_to_none or self._is_watched():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    def _is_watched(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _torchs._global_optimizer_pre_hooks
+            or _torchs._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+            or torch.compiler.is_compiling()
+        )
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if torch.compiler.is_compiling() or any(map(_is_torchs, self.param_groups)):
-            return super().step(closure)
+            step: Any = torch.optim.SGD.step
+            if getattr(step, "hooked", False):  # the hooks have been called
+                step = step.__wrapped__
+            return step(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -46,70 +75,69 @@ class SGD(torch.optim.SGD):
                 self._step_group(group)
         return loss
 
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
+
     def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not group["momentum"]:
+            self._update(group, params, [], first_step=False)
+            return
         # Parameters in their first step have no momentum buffer yet.
-        params: list[Tensor] = []
-        new: list[Tensor] = []
-        state = self.state
-        momentum = group["momentum"]
-        for param in group["params"]:
-            if param.grad is not None:
-                has_buffer = not momentum or state[param].get("momentum_buffer") is not None
-                (params if has_buffer else new).append(param)
-        if params:
-            buffers = [state[p]["momentum_buffer"] for p in params] if momentum else []
-            self._update(group, params, buffers, first_step=False)
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        pairs = list(zip(params, buffers, strict=True))
+        old = [pair for pair in pairs if pair[1] is not None]
+        if old:
+            self._update(group, [p for p, _ in old], [b for _, b in old], first_step=False)
+        new = [p for p, buffer in pairs if buffer is None]
         if new:
-            buffers = [torch.empty_like(p) for p in new]
+            buffers = self._update(group, new, [torch.empty_like(p) for p in new], first_step=True)
             for param, buffer in zip(new, buffers, strict=True):
-                state[param]["momentum_buffer"] = buffer
-            self._update(group, new, buffers, first_step=True)
+                self.state[param]["momentum_buffer"] = buffer
 
     def _update(
-        self, group: dict[str, Any], params: list[Tensor], buffers: list[Tensor], first_step: bool
-    ) -> None:
+        self, group: dict[str, Any], params: list[Tensor], buffers: list[Any], first_step: bool
+    ) -> list[Any]:
+        """Update params and buffers; return the buffers."""
         grads: list[Any] = [p.grad for p in params]
-        tensors = [*params, *grads, *buffers]
-        if all(type(t) in _TYPES and t.layout is torch.strided and t.is_cpu for t in tensors):
-            refused = _sgd_step(
-                params,
-                grads,
-                buffers,
-                float(group["lr"]),
-                group["momentum"],
-                group["dampening"],
-                float(group["weight_decay"]),
-                group["nesterov"],
-                group["maximize"],
-                first_step,
-            )
+        if all([type(p) is torch.nn.Parameter or type(p) is Tensor for p in params]) and all(
+            [type(g) is Tensor for g in grads]
+        ):
+            try:
+                refused = _sgd_step(
+                    params,
+                    grads,
+                    buffers,
+                    float(group["lr"]),
+                    group["momentum"],
+                    group["dampening"],
+                    float(group["weight_decay"]),
+                    group["nesterov"],
+                    group["maximize"],
+                    first_step,
+                )
+            except NotImplementedError:  # another device or layout
+                refused = 0
             if refused < 0:
-                torch.autograd.graph.increment_version([*params, *buffers])
-                return
+                torch.autograd.graph.increment_version(params + buffers)
+                return buffers
         for grad in grads:
             if grad.layout is not torch.strided or grad.is_complex():
                 raise RuntimeError(
                     "mnist_ext.optim.SGD: expected dense gradients of a real dtype, got "
                     f"{list(grad.shape)} {grad.dtype} of layout {grad.layout}: use torch.optim.SGD"
                 )
-        torchs_buffers: list[Tensor | None] = [None] * len(params)
-        if buffers and not first_step:
-            torchs_buffers = [*buffers]
+        if first_step or not buffers:
+            buffers = [None] * len(params)
         _torchs_sgd(
             params,
             grads,
-            torchs_buffers,
+            buffers,
             has_sparse_grad=False,
             foreach=False,
             fused=False,
             **{name: group[name] for name in _OPTIONS},
         )
-        if first_step:
-            for param, buffer in zip(params, torchs_buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
-
-
-_OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+        return buffers
 
 
 def _is_torchs(group: dict[str, Any]) -> bool:

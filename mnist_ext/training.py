@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_ext import build_info
+from mnist_ext import build_info, optim
 from mnist_ext.data import Dataset, Split, batches
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
@@ -192,7 +192,8 @@ def train(
     train_split, test_split = dataset.train.to(device), dataset.test.to(device)
     steps = -(-len(train_split) // config.batch_size)
 
-    optimizer = torch.optim.SGD(
+    optimizer_class = optim.SGD if config.impl == "ext" else torch.optim.SGD
+    optimizer = optimizer_class(
         model.parameters(),
         lr=config.lr,
         momentum=config.momentum,
