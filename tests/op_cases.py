@@ -165,7 +165,8 @@ def _linear_case(shape, bias, activation, strided) -> Case:
                 return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
             return torch.randn(sizes).to(dtype)
 
-        return [tensor(*shape), tensor(4, shape[-1]), tensor(4) if bias else None]
+        columns = 40 if shape[0] == 140 else 4
+        return [tensor(*shape), tensor(columns, shape[-1]), tensor(columns) if bias else None]
 
     name = ["x".join(map(str, shape)), *(["bias"] if bias else []), activation]
     return Case(
@@ -177,7 +178,7 @@ def _linear_case(shape, bias, activation, strided) -> Case:
     )
 
 
-# 140 rows take the packing kernel, fewer the dot products.
+# 140 rows and 40 columns take the outer products, which pack; the others the dot products.
 LINEAR = [
     _linear_case(shape, bias, activation, strided)
     for shape, bias, activation, strided in itertools.product(

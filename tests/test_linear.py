@@ -13,8 +13,9 @@ from torch import Tensor
 from mnist_ext import functional
 
 # (rows, in_features, out_features). Zero and one: empty sums, single elements. 15, 16, 17 and 31,
-# 33: a vector of any instruction set, less or more by one. 64 rows: the MNIST batch. 129 and more
-# rows: the kernel that packs. 300 deep, 1100 wide: more than one block of each dimension.
+# 33: a vector of any instruction set, less or more by one. 64 rows: the MNIST batch. 129 rows by 33
+# and more columns: outer products, which pack, on every instruction set. 300 deep, 1100 wide: more
+# than one block of each of their dimensions; 700 rows of 800: more than one block of dot products.
 SHAPES = [
     *itertools.product((0, 1, 5), repeat=3),
     (1, 784, 10),
@@ -25,7 +26,10 @@ SHAPES = [
     (64, 128, 64),
     (64, 64, 10),
     (129, 33, 10),
+    (129, 31, 35),
     (150, 300, 65),
+    (1030, 300, 65),
+    (700, 800, 3),
     (200, 64, 1100),
     (257, 1100, 19),
 ]
@@ -114,7 +118,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", ["input", "weight", "bias", "grad_output"])
 def test_any_strides(isa, which, kind, rows):
-    in_features, out_features = 37, 21
+    in_features, out_features = 37, 35
 
     def make(name, *shape):
         if name != which:
@@ -162,8 +166,8 @@ def test_nan_and_inf_as_pytorch(isa, rows):
     """ReLU lets NaN through, and its gradient passes where its output is NaN."""
     input = torch.randn(rows, 8)
     input[0, 0], input[1, 1], input[2, 2] = float("nan"), float("inf"), -float("inf")
-    weight, bias = torch.randn(5, 8), torch.randn(5)
-    grad_output = torch.randn(rows, 5)
+    weight, bias = torch.randn(40, 8), torch.randn(40)
+    grad_output = torch.randn(rows, 40)
     ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "relu")
     torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
     for our, their in zip(ours, torchs, strict=True):
@@ -272,7 +276,7 @@ import resource, torch
 from mnist_ext import functional
 torch.set_num_threads(2)
 functional.linear(torch.randn(64, 2000), torch.randn(1000, 2000))  # starts the threads
-x, w = torch.randn(140, 2000), torch.randn(100, 2000)
+x, w = torch.randn(140, 200), torch.randn(100, 200)  # outer products, which pack
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
 try:

@@ -1,4 +1,4 @@
-// C = X * W^T (+ bias, ReLU) by dot products along contiguous rows, for few rows of X.
+// C = X * W^T (+ bias, ReLU) by dot products along contiguous rows.
 //
 // Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed; the price is
 // one horizontal sum per element of C. A tile of kDotRows rows of X by kDotColumns rows of W shares each loaded vector.
@@ -89,6 +89,8 @@ void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, in
   }
 }
 
+// Rows of X that are read again for each tile of columns: they stay in the second-level cache.
+inline constexpr int64_t kDotBlockBytes = 256 * 1024;
 inline constexpr double kDotGrain = 250e3;  // multiply-adds that are worth a thread of their own
 
 template <class T>
@@ -98,11 +100,16 @@ void dot_gemm(const DotGemm<T>& g, int threads) {
     const Range columns = split(g.columns, 1, thread, count);
     const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
     const int64_t column_tiles = (columns.size() + kDotColumns - 1) / kDotColumns;
-    for (int64_t j = 0; j < column_tiles; ++j) {
-      const Range c = split(columns.size(), 1, j, column_tiles);
-      for (int64_t i = 0; i < row_tiles; ++i) {
-        const Range r = split(g.rows, 1, i, row_tiles);
-        dot_tile(g, r.begin, r.size(), columns.begin + c.begin, c.size());
+    const int64_t fitting = kDotBlockBytes / ((g.depth < 1 ? 1 : g.depth) * kDotRows * static_cast<int64_t>(sizeof(T)));
+    const int64_t block = fitting < 1 ? 1 : fitting;
+    for (int64_t begin = 0; begin < row_tiles; begin += block) {
+      const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
+      for (int64_t j = 0; j < column_tiles; ++j) {
+        const Range c = split(columns.size(), 1, j, column_tiles);
+        for (int64_t i = begin; i < end; ++i) {
+          const Range r = split(g.rows, 1, i, row_tiles);
+          dot_tile(g, r.begin, r.size(), columns.begin + c.begin, c.size());
+        }
       }
     }
   });

@@ -7,13 +7,19 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
-// Up to this many rows the dot products win: packing the weights would cost more than the horizontal sums.
-inline constexpr int64_t kDotMaxRows = 128;
+// Which product is faster, measured by benchmarks/products.py. Dot products save the packing, which few rows do not pay
+// back, and pay with horizontal sums, which a short depth does not pay back; of few columns, outer products leave most
+// of a tile empty.
+template <class T>
+bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
+  const int64_t vectors = depth / Vec<T>::width;
+  return columns < 2 * Vec<T>::width || rows <= (vectors < 16 ? 64 : vectors < 32 ? 128 : 1024);
+}
 
 template <class T>
 void linear_forward(const LinearForward<T>& x, int threads) {
   const bool relu = x.activation == Activation::relu;
-  if (x.rows <= kDotMaxRows) {
+  if (use_dot_products<T>(x.rows, x.in_features, x.out_features)) {
     dot_gemm<T>({.rows = x.rows,
                  .columns = x.out_features,
                  .depth = x.in_features,
