@@ -43,7 +43,7 @@ EPOCHS = 5
 LEARNING_RATE = 0.01
 
 STEP_COLUMNS = {
-    "batch": ">6d",
+    "batch": ">6",
     "activation": "<10",
     "contestant": "<14",
     "us": ">9.1f",
