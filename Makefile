@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help install train test test-oldest bench lint format clean
+.PHONY: help install train test test-oldest bench bench-kernels lint format clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # What [build-system] in pyproject.toml asks for, installed once here instead of once more in an isolated build
 # environment: torch is large.
@@ -42,6 +42,9 @@ test-oldest:  ## test with the oldest torch supported, built against the newest 
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)
+
+bench-kernels: install  ## time each kernel, ours against PyTorch
+	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .

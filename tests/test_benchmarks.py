@@ -1,0 +1,56 @@
+"""What the benchmarks compute from their times; not the times."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import timing
+
+
+def test_ratios_are_paired_turn_by_turn():
+    """The machine slows down threefold halfway: ratios do not notice, medians do."""
+    slow = [2.0] * 5 + [6.0] * 5
+    fast = [1.0] * 5 + [3.0] * 5
+    times = timing.Times({"slow": slow, "fast": fast})
+    assert times.ratio("slow", to="fast") == (2.0, 2.0, 2.0)
+    assert times.percentiles("fast")[1] == 2.0
+
+
+def test_contestants_take_turns():
+    called = []
+    contestants = {name: lambda n=name: called.append(n) for name in "abc"}
+    times = timing.take_turns(contestants, turns=3, seconds_per_turn=0)
+    assert called[-9:] == list("abccbaabc")
+    assert all(len(turns) == 3 for turns in times.turns.values())
+
+
+def test_table_prints_and_writes_every_row(tmp_path, capsys):
+    table = timing.Table({"what": "<6", "us": ">8.1f"}, {"cpu": "a CPU"})
+    table.header()
+    table.add(what="x", us=1.25, more=3)
+    table.add(what="y", us=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in lines] == ["what          us", "x            1.2", "y"]
+    table.write(tmp_path / "rows.csv")
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"what": "x", "us": "1.25", "more": "3", "cpu": "a CPU"},
+        {"what": "y", "us": "", "more": "", "cpu": "a CPU"},
+    ]
+
+
+def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):
+    """JAX need not be installed for this, nor for anything else."""
+    import kernels
+
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "nonsense"])
+    with pytest.raises(SystemExit):
+        kernels.main()
+    assert (
+        "unknown group nonsense: choose from linear, cross_entropy, sgd" in capsys.readouterr().err
+    )
