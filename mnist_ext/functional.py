@@ -57,8 +57,6 @@ _PYTORCHS_ERRORS = (IndexError, NotImplementedError, RuntimeError, ValueError)
 
 def _explained(op: str, error: Exception, **arguments: Tensor | None) -> Exception:
     """Return PyTorch's error with what its message leaves out: the op, and what came."""
-    if type(error) not in _PYTORCHS_ERRORS:  # a subclass may carry more than a message
-        return error
     got = ", ".join(
         f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in arguments.items()
@@ -118,6 +116,8 @@ def linear(
     try:
         output = F.linear(input, weight, bias)
     except _PYTORCHS_ERRORS as error:
+        if type(error) not in _PYTORCHS_ERRORS:
+            raise  # a subclass may carry more than a message
         raise _explained("linear", error, input=input, weight=weight, bias=bias) from error
     return torch.relu(output) if relu else output
 
@@ -193,6 +193,8 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     except _PYTORCHS_ERRORS as error:
+        if type(error) not in _PYTORCHS_ERRORS:
+            raise  # a subclass may carry more than a message
         raise _explained(
             "cross_entropy", error, input=input, target=target, weight=weight
         ) from error

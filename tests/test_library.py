@@ -190,6 +190,7 @@ class TestThreads:
         target = torch.randint(0, 150, (600,))
         images = torch.randn(3, 40, 30, 35, dtype=dtype, requires_grad=True)
         probabilities = torch.rand(3, 40, 30, 35, dtype=dtype, requires_grad=True)
+        short_rows = torch.randn(9000, 10, dtype=dtype, requires_grad=True)
 
         def everything():
             hidden = functional.linear(input, weight, bias, activation="relu")
@@ -199,8 +200,9 @@ class TestThreads:
                 functional.cross_entropy(images, probabilities, label_smoothing=0.1),
                 functional.cross_entropy(images, images.argmax(1), ignore_index=1),
                 functional.cross_entropy(images.movedim(-1, 1), images.argmax(3)),
+                functional.cross_entropy(short_rows, short_rows.argmin(1)),
             )
-            leaves = (input, weight, bias, images, probabilities)
+            leaves = (input, weight, bias, images, probabilities, short_rows)
             return hidden, small, *losses, *torch.autograd.grad(sum(losses) + small.sum(), leaves)
 
         before = torch.get_num_threads()
