@@ -19,7 +19,7 @@ Contestants = dict[str, Callable[[], object]]
 
 def notice() -> str:
     if jax is None:
-        return "JAX is not installed and therefore absent: pip install 'mnist-ext[bench]'"
+        return "JAX is not installed and therefore absent: pip install jax"
     return f"JAX {jax.__version__}"
 
 

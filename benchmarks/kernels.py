@@ -1,17 +1,17 @@
 """Each kernel by itself, against PyTorch eager, torch.compile and JAX on the same work.
 
-    python benchmarks/kernels.py [linear] [cross_entropy] [sgd] [--dtype float32] [--quick]
-                                 [--csv FILE]
+    python benchmarks/kernels.py [linear] [cross_entropy] [sgd] [--dtype float32]
+                                 [--isa avx2 avx512] [--quick] [--csv FILE]
 
-linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on each
-instruction set; and forward + backward through autograd. cross_entropy: forward, and forward +
-backward through autograd. sgd: one optimizer step.
+linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on the
+instruction sets asked for; and forward + backward through autograd. cross_entropy: forward, and
+forward + backward through autograd; "copy" is a copy of the logits into new memory. sgd: one
+optimizer step.
 
 Every contestant's result is compared with PyTorch's before anything is timed. Times are medians in
-microseconds; "torch/ours" and the like are the median of the ratio of each turn, above 1 where ours
-is faster, with its 20th and 80th percentile. "limit" is the share of what this machine reached in
-the same run: of a large matrix product's FLOP/s (linear), or of a copy of the logits into new
-memory (cross_entropy: time of the copy by ours).
+microseconds; "ratio" is how many times as long a contestant takes as ours, the median of the ratio
+of each turn, with its 20th and 80th percentile. "limit" (linear) is the share of the FLOP/s that a
+large matrix product of PyTorch's reached in the same run.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
 
 def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
     """Time the loss of logits against class indices, and its gradient."""
-    print("\ncross_entropy of [N, C] logits; limit: a copy of the logits into new memory")
+    print("\ncross_entropy of [N, C] logits; copy: of the logits into new memory")
     table.header()
     for rows, classes in shapes:
         logits = (torch.randn(rows, classes) * 3).to(dtype)
