@@ -23,13 +23,14 @@ struct DotGemm {
   T* c;  // [rows, columns], contiguous
 };
 
-inline constexpr int kDotRows = kVectorRegisters == 32 ? 4 : 3;
-inline constexpr int kDotColumns = kVectorRegisters == 32 ? 6 : 4;
+// The accumulators of a full tile, a vector of each of its rows and one of a column fill the registers.
+inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
+inline constexpr int kDotColumns = 4;  // summed together
 
 template <class T, int R, int N>
 void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column) {
   using V = Vec<T>;
-  V acc[R][N] = {};
+  V acc[R][kDotColumns] = {};  // those beyond N stay 0
   const T* x = g.x + row * g.x_row;
   const T* w = g.w + column * g.w_row;
   const auto step = [&](auto load) __attribute__((always_inline)) {
@@ -51,15 +52,13 @@ void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column) {
     const int rest = static_cast<int>(g.depth - p);
     step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
   }
+  const Four<T> bias = g.bias ? Four<T>::load(g.bias + column, N) : Four<T>{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    T* c = g.c + (row + r) * g.columns + column;
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      T sum = reduce_add(acc[r][n]);
-      if (g.bias) sum += g.bias[column + n];
-      c[n] = g.relu && sum < T(0) ? T(0) : sum;
-    }
+    Four<T> sum = reduce_add(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+    if (g.bias) sum.raw += bias.raw;
+    if (g.relu) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
+    sum.store(g.c + (row + r) * g.columns + column, N);
   }
 }
 
@@ -69,24 +68,20 @@ void dot_tile_rows(const DotGemm<T>& g, int64_t row, int64_t column, int64_t col
     case 1: return dot_tile<T, R, 1>(g, row, column);
     case 2: return dot_tile<T, R, 2>(g, row, column);
     case 3: return dot_tile<T, R, 3>(g, row, column);
-    case 4: return dot_tile<T, R, 4>(g, row, column);
-    default:
-      if constexpr (kDotColumns == 6) {
-        if (columns == 5) return dot_tile<T, R, 5>(g, row, column);
-        return dot_tile<T, R, 6>(g, row, column);
-      }
+    default: return dot_tile<T, R, 4>(g, row, column);
   }
 }
 
 template <class T>
 void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  switch (rows) {
-    case 1: return dot_tile_rows<T, 1>(g, row, column, columns);
-    case 2: return dot_tile_rows<T, 2>(g, row, column, columns);
-    case 3: return dot_tile_rows<T, 3>(g, row, column, columns);
-    default:
-      if constexpr (kDotRows == 4) return dot_tile_rows<T, 4>(g, row, column, columns);
+  if constexpr (kDotRows == 6) {
+    if (rows == 6) return dot_tile_rows<T, 6>(g, row, column, columns);
+    if (rows == 5) return dot_tile_rows<T, 5>(g, row, column, columns);
+    if (rows == 4) return dot_tile_rows<T, 4>(g, row, column, columns);
   }
+  if (rows == 3) return dot_tile_rows<T, 3>(g, row, column, columns);
+  if (rows == 2) return dot_tile_rows<T, 2>(g, row, column, columns);
+  dot_tile_rows<T, 1>(g, row, column, columns);
 }
 
 // Rows of X that are read again for each tile of columns: they stay in the second-level cache.
@@ -97,18 +92,17 @@ template <class T>
 void dot_gemm(const DotGemm<T>& g, int threads) {
   const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
   parallel(threads_for(work, kDotGrain, threads), [&](int thread, int count) {
-    const Range columns = split(g.columns, 1, thread, count);
+    const Range columns = split(g.columns, kDotColumns, thread, count);
     const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
-    const int64_t column_tiles = (columns.size() + kDotColumns - 1) / kDotColumns;
     const int64_t fitting = kDotBlockBytes / ((g.depth < 1 ? 1 : g.depth) * kDotRows * static_cast<int64_t>(sizeof(T)));
     const int64_t block = fitting < 1 ? 1 : fitting;
     for (int64_t begin = 0; begin < row_tiles; begin += block) {
       const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
-      for (int64_t j = 0; j < column_tiles; ++j) {
-        const Range c = split(columns.size(), 1, j, column_tiles);
+      for (int64_t column = columns.begin; column < columns.end; column += kDotColumns) {
+        const int64_t n = columns.end - column < kDotColumns ? columns.end - column : kDotColumns;
         for (int64_t i = begin; i < end; ++i) {
           const Range r = split(g.rows, 1, i, row_tiles);
-          dot_tile(g, r.begin, r.size(), columns.begin + c.begin, c.size());
+          dot_tile(g, r.begin, r.size(), column, n);
         }
       }
     }

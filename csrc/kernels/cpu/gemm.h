@@ -156,7 +156,7 @@ void pack_b(const Gemm<T>& g, Range depth, Range columns, T* packed) {
   }
 }
 
-// Gated A(row.., depth) for a tile, if it is not transposed: [kTileRows][kDepthBlock].
+// Gated A(row.., depth) for a tile, if it is not transposed: [kTileRows][kDepthBlock]. Stores whole vectors.
 template <class T>
 void pack_a_rows(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed) {
   using V = Vec<T>;
@@ -168,13 +168,14 @@ void pack_a_rows(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed
     for (; p + V::width <= n; p += V::width) where_positive(V::load(gate + p), V::load(a + p)).store(packed + p);
     if (p < n) {
       const int rest = static_cast<int>(n - p);
-      where_positive(V::load_partial(gate + p, rest), V::load_partial(a + p, rest)).store_partial(packed + p, rest);
+      where_positive(V::load_partial(gate + p, rest), V::load_partial(a + p, rest)).store(packed + p);
     }
   }
 }
 
 // (Gated) A(row.., depth) for a tile, if it is transposed: [depth][kTileRows]. Adds its sums over
-// depth to `sums`, if that is given: in vectors over kSumChain steps at a time, then in double.
+// depth to `sums`, if that is given: in vectors over kSumChain steps at a time, then in double. Stores whole vectors,
+// what lies beyond the tile's rows to be overwritten by the next step.
 inline constexpr int64_t kSumChain = 32;
 
 template <class T>
@@ -193,7 +194,7 @@ void pack_a_columns(const Gemm<T>& g, int64_t row, int rows, Range depth, T* pac
         if (g.a_gate) {
           x = where_positive(V::load_partial(g.a_gate + row + v * V::width + p * g.gate_depth, lanes), x);
         }
-        x.store_partial(packed + v * V::width, lanes);
+        x.store(packed + v * V::width);
         sum[v] = sum[v] + x;
       }
     }
@@ -210,7 +211,8 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
   const int64_t row_tiles = (rows.size() + kTileRows - 1) / kTileRows;
   const bool packs_a = g.a_gate || g.row_sums;
   const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
-  T* a_tile = packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T))) : nullptr;
+  T* a_tile =
+      packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T) + kVectorBytes)) : nullptr;
   T* b_block =
       packs_b ? static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T))) : nullptr;
 

@@ -9,11 +9,11 @@ namespace mnist_ext::MNIST_EXT_ISA {
 
 // Which product is faster, measured by benchmarks/products.py. Dot products save the packing, which few rows do not pay
 // back, and pay with horizontal sums, which a short depth does not pay back; of few columns, outer products leave most
-// of a tile empty.
+// of a tile empty. With 16 registers both tiles are small, and reading the operands as they lie wins throughout.
 template <class T>
 bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
   const int64_t vectors = depth / Vec<T>::width;
-  return columns < 2 * Vec<T>::width || rows <= (vectors < 16 ? 64 : vectors < 32 ? 128 : 1024);
+  return kVectorRegisters == 16 || columns < 2 * Vec<T>::width || rows <= (vectors < 32 ? 128 : 512);
 }
 
 template <class T>

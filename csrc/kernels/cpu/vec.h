@@ -57,7 +57,8 @@ struct Vec {
 
   Raw raw;
 
-  static MNIST_EXT_INLINE Vec broadcast(T x) { return {Raw{} + x}; }
+  // x - 0 is x for every x, so that no subtraction is left (0 + x is not: -0).
+  static MNIST_EXT_INLINE Vec broadcast(T x) { return {x - Raw{}}; }
 
   static MNIST_EXT_INLINE Vec load(const T* p) {
     Vec v;
@@ -134,6 +135,75 @@ MNIST_EXT_INLINE T reduce_add(Vec<T> v) {
   return reduce_halves<T>(v.raw, [](auto a, auto b) { return a + b; }, std::make_index_sequence<Vec<T>::width / 2>{});
 }
 
+// Four numbers in one register, or two where those are of 128 bits.
+template <class T>
+struct Four {
+  typedef T Raw __attribute__((vector_size(4 * sizeof(T))));
+
+  Raw raw;
+
+  // The first n of p, 0 < n <= 4; the others are 0.
+  static MNIST_EXT_INLINE Four load(const T* p, int n) {
+    Four v{};
+    if (n == 4) {
+      std::memcpy(&v.raw, p, sizeof(v.raw));
+    } else {
+      for (int i = 0; i < n; ++i) v.raw[i] = p[i];
+    }
+    return v;
+  }
+
+  MNIST_EXT_INLINE void store(T* p, int n) const {
+    if (n == 4) {
+      std::memcpy(p, &raw, sizeof(raw));
+    } else {
+      for (int i = 0; i < n; ++i) p[i] = raw[i];
+    }
+  }
+};
+
+// Groups of g lanes of a and b by turns, from the lower half of each 128 bits of both, plus those from the upper half.
+template <int g, class T, std::size_t... I>
+MNIST_EXT_INLINE typename Vec<T>::Raw add_interleaved(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
+  constexpr int width = Vec<T>::width, n = 16 / sizeof(T);
+  constexpr auto from = [](int i) { return i / n * n + i % n / (2 * g) * g + i % g + (i / g % 2 ? width : 0); };
+  return __builtin_shufflevector(a.raw, b.raw, from(I)...) +
+         __builtin_shufflevector(a.raw, b.raw, (from(I) + n / 2)...);
+}
+
+template <int g, class T>
+MNIST_EXT_INLINE Vec<T> add_interleaved(Vec<T> a, Vec<T> b) {
+  return {add_interleaved<g>(a, b, std::make_index_sequence<Vec<T>::width>{})};
+}
+
+// Adds the two halves of a vector until n lanes are left.
+template <int n, class Raw, std::size_t... I>
+MNIST_EXT_INLINE auto fold(Raw v, std::index_sequence<I...>) {
+  constexpr int half = sizeof...(I);
+  if constexpr (2 * half == n) {
+    return v;
+  } else {
+    const auto sum = __builtin_shufflevector(v, v, static_cast<int>(I)...) +
+                     __builtin_shufflevector(v, v, static_cast<int>(I + half)...);
+    return fold<n>(sum, std::make_index_sequence<half / 2>{});
+  }
+}
+
+template <int n, class T>
+MNIST_EXT_INLINE auto fold(Vec<T> v) {
+  return fold<n>(v.raw, std::make_index_sequence<Vec<T>::width / 2>{});
+}
+
+// The sums over the lanes of four vectors. Together they take half the instructions of four times reduce_add.
+MNIST_EXT_INLINE Four<float> reduce_add(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+  return {fold<4>(add_interleaved<2>(add_interleaved<1>(a, b), add_interleaved<1>(c, d)))};
+}
+
+MNIST_EXT_INLINE Four<double> reduce_add(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  const auto ab = fold<2>(add_interleaved<1>(a, b)), cd = fold<2>(add_interleaved<1>(c, d));
+  return {__builtin_shufflevector(ab, cd, 0, 1, 2, 3)};
+}
+
 template <class T>
 MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
   return reduce_halves<T>(
@@ -184,14 +254,34 @@ MNIST_EXT_INLINE Vec<double> Vec<double>::load_partial(const double* p, int n, d
   return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
 }
 
+// In pieces: a masked store of AVX2 takes AMD's cores six times as long.
 template <>
 MNIST_EXT_INLINE void Vec<float>::store_partial(float* p, int n) const {
-  _mm256_maskstore_ps(p, first_lanes_32(n), raw);
+  if (n == width) return store(p);
+  __m128 rest = _mm256_castps256_ps128(raw);
+  if (n & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(raw, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, rest);
 }
 
 template <>
 MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
-  _mm256_maskstore_pd(p, first_lanes_64(n), raw);
+  if (n == width) return store(p);
+  __m128d rest = _mm256_castpd256_pd128(raw);
+  if (n & 2) {
+    _mm_storeu_pd(p, rest);
+    rest = _mm256_extractf128_pd(raw, 1);
+    p += 2;
+  }
+  if (n & 1) _mm_store_sd(p, rest);
 }
 
 #else
