@@ -127,11 +127,13 @@ class CrossEntropy(Function):
             )
             return *grads, None, None, None, None
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is not None and not torch._C._functorch.is_legacy_batchedtensor(grad_output):
-            if grad_output.item() == 1:
+        if stats is None and not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+            is_one = grad_output.item() == 1
+            if is_one or logits.dtype is not torch.bfloat16:  # which would be rounded twice
+                if gradient is None:
+                    _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
+                gradient = gradient if is_one else gradient.mul_(grad_output)
                 return gradient, None, None, None, None, None
-            if gradient.dtype is not torch.bfloat16:  # which would be rounded twice
-                return gradient.mul_(grad_output), None, None, None, None, None
         if stats is None:
             _, stats, total_weight = _cross_entropy(logits, target, weight, *ctx.options)
         grads = _cross_entropy_backward(

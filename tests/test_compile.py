@@ -12,12 +12,18 @@ op = torch.ops.mnist_ext
 
 
 def compiled_agrees(case, tensors, backend, **options):
-    """Compile without graph breaks, run, and compare with eager, bit for bit."""
+    """Compile without graph breaks, run, and compare with eager.
+
+    Bit for bit, but for the gradient of cross_entropy: eager forms it in the forward, from
+    exponentials that are kept; a compiled backward forms them again.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(case.ours, fullgraph=True, backend=backend, **options)
     ours = value_and_gradients(compiled, case, tensors)
     eager = value_and_gradients(case.ours, case, tensors)
-    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+    assert torch.equal(ours[0], eager[0])
+    rtol, atol = (0, 0) if case.op == "linear" else (1e-6, 1e-7)
+    torch.testing.assert_close(ours, eager, rtol=rtol, atol=atol)
     return compiled
 
 

@@ -64,51 +64,71 @@ struct ColumnCoefficients {
   }
 };
 
-// The targets of a vector of positions, whose logits lie in a strip.
+// The targets of a vector of positions. What belongs to the target class is picked by comparison while a loop passes
+// all classes: no gather, no scatter. (32 bits of a class are enough: more classes than that do not fit into the
+// strip.)
 template <class T>
 struct VectorOfTargets {
   using A = ComputeType<T>;
   using V = Register<T>;
+  using Bits = typename V::Bits;
 
-  int64_t index[V::width];  // -1 where ignored
-  V counts{};               // 1, or 0 where ignored
-  V logit{};
-  V weight{};
+  typename V::RawBits index;  // -1 where ignored
+  V counts{};                 // 1, or 0 where ignored
 
-  template <class S>
-  VectorOfTargets(const CrossEntropyProblem<T>& p, const Coefficients<T>& q, const S* logits, int64_t class_stride,
-                  int64_t position, int lanes) {
-    alignas(kVectorBytes) A counts_of[V::width] = {}, logits_of[V::width] = {}, weights_of[V::width] = {};
-    for (int i = 0; i < lanes; ++i) {
-      const int64_t t = p.target[position + i];
-      index[i] = t == p.ignore_index ? -1 : t;
-      if (index[i] < 0) continue;
-      counts_of[i] = A(1);
-      logits_of[i] = load_one(logits + t * class_stride + i);
-      weights_of[i] = q.weight_of(t);
+  VectorOfTargets(const CrossEntropyProblem<T>& p, int64_t position, int lanes) {
+    alignas(kVectorBytes) Bits indices[V::width];
+    for (int i = 0; i < V::width; ++i) {
+      const int64_t t = i < lanes ? p.target[position + i] : p.ignore_index;
+      indices[i] = t == p.ignore_index ? Bits(-1) : static_cast<Bits>(t);
     }
-    counts = V::load(counts_of);
-    logit = V::load(logits_of);
-    weight = V::load(weights_of);
+    std::memcpy(&index, indices, sizeof(index));
+    const typename V::Raw none{};
+    counts.raw = index == Bits(-1) ? none : none + A(1);
+  }
+
+  // x where c is the target, else y.
+  MNIST_EXT_INLINE V pick(int64_t c, V x, V y) const { return {index == static_cast<Bits>(c) ? x.raw : y.raw}; }
+
+  V weight(const Coefficients<T>& q, int64_t classes) const {
+    V weight = V::broadcast(A(1));
+    if (!q.weight) return weight;
+    for (int64_t c = 0; c < classes; ++c) weight = pick(c, V::broadcast(q.weight_of(c)), weight);
+    return weight;
   }
 };
 
-// One vector of positions, whose logits lie in `tile`, [classes][tile_width].
+// Logits of a vector of positions, or their exponentials: class c at data + c * class_stride.
+template <class A>
+struct ColumnTile {
+  A* data;
+  int64_t class_stride;
+
+  MNIST_EXT_INLINE Vec<std::remove_const_t<A>> operator()(int64_t c) const {
+    return Vec<std::remove_const_t<A>>::load(data + c * class_stride);
+  }
+};
+
+// One vector of positions. exponentials: exp(logit - max) to be kept there; or data null. Returns 1 / their sum.
 template <class T>
-void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>& coefficients,
-                    const ComputeType<T>* tile, int64_t tile_width, int64_t position) {
+Register<T> forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>& coefficients,
+                           ColumnTile<const ComputeType<T>> logits, ColumnTile<ComputeType<T>> exponentials,
+                           int64_t position) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   const Coefficients<T>& q = coefficients.q;
   const int lanes = coefficients.lanes;
   const bool indexed = p.kind == TargetKind::indices;
-  const auto logits = [&](int64_t c) __attribute__((always_inline)) { return V::load(tile + c * tile_width); };
 
   V max = V::broadcast(-std::numeric_limits<A>::infinity());
   for (int64_t c = 0; c < p.classes; ++c) max = mnist_ext::MNIST_EXT_ISA::max(logits(c), max);
-  V log_sum =
-      log(class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) { return exp(logits(c) - max); }));
+  const V sum = class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) {
+    const V e = exp(logits(c) - max);
+    if (exponentials.data) e.store(exponentials.data + c * exponentials.class_stride);
+    return e;
+  });
+  V log_sum = log(sum);
   V loss{};
   if (!indexed || q.smoothed) {
     loss = V{} - class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) {
@@ -116,8 +136,10 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
            });
   }
   if (indexed) {
-    const VectorOfTargets<T> targets(p, q, tile, tile_width, position, lanes);
-    const V target_loss = (V{} - ((targets.logit - max) - log_sum)) * targets.weight;
+    const VectorOfTargets<T> targets(p, position, lanes);
+    V logit{};
+    for (int64_t c = 0; c < p.classes; ++c) logit = targets.pick(c, logits(c), logit);
+    const V target_loss = (V{} - ((logit - max) - log_sum)) * targets.weight(q, p.classes);
     loss = q.smoothed ? fma(V::broadcast(q.target), target_loss, loss) : target_loss;
     max = where_positive(targets.counts, max);
     log_sum = where_positive(targets.counts, log_sum);
@@ -126,81 +148,93 @@ void forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>
   store(x.position_max + position, max, lanes);
   store(x.position_log_sum + position, log_sum, lanes);
   store(x.position_loss + position, loss, lanes);
+  return V::broadcast(A(1)) / sum;
 }
 
-template <class T>
-void forward_strip(const CrossEntropyForward<T>& x, const Coefficients<T>& q, const Strip& strip,
-                   StripScores<const T> logits, StripScores<const T> probabilities) {
-  using A = ComputeType<T>;
-  const int64_t classes = x.problem.classes, width = strip_width<T>(classes);
-  // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
-  A* tile = static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A)));
-  for (int64_t c = 0; c < classes; ++c) {
-    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-      load(logits.data + c * logits.class_stride + s, lanes).store(tile + c * width + s);
-    });
-  }
-  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    StripScores<const T> here = probabilities;
-    if (here.data) here.data += s;
-    forward_vector(x, ColumnCoefficients<T>{q, here, lanes}, tile + s, width, strip.position + s);
-  });
-}
-
-// S: T, or ComputeType<T> for scores that have been widened already.
+// The softmax of a vector of positions, a class at a time: from the logits and what the forward found,
 template <class T, class S>
+struct RecomputedColumn {
+  using V = Register<T>;
+
+  StripScores<const S> logits;
+  int lanes;
+  V max, log_sum;
+
+  RecomputedColumn(const CrossEntropyBackward<T>& x, StripScores<const S> strip, int64_t position, int n)
+      : logits(strip),
+        lanes(n),
+        max(load(x.position_max + position, n)),
+        log_sum(load(x.position_log_sum + position, n)) {}
+
+  MNIST_EXT_INLINE V operator()(int64_t c) const {
+    return exp((load(logits.data + c * logits.class_stride, lanes) - max) - log_sum);
+  }
+};
+
+// or from exponentials that the forward kept.
+template <class T>
+struct KeptColumn {
+  ColumnTile<ComputeType<T>> exponentials;
+  Register<T> inverse_sum;
+
+  MNIST_EXT_INLINE Register<T> operator()(int64_t c) const { return exponentials(c) * inverse_sum; }
+};
+
+// S: T, or ComputeType<T> for logits that were widened and gradients that are to be narrowed.
+template <class T, class S, class Softmax>
 void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                const GradientScale<T>& scales, int64_t position, int lanes,
-                                StripScores<const S> logits, StripScores<S> grad) {
+                                const GradientScale<T>& scales, int64_t position, int lanes, const Softmax& softmax,
+                                StripScores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
-  const VectorOfTargets<T> targets(p, q, logits.data, logits.class_stride, position, lanes);
+  const VectorOfTargets<T> targets(p, position, lanes);
   const V scale = scales.vector(position, lanes);
-  const V of_target = scale * V::broadcast(q.target) * targets.weight;
+  const V of_target = scale * V::broadcast(q.target) * targets.weight(q, p.classes);
   const V of_all = q.smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
-  const V max = load(x.position_max + position, lanes), log_sum = load(x.position_log_sum + position, lanes);
   for (int64_t c = 0; c < p.classes; ++c) {
-    V g = of_all * exp((load(logits.data + c * logits.class_stride, lanes) - max) - log_sum);
-    if (q.smoothed) g = g - scale * V::broadcast(q.every * q.weight_of(c));
-    store(grad.data + c * grad.class_stride, where_positive(targets.counts, g), lanes);
-  }
-  // The targets' own entries again: without smoothing from p - 1, so that they are not lost to rounding as p
-  // approaches 1.
-  const V p_target = exp((targets.logit - max) - log_sum);
-  const V at_target = q.smoothed ? of_all * p_target - scale * V::broadcast(q.every) * targets.weight - of_target
-                                 : of_target * (p_target - V::broadcast(A(1)));
-  alignas(kVectorBytes) A at_targets[V::width];
-  at_target.store(at_targets);
-  for (int i = 0; i < lanes; ++i) {
-    if (targets.index[i] >= 0) store_one(grad.data + targets.index[i] * grad.class_stride + i, at_targets[i]);
+    const V p_c = softmax(c);
+    V g, at_target;
+    if (q.smoothed) {
+      g = of_all * p_c - scale * V::broadcast(q.every * q.weight_of(c));
+      at_target = g - of_target;
+    } else {
+      g = of_all * p_c;
+      at_target = of_target * (p_c - V::broadcast(A(1)));  // from p - 1: not lost to rounding as p approaches 1
+    }
+    g = where_positive(targets.counts, targets.pick(c, at_target, g));
+    store(grad.data + c * grad.class_stride, g, lanes);
   }
 }
 
-// grad_logits and grad_probabilities: null where not wanted.
+// The parts of a strip's tensors, from its first position on; those not given or not wanted are null.
+template <class T>
+struct StripTensors {
+  StripScores<const T> logits, probabilities;
+  StripScores<T> grad_logits, grad_probabilities;
+};
+
 template <class T>
 void backward_strip_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                     const GradientScale<T>& scales, const Strip& strip, StripScores<const T> logits,
-                                     StripScores<const T> probabilities, StripScores<T> grad_logits,
-                                     StripScores<T> grad_probabilities) {
+                                     const GradientScale<T>& scales, const Strip& strip, const StripTensors<T>& at) {
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const StripScores<const T> here = {probabilities.data + s, probabilities.class_stride};
-    const ColumnCoefficients<T> coefficients{q, here, lanes};
+    const StripScores<const T> probabilities = {at.probabilities.data + s, at.probabilities.class_stride};
+    const ColumnCoefficients<T> coefficients{q, probabilities, lanes};
     const V scale = scales.vector(strip.position + s, lanes);
     const V max = load(x.position_max + strip.position + s, lanes);
     const V log_sum = load(x.position_log_sum + strip.position + s, lanes);
     const V of_all = scale * class_sum<T>(p.classes, coefficients);
     const V of_log_p = V{} - scale * V::broadcast(q.target);
     for (int64_t c = 0; c < p.classes; ++c) {
-      const V log_p = (load(logits.data + c * logits.class_stride + s, lanes) - max) - log_sum;
-      if (grad_logits.data) {
-        store(grad_logits.data + c * grad_logits.class_stride + s, of_all * exp(log_p) - scale * coefficients(c),
+      const V log_p = (load(at.logits.data + c * at.logits.class_stride + s, lanes) - max) - log_sum;
+      if (at.grad_logits.data) {
+        store(at.grad_logits.data + c * at.grad_logits.class_stride + s, of_all * exp(log_p) - scale * coefficients(c),
               lanes);
       }
-      if (grad_probabilities.data) {
-        store(grad_probabilities.data + c * grad_probabilities.class_stride + s,
+      if (at.grad_probabilities.data) {
+        store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride + s,
               of_log_p * (log_p * V::broadcast(q.weight_of(c))), lanes);
       }
     }
@@ -217,6 +251,47 @@ struct StripWork {
   const GradientScale<T>& scales;
 };
 
+template <class T>
+void do_strip(const StripWork<T>& work, const Strip& strip, const StripTensors<T>& at) {
+  using A = ComputeType<T>;
+  constexpr int64_t vector = Register<T>::width;
+  const int64_t classes = work.problem.classes, width = strip_width<T>(classes);
+  const bool indexed = work.problem.kind == TargetKind::indices;
+  const bool both = work.forward && work.backward && indexed;
+  const auto grad = [&](int64_t s) -> StripScores<T> { return {at.grad_logits.data + s, at.grad_logits.class_stride}; };
+  if (work.forward) {
+    // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
+    A* tile = static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A)));
+    for (int64_t c = 0; c < classes; ++c) {
+      for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
+        load(at.logits.data + c * at.logits.class_stride + s, lanes).store(tile + c * width + s);
+      });
+    }
+    ColumnTile<A> kept{};
+    if (both) kept = {static_cast<A*>(scratch(Scratch::exponentials, classes * vector * sizeof(A))), vector};
+    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
+      StripScores<const T> probabilities = at.probabilities;
+      if (probabilities.data) probabilities.data += s;
+      const ColumnCoefficients<T> coefficients{work.q, probabilities, lanes};
+      const auto inverse_sum = forward_vector(*work.forward, coefficients, {tile + s, width}, kept, strip.position + s);
+      if (!both) return;
+      backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
+                                       KeptColumn<T>{kept, inverse_sum}, grad(s));
+    });
+  }
+  if (!work.backward || both) return;
+  if (indexed) {
+    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
+      const StripScores<const T> logits = {at.logits.data + s, at.logits.class_stride};
+      backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
+                                       RecomputedColumn<T, T>(*work.backward, logits, strip.position + s, lanes),
+                                       grad(s));
+    });
+  } else {
+    backward_strip_of_probabilities(*work.backward, work.q, work.scales, strip, at);
+  }
+}
+
 // This thread's share of positions that lie side by side.
 template <class T>
 void do_columns(const StripWork<T>& work, int thread, int threads) {
@@ -226,28 +301,20 @@ void do_columns(const StripWork<T>& work, int thread, int threads) {
   for (int64_t i = share.begin; i < share.end; ++i) {
     const int64_t batch = i / strips, begin = i % strips * width;
     const Strip strip = {batch * p.positions + begin, p.positions - begin < width ? p.positions - begin : width};
-    const auto scores = [&](const ClassScores<const T>& s) -> StripScores<const T> {
-      return {s.data + batch * s.batch_stride + begin, s.class_stride};
-    };
+    StripTensors<T> at{};
+    at.logits = {p.logits.data + batch * p.logits.batch_stride + begin, p.logits.class_stride};
+    if (p.kind == TargetKind::probabilities) {
+      at.probabilities = {p.probabilities.data + batch * p.probabilities.batch_stride + begin,
+                          p.probabilities.class_stride};
+    }
     const auto gradient = [&](T* grad) -> StripScores<T> {
       return {grad ? grad + batch * p.classes * p.positions + begin : nullptr, p.positions};
     };
-    const bool indexed = p.kind == TargetKind::indices;
-    const StripScores<const T> logits = scores(p.logits);
-    const StripScores<const T> probabilities = indexed ? StripScores<const T>{} : scores(p.probabilities);
-    if (work.forward) forward_strip(*work.forward, work.q, strip, logits, probabilities);
-    if (!work.backward) continue;
-    const StripScores<T> grad_logits = gradient(work.backward->grad_logits);
-    if (indexed) {
-      for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-        backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
-                                         {logits.data + s, logits.class_stride},
-                                         {grad_logits.data + s, grad_logits.class_stride});
-      });
-    } else {
-      backward_strip_of_probabilities(*work.backward, work.q, work.scales, strip, logits, probabilities, grad_logits,
-                                      gradient(work.backward->grad_probabilities));
+    if (work.backward) {
+      at.grad_logits = gradient(work.backward->grad_logits);
+      at.grad_probabilities = gradient(work.backward->grad_probabilities);
     }
+    do_strip(work, strip, at);
   }
 }
 

@@ -25,12 +25,7 @@ void cross_entropy(const CrossEntropyProblem<T>& p, const CrossEntropyForward<T>
       do_short_rows(work, thread, count);
     } else {
       const Range rows = split(p.batch, 1, thread, count);
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        if (forward) forward_row(*forward, q, row);
-        if (backward)
-          indexed ? backward_row_of_index(*backward, q, scales, row)
-                  : backward_row_of_probabilities(*backward, q, scales, row);
-      }
+      for (int64_t row = rows.begin; row < rows.end; ++row) do_row(forward, backward, q, scales, row);
     }
   });
 }

@@ -2,17 +2,20 @@
 #pragma once
 
 #include "cross_entropy_parts.h"
+#include "scratch.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
 // Logits of a row that are handled at once: read from memory for their maximum, then again, from the first-level cache,
-// for their exponentials.
+// for their exponentials. These keep the core busy for longer than memory, so that what follows is prefetched
+// meanwhile, more often than not the next row.
 inline constexpr int64_t kRowBlock = 2048;
 
 template <class A>
 struct RowSum {
   A max;
-  A log_sum;  // log(sum(exp(x - max)))
+  A log_sum;      // log(sum(exp(x - max)))
+  A inverse_sum;  // 1 / sum(exp(x - max))
 };
 
 template <class T>
@@ -44,27 +47,13 @@ RowSum<ComputeType<T>> row_log_sum_exp(const T* row, int64_t n) {
     V block_sum{};
     const V shift = V::broadcast(max);
     for_each_vector<T>(size, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+      prefetch(block + size + j);
       block_sum = block_sum + exp(load(block + j, lanes, lowest) - shift);
     });
     sum += static_cast<double>(reduce_add(block_sum));
   }
-  return {max, static_cast<A>(std::log(sum))};
+  return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)};
 }
-
-// q of one row, a vector of classes at a time, without the term of the target class.
-template <class T>
-struct RowCoefficients {
-  using V = Register<T>;
-
-  const Coefficients<T>& q;
-  const T* probabilities;  // of this row, or null
-
-  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
-    V x = V::broadcast(q.every);
-    if (probabilities) x = fma(load(probabilities + c, lanes), V::broadcast(q.target), x);
-    return q.weight ? x * load(q.weight + c, lanes) : x;
-  }
-};
 
 // The sum of f(class, lanes) over the classes: a block at a time in vectors, then in double.
 template <class T, class F>
@@ -83,8 +72,71 @@ MNIST_EXT_INLINE double row_sum(int64_t classes, const F& f) {
   return total;
 }
 
+// The same, with each exp(x - max) kept in `exponentials`. They must all be of the same maximum, so that the whole row
+// is read for it first.
 template <class T>
-void forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int64_t i) {
+RowSum<ComputeType<T>> row_exponentials(const T* row, int64_t n, ComputeType<T>* exponentials) {
+  using V = Register<T>;
+  using A = ComputeType<T>;
+  constexpr A lowest = -std::numeric_limits<A>::infinity();
+  V maximum = V::broadcast(lowest);
+  for_each_vector<T>(n, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+    maximum = mnist_ext::MNIST_EXT_ISA::max(load(row + c, lanes, lowest), maximum);
+  });
+  const A max = reduce_max(maximum);
+  const V shift = V::broadcast(max);
+  const double sum = row_sum<T>(n, [&](int64_t c, int lanes) __attribute__((always_inline)) {
+    prefetch(row + n + c);
+    const V e = exp(load(row + c, lanes) - shift);
+    store(exponentials + c, e, lanes);
+    return e;
+  });
+  return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)};
+}
+
+// The softmax of one row, a vector of classes at a time: from the logits and what the forward found,
+template <class T>
+struct RecomputedSoftmax {
+  using V = Register<T>;
+
+  const T* row;
+  V max, log_sum;
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return exp((load(row + c, lanes) - max) - log_sum); }
+  ComputeType<T> at(int64_t c) const { return exp((V::broadcast(load_one(row + c)) - max) - log_sum).raw[0]; }
+};
+
+// or from exponentials that the forward kept: one exp per logit for both.
+template <class T>
+struct KeptSoftmax {
+  using V = Register<T>;
+
+  const ComputeType<T>* exponentials;
+  V inverse_sum;
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return load(exponentials + c, lanes) * inverse_sum; }
+  ComputeType<T> at(int64_t c) const { return exponentials[c] * inverse_sum.raw[0]; }
+};
+
+// q of one row, a vector of classes at a time, without the term of the target class.
+template <class T>
+struct RowCoefficients {
+  using V = Register<T>;
+
+  const Coefficients<T>& q;
+  const T* probabilities;  // of this row, or null
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
+    V x = V::broadcast(q.every);
+    if (probabilities) x = fma(load(probabilities + c, lanes), V::broadcast(q.target), x);
+    return q.weight ? x * load(q.weight + c, lanes) : x;
+  }
+};
+
+// exponentials: to be kept there; or null.
+template <class T>
+RowSum<ComputeType<T>> forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int64_t i,
+                                   ComputeType<T>* exponentials) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
@@ -92,10 +144,10 @@ void forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int6
   const int64_t t = indexed ? p.target[i] : 0;
   if (indexed && t == p.ignore_index) {
     x.position_loss[i] = x.position_max[i] = x.position_log_sum[i] = A(0);
-    return;
+    return {};
   }
   const T* row = p.logits.data + i * p.logits.batch_stride;
-  const RowSum<A> lse = row_log_sum_exp(row, p.classes);
+  const RowSum<A> lse = exponentials ? row_exponentials(row, p.classes, exponentials) : row_log_sum_exp(row, p.classes);
   A loss = 0;
   if (!indexed || q.smoothed) {
     const T* probabilities = indexed ? nullptr : p.probabilities.data + i * p.probabilities.batch_stride;
@@ -112,11 +164,12 @@ void forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int6
   x.position_max[i] = lse.max;
   x.position_log_sum[i] = lse.log_sum;
   x.position_loss[i] = loss;
+  return lse;
 }
 
-template <class T>
+template <class T, class Softmax>
 void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<T>& q, const GradientScale<T>& scales,
-                           int64_t i) {
+                           int64_t i, const Softmax& softmax) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
@@ -129,48 +182,80 @@ void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<
   const A scale = scales[i];
   const A of_target = scale * q.target * q.weight_of(t);
   const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
-  const T* row = p.logits.data + i * p.logits.batch_stride;
-  const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
+  const A p_target = softmax.at(t);
   const V factor = V::broadcast(of_all), scale_vector = V::broadcast(scale);
   const RowCoefficients<T> coefficients{q, nullptr};
   for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-    V g = factor * exp((load(row + c, lanes) - max) - log_sum);
+    V g = factor * softmax(c, lanes);
     if (q.smoothed) g = g - scale_vector * coefficients(c, lanes);
     store(grad + c, g, lanes);
   });
   // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
-  const A p_target = exp((V::broadcast(load_one(row + t)) - max) - log_sum).raw[0];
   const A g =
       q.smoothed ? of_all * p_target - scale * q.every * q.weight_of(t) - of_target : of_target * (p_target - A(1));
   store_one(grad + t, g);
 }
 
-template <class T>
+template <class T, class Softmax>
 void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                   const GradientScale<T>& scales, int64_t i) {
+                                   const GradientScale<T>& scales, int64_t i, const Softmax& softmax) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
   const T* row = p.logits.data + i * p.logits.batch_stride;
   const RowCoefficients<T> coefficients{q, p.probabilities.data + i * p.probabilities.batch_stride};
   const A scale = scales[i];
-  const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
   if (x.grad_logits) {
     T* grad = x.grad_logits + i * p.classes;
     const V factor = V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients)));
     const V scale_vector = V::broadcast(scale);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      const V probability = exp((load(row + c, lanes) - max) - log_sum);
-      store(grad + c, factor * probability - scale_vector * coefficients(c, lanes), lanes);
+      store(grad + c, factor * softmax(c, lanes) - scale_vector * coefficients(c, lanes), lanes);
     });
   }
   if (x.grad_probabilities) {
     T* grad = x.grad_probabilities + i * p.classes;
+    const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
     const V factor = V::broadcast(-scale * q.target);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
       const V log_p = (load(row + c, lanes) - max) - log_sum;
       store(grad + c, factor * (q.weight ? log_p * load(q.weight + c, lanes) : log_p), lanes);
     });
+  }
+}
+
+template <class T, class Softmax>
+void backward_row(const CrossEntropyBackward<T>& x, const Coefficients<T>& q, const GradientScale<T>& scales, int64_t i,
+                  const Softmax& softmax) {
+  if (x.problem.kind == TargetKind::indices) {
+    backward_row_of_index(x, q, scales, i, softmax);
+  } else {
+    backward_row_of_probabilities(x, q, scales, i, softmax);
+  }
+}
+
+// Forward, backward, or both; either may be null.
+template <class T>
+void do_row(const CrossEntropyForward<T>* forward, const CrossEntropyBackward<T>* backward, const Coefficients<T>& q,
+            const GradientScale<T>& scales, int64_t i) {
+  using V = Register<T>;
+  if (!backward) {
+    forward_row<T>(*forward, q, i, nullptr);
+  } else if (!forward) {
+    const ClassScores<const T>& logits = backward->problem.logits;
+    backward_row(*backward, q, scales, i,
+                 RecomputedSoftmax<T>{logits.data + i * logits.batch_stride, V::broadcast(backward->position_max[i]),
+                                      V::broadcast(backward->position_log_sum[i])});
+  } else {
+    const int64_t classes = backward->problem.classes;
+    ComputeType<T>* exponentials;
+    if constexpr (is_half<T>) {
+      exponentials = static_cast<float*>(scratch(Scratch::exponentials, classes * sizeof(float)));
+    } else {
+      exponentials = backward->grad_logits + i * classes;  // which takes their place
+    }
+    const auto lse = forward_row(*forward, q, i, exponentials);
+    backward_row(*backward, q, scales, i, KeptSoftmax<T>{exponentials, V::broadcast(lse.inverse_sum)});
   }
 }
 

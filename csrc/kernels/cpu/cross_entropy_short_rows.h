@@ -48,15 +48,20 @@ void do_short_rows(const StripWork<T>& work, int thread, int threads) {
   for (int64_t begin = share.begin; begin < share.end; begin += width) {
     const Strip strip = {begin, share.end - begin < width ? share.end - begin : width};
     transpose_in(p.logits.data + begin * p.logits.batch_stride, p.logits.batch_stride, strip.size, p.classes, tile);
+    const int lanes = static_cast<int>(strip.size);
+    const auto backward = [&](const auto& softmax) {
+      backward_vector_of_indices<T, A>(*work.backward, work.q, work.scales, begin, lanes, softmax, {grad_tile, width});
+    };
     if (work.forward) {
-      const ColumnCoefficients<T> coefficients{work.q, {}, static_cast<int>(strip.size)};
-      forward_vector(*work.forward, coefficients, tile, width, begin);
+      const ColumnCoefficients<T> coefficients{work.q, {}, lanes};
+      const ColumnTile<A> kept = {work.backward ? grad_tile : nullptr, width};  // the gradient takes their place
+      const auto inverse_sum = forward_vector(*work.forward, coefficients, {tile, width}, kept, begin);
+      if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
+    } else {
+      backward(RecomputedColumn<T, A>(*work.backward, {tile, width}, begin, lanes));
     }
-    if (work.backward) {
-      backward_vector_of_indices<T, A>(*work.backward, work.q, work.scales, begin, static_cast<int>(strip.size),
-                                       {tile, width}, {grad_tile, width});
-      transpose_out(grad_tile, strip.size, p.classes, work.backward->grad_logits + begin * p.classes);
-    }
+    if (!work.backward) continue;
+    transpose_out(grad_tile, strip.size, p.classes, work.backward->grad_logits + begin * p.classes);
   }
 }
 

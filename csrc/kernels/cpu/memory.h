@@ -59,7 +59,7 @@ MNIST_EXT_INLINE U narrow(Floats<U> x, BFloat16) {
   const U bits = same_bits<U>(x);
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U nan = (bits >> 16) | 0x0040u;  // rounding could carry a NaN into infinity
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  return x != x ? nan : rounded;
 }
 
 template <class U>
@@ -104,7 +104,12 @@ MNIST_EXT_INLINE Vec<float> widen_vector(Halves bits) {
 #elif defined(__F16C__)
   if constexpr (std::is_same_v<T, Float16>) return {_mm256_cvtph_ps(same_bits<__m128i>(bits))};
 #endif
-  return {widen<Words>(__builtin_convertvector(bits, Words), T{})};
+#if defined(__AVX512F__)
+  const Words words = same_bits<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, same_bits<__m256i>(bits)));
+#else
+  const Words words = __builtin_convertvector(bits, Words);
+#endif
+  return {widen<Words>(words, T{})};
 }
 
 template <class T>
@@ -165,6 +170,9 @@ MNIST_EXT_INLINE void store(T* p, Register<T> x, int lanes) {
     x.store_partial(p, lanes);
   }
 }
+
+// Asks for the cache line at p. A hint: p may point anywhere.
+MNIST_EXT_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // Calls body(begin, lanes) for each vector of [0, n). In all calls but the last, lanes is the width, as a constant.
 template <class T, class Body>

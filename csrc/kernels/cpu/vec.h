@@ -77,6 +77,7 @@ struct Vec {
   friend MNIST_EXT_INLINE Vec operator+(Vec a, Vec b) { return {a.raw + b.raw}; }
   friend MNIST_EXT_INLINE Vec operator-(Vec a, Vec b) { return {a.raw - b.raw}; }
   friend MNIST_EXT_INLINE Vec operator*(Vec a, Vec b) { return {a.raw * b.raw}; }
+  friend MNIST_EXT_INLINE Vec operator/(Vec a, Vec b) { return {a.raw / b.raw}; }
 };
 
 // a * b + c, one rounding where the instruction set has a fused multiply-add (the build sets -ffp-contract=fast).
