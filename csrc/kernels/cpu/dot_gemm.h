@@ -27,12 +27,13 @@ struct DotGemm {
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
 inline constexpr int kDotColumns = 4;  // summed together
 
+// One tile of C: the part of the sums that `depth` makes, added to C so far unless it is the first.
 template <class T, int R, int N>
-void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column) {
+void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column, Range depth) {
   using V = Vec<T>;
   V acc[R][kDotColumns] = {};  // those beyond N stay 0
-  const T* x = g.x + row * g.x_row;
-  const T* w = g.w + column * g.w_row;
+  const T* x = g.x + row * g.x_row + depth.begin;
+  const T* w = g.w + column * g.w_row + depth.begin;
   const auto step = [&](auto load) __attribute__((always_inline)) {
     V xv[R];
 #pragma GCC unroll 8
@@ -44,48 +45,57 @@ void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column) {
       for (int r = 0; r < R; ++r) acc[r][n] = fma(xv[r], wv, acc[r][n]);
     }
   };
-  int64_t p = 0;
-  for (; p + V::width <= g.depth; p += V::width, x += V::width, w += V::width) {
+  int64_t p = depth.begin;
+  for (; p + V::width <= depth.end; p += V::width, x += V::width, w += V::width) {
     step([](const T* q) __attribute__((always_inline)) { return V::load(q); });
   }
-  if (p < g.depth) {
-    const int rest = static_cast<int>(g.depth - p);
+  if (p < depth.end) {
+    const int rest = static_cast<int>(depth.end - p);
     step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
   }
-  const Four<T> bias = g.bias ? Four<T>::load(g.bias + column, N) : Four<T>{};
+  const bool first = depth.begin == 0, last = depth.end == g.depth;
+  const Four<T> bias = g.bias && first ? Four<T>::load(g.bias + column, N) : Four<T>{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    T* c = g.c + (row + r) * g.columns + column;
     Four<T> sum = reduce_add(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    if (g.bias) sum.raw += bias.raw;
-    if (g.relu) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
-    sum.store(g.c + (row + r) * g.columns + column, N);
+    if (!first) {
+      sum.raw += Four<T>::load(c, N).raw;
+    } else if (g.bias) {
+      sum.raw += bias.raw;
+    }
+    if (g.relu && last) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
+    sum.store(c, N);
   }
 }
 
 template <class T, int R>
-void dot_tile_rows(const DotGemm<T>& g, int64_t row, int64_t column, int64_t columns) {
+void dot_tile_rows(const DotGemm<T>& g, int64_t row, int64_t column, int64_t columns, Range depth) {
   switch (columns) {
-    case 1: return dot_tile<T, R, 1>(g, row, column);
-    case 2: return dot_tile<T, R, 2>(g, row, column);
-    case 3: return dot_tile<T, R, 3>(g, row, column);
-    default: return dot_tile<T, R, 4>(g, row, column);
+    case 1: return dot_tile<T, R, 1>(g, row, column, depth);
+    case 2: return dot_tile<T, R, 2>(g, row, column, depth);
+    case 3: return dot_tile<T, R, 3>(g, row, column, depth);
+    default: return dot_tile<T, R, 4>(g, row, column, depth);
   }
 }
 
 template <class T>
-void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, int64_t columns, Range depth) {
   if constexpr (kDotRows == 6) {
-    if (rows == 6) return dot_tile_rows<T, 6>(g, row, column, columns);
-    if (rows == 5) return dot_tile_rows<T, 5>(g, row, column, columns);
-    if (rows == 4) return dot_tile_rows<T, 4>(g, row, column, columns);
+    if (rows == 6) return dot_tile_rows<T, 6>(g, row, column, columns, depth);
+    if (rows == 5) return dot_tile_rows<T, 5>(g, row, column, columns, depth);
+    if (rows == 4) return dot_tile_rows<T, 4>(g, row, column, columns, depth);
   }
-  if (rows == 3) return dot_tile_rows<T, 3>(g, row, column, columns);
-  if (rows == 2) return dot_tile_rows<T, 2>(g, row, column, columns);
-  dot_tile_rows<T, 1>(g, row, column, columns);
+  if (rows == 3) return dot_tile_rows<T, 3>(g, row, column, columns, depth);
+  if (rows == 2) return dot_tile_rows<T, 2>(g, row, column, columns, depth);
+  dot_tile_rows<T, 1>(g, row, column, columns, depth);
 }
 
-// Rows of X that are read again for each tile of columns: they stay in the second-level cache.
+// The part of the rows of X that is read again for each tile of columns: it stays in the second-level cache. Deep rows
+// are taken in parts, so that a good number of them fits and the rows of W are not read too often.
 inline constexpr int64_t kDotBlockBytes = 256 * 1024;
+template <class T>
+inline constexpr int64_t kDotDepth = 8192 / sizeof(T);
 inline constexpr double kDotGrain = 250e3;  // multiply-adds that are worth a thread of their own
 
 template <class T>
@@ -94,15 +104,19 @@ void dot_gemm(const DotGemm<T>& g, int threads) {
   parallel(threads_for(work, kDotGrain, threads), [&](int thread, int count) {
     const Range columns = split(g.columns, kDotColumns, thread, count);
     const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
-    const int64_t fitting = kDotBlockBytes / ((g.depth < 1 ? 1 : g.depth) * kDotRows * static_cast<int64_t>(sizeof(T)));
-    const int64_t block = fitting < 1 ? 1 : fitting;
-    for (int64_t begin = 0; begin < row_tiles; begin += block) {
-      const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
-      for (int64_t column = columns.begin; column < columns.end; column += kDotColumns) {
-        const int64_t n = columns.end - column < kDotColumns ? columns.end - column : kDotColumns;
-        for (int64_t i = begin; i < end; ++i) {
-          const Range r = split(g.rows, 1, i, row_tiles);
-          dot_tile(g, r.begin, r.size(), column, n);
+    const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
+    for (int64_t part = 0; part < parts; ++part) {
+      const Range depth = split(g.depth, Vec<T>::width, part, parts);
+      const int64_t row_bytes = (depth.size() < 1 ? 1 : depth.size()) * static_cast<int64_t>(sizeof(T));
+      const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = fitting < 1 ? 1 : fitting;
+      for (int64_t begin = 0; begin < row_tiles; begin += block) {
+        const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
+        for (int64_t column = columns.begin; column < columns.end; column += kDotColumns) {
+          const int64_t n = columns.end - column < kDotColumns ? columns.end - column : kDotColumns;
+          for (int64_t i = begin; i < end; ++i) {
+            const Range r = split(g.rows, 1, i, row_tiles);
+            dot_tile(g, r.begin, r.size(), column, n, depth);
+          }
         }
       }
     }
