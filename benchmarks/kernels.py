@@ -1,21 +1,31 @@
 """Each kernel by itself, against PyTorch eager, torch.compile and JAX on the same work.
 
-    python benchmarks/kernels.py [linear] [cross_entropy] [sgd] [--dtype float32]
-                                 [--isa avx2 avx512] [--quick] [--csv FILE]
+    python benchmarks/kernels.py [linear] [autograd] [cross_entropy] [sgd] [--dtype float32]
+                                 [--isa avx2 avx512] [--cold] [--quick] [--csv FILE]
 
 linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on the
-instruction sets asked for; and forward + backward through autograd. cross_entropy: forward, and
-forward + backward through autograd; "copy" is a copy of the logits into new memory. sgd: one
+instruction sets asked for. autograd: forward + backward of a layer as a model calls it.
+cross_entropy: forward, and forward + backward through autograd; "ours as op" is the same kernel
+without autograd and Python around it, "copy" a copy of the logits into new memory. sgd: one
 optimizer step.
 
 Every contestant's result is compared with PyTorch's before anything is timed. Times are medians in
 microseconds; "ratio" is how many times as long a contestant takes as ours, the median of the ratio
-of each turn, with its 20th and 80th percentile. "limit" (linear) is the share of the FLOP/s that a
-large matrix product of PyTorch's reached in the same run.
+of each turn, with its 20th and 80th percentile. "rate" counts the FLOP of a product, or the bytes
+that must be read and written at least; "limit" is its share of what this machine reached in the
+same run: FLOP/s of a large product of PyTorch's, bytes/s of a large copy.
+
+--cold: every call gets other tensors, as many in turns as no cache can hold.
+
+To compare on AVX2 alone, hold PyTorch to it as well:
+MNIST_EXT_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 """
 
 import argparse
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,17 +43,22 @@ ROWS = [1, 8, 64, 256, 1024, 4096]
 MNIST_LAYERS = LAYERS[:3]
 LOGITS = [(64, 10), (4096, 10), (4096, 1000), (2048, 32000), (512, 128256)]
 
+# More than the caches hold.
+COLD_BYTES = 256 * 2**20
+
 COLUMNS = {
     "what": "<32",
     "shape": "<16",
     "dtype": "<8",
-    "contestant": "<14",
+    "contestant": "<24",
     "us": ">10.1f",
     "p20": ">10.1f",
     "p80": ">10.1f",
     "ratio": ">7.2f",
     "ratio_p20": ">9.2f",
     "ratio_p80": ">9.2f",
+    "rate": ">8.1f",
+    "unit": "<8",
     "limit": ">6.2f",
 }
 
@@ -59,11 +74,27 @@ def check(name: str, result, expected, dtype: torch.dtype) -> None:
             raise SystemExit(f"{name} is wrong: relative error {error:.3g}")
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a call does at least, and the most of it that this machine does in a second."""
+
+    amount: float
+    per_second: float
+    unit: str  # of a billion of it in a second
+
+    def rate(self, seconds: float) -> dict[str, object]:
+        return {
+            "rate": self.amount / seconds / 1e9,
+            "unit": self.unit,
+            "limit": self.amount / seconds / self.per_second,
+        }
+
+
 def compare(
     table: Table,
     contestants: dict[str, Callable[[], object]],
     best: str,
-    limit: Callable[[float], float] | None = None,
+    work: Work | None = None,
     **row: object,
 ) -> None:
     """Time the contestants and add their rows; ratios are to `best`, the time of ours."""
@@ -80,8 +111,23 @@ def compare(
             ratio=ratio[1],
             ratio_p20=ratio[0],
             ratio_p80=ratio[2],
-            limit=limit(middle) if limit else None,
+            **(work.rate(middle) if work else {}),
         )
+
+
+def in_turns(function: Callable, arguments: Sequence[tuple]) -> Callable[[], object]:
+    """Return a function of no arguments that calls function with each tuple of them in turn."""
+    if len(arguments) == 1:
+        return partial(function, *arguments[0])
+    turns = itertools.cycle(arguments)
+    return lambda: function(*next(turns))
+
+
+def copies(tensors: tuple[torch.Tensor, ...], cold: bool) -> list[tuple[torch.Tensor, ...]]:
+    """Return the tensors once, or so many copies of them that no cache holds them all."""
+    size = sum(t.nbytes for t in tensors)
+    number = max(2, math.ceil(COLD_BYTES / size)) if cold else 1
+    return [tensors, *(tuple(t.clone() for t in tensors) for _ in range(number - 1))]
 
 
 def on_isa(isa: str, function: Callable[[], object]) -> Callable[[], object]:
@@ -92,9 +138,10 @@ def on_isa(isa: str, function: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
-def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str]) -> None:
+def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str], cold: bool) -> None:
     """Time the three products of a layer as ops: no autograd, no Python around them."""
     op = torch.ops.mnist_ext
+    forward, backward = op.linear.default, op.linear_backward.default
     peak = matrix_peak(dtype)
     print(f"\nlinear as ops; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
     table.header()
@@ -102,32 +149,32 @@ def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str]) -> None:
         input = torch.randn(rows, k, dtype=dtype)
         weight = torch.randn(n, k, dtype=dtype) / k**0.5
         bias, grad = torch.randn(n, dtype=dtype), torch.randn(rows, n, dtype=dtype)
-        products: dict[str, tuple[Callable, Callable]] = {
-            "forward": (
-                lambda i=input, w=weight, b=bias: op.linear.default(i, w, b, False),
-                lambda i=input, w=weight, b=bias: F.linear(i, w, b),
-            ),
+        products: dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]] = {
+            "forward": (lambda i, w, b: forward(i, w, b, False), F.linear, (input, weight, bias)),
             "grad_input": (
-                lambda g=grad, w=weight: op.linear_backward.default(g, None, w, None, False)[0],
-                lambda g=grad, w=weight: g @ w,
+                lambda g, w: backward(g, None, w, None, False)[0],
+                lambda g, w: g @ w,
+                (grad, weight),
             ),
             "grad_weight + grad_bias": (
-                lambda g=grad, i=input: op.linear_backward.default(g, i, None, None, True)[1:],
-                lambda g=grad, i=input: (g.t() @ i, g.sum(0)),
+                lambda g, i: backward(g, i, None, None, True)[1:],
+                lambda g, i: (g.t() @ i, g.sum(0)),
+                (grad, input),
             ),
         }
-        for what, (ours, torchs) in products.items():
-            contestants = {"torch": torchs}
-            contestants |= {f"ours {isa}": on_isa(isa, ours) for isa in isas}
+        for what, (ours, torchs, tensors) in products.items():
+            arguments = copies(tensors, cold)
+            contestants = {"torch": in_turns(torchs, arguments)}
+            for isa in isas:
+                contestants[f"ours {isa}"] = on_isa(isa, in_turns(ours, arguments))
             for name, function in contestants.items():
-                check(f"{what} of {name}", function(), torchs(), dtype)
-            flops = 2 * rows * k * n
+                check(f"{what} of {name}", function(), torchs(*tensors), dtype)
             compare(
                 table,
                 contestants,
                 best=f"ours {isas[-1]}",
-                limit=lambda s, f=flops: f / s / peak,
-                what=f"linear {what}",
+                work=Work(2 * rows * k * n, peak, "GFLOP/s"),
+                what=f"linear {what}" + (", cold" if cold else ""),
                 shape=f"{rows}x{k}x{n}",
                 dtype=name_of(dtype),
             )
@@ -145,6 +192,7 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
         input = torch.randn(rows, k, dtype=dtype, requires_grad=True)
         grad = torch.randn(rows, n, dtype=dtype)
         compiled = torch.compile(torchs)
+        tuned = torch.compile(torchs, mode="max-autotune")
 
         def run(layer, parameters, x=input, g=grad):
             return torch.autograd.grad(layer(x), [x, *parameters], g)
@@ -152,6 +200,7 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
         contestants: dict[str, Callable[[], object]] = {
             "torch": partial(run, torchs, list(torchs.parameters())),
             "torch.compile": partial(run, compiled, list(torchs.parameters())),
+            "compile max-autotune": partial(run, tuned, list(torchs.parameters())),
             "ours": partial(run, ours, list(ours.parameters())),
         }
         expected = contestants["torch"]()
@@ -168,42 +217,52 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
         )
 
 
-def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
+def with_gradient(loss: Callable) -> Callable:
+    def gradient(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss(logits, target), logits)[0]
+
+    return gradient
+
+
+def cross_entropy(table: Table, dtype: torch.dtype, shapes, cold: bool) -> None:
     """Time the loss of logits against class indices, and its gradient."""
-    print("\ncross_entropy of [N, C] logits; copy: of the logits into new memory")
+    bandwidth = copy_bandwidth()
+    print(f"\ncross_entropy of [N, C] logits; a large copy reaches {bandwidth / 1e9:.0f} GB/s")
     table.header()
+    op = torch.ops.mnist_ext
+    options = (None, -100, 0.0, 1)  # weight, ignore_index, label_smoothing, reduction "mean"
     for rows, classes in shapes:
         logits = (torch.randn(rows, classes) * 3).to(dtype)
         target = torch.randint(0, classes, (rows,))
-        leaf = logits.clone().requires_grad_()
+        arguments = copies((logits, target), cold)
+        leaves = [(x.clone().requires_grad_(), t) for x, t in arguments]
+        torch._dynamo.reset()
         compiled = torch.compile(F.cross_entropy)
 
-        def both(loss, x=leaf, t=target):
-            return torch.autograd.grad(loss(x, t), x)[0]
-
-        forward = {
-            "torch": lambda x=logits, t=target: F.cross_entropy(x, t),
-            "torch.compile": lambda x=logits, t=target, f=compiled: f(x, t),
-            "ours": lambda x=logits, t=target: functional.cross_entropy(x, t),
-        }
-        backward = {
-            "torch": lambda b=both: b(F.cross_entropy),
-            "torch.compile": lambda b=both, f=compiled: b(f),
-            "ours": lambda b=both: b(functional.cross_entropy),
-        }
-        peers = jax_peers.cross_entropy(logits, target)
-        for what, contestants, jax in (
-            ("forward", forward, peers[0]),
-            ("forward + backward", backward, peers[1]),
+        losses = {"torch": F.cross_entropy, "torch.compile": compiled}
+        losses["ours"] = functional.cross_entropy
+        forward = {name: in_turns(loss, arguments) for name, loss in losses.items()}
+        forward["ours as op"] = in_turns(
+            lambda x, t: op.cross_entropy.default(x, t, *options)[0], arguments
+        )
+        backward = {name: in_turns(with_gradient(loss), leaves) for name, loss in losses.items()}
+        backward["ours as op"] = in_turns(
+            lambda x, t: op.cross_entropy_with_gradient.default(x, t, *options)[1], arguments
+        )
+        peers = jax_peers.cross_entropy(logits, target) if not cold else ({}, {})
+        for what, contestants, jax, passes in (
+            ("forward", forward, peers[0], 1),
+            ("forward + backward", backward, peers[1], 2),
         ):
             truth = contestants["torch"]()
             for name, function in contestants.items():
                 check(f"cross_entropy {what} of {name}", function(), truth, dtype)
             compare(
                 table,
-                {**contestants, **jax, "copy": logits.clone},
+                {**contestants, **jax, "copy": in_turns(lambda x, _: x.clone(), arguments)},
                 best="ours",
-                what=f"cross_entropy {what}",
+                work=Work(passes * logits.nbytes, bandwidth, "GB/s"),
+                what=f"cross_entropy {what}" + (", cold" if cold else ""),
                 shape=f"{rows}x{classes}",
                 dtype=name_of(dtype),
             )
@@ -211,6 +270,7 @@ def cross_entropy(table: Table, dtype: torch.dtype, shapes) -> None:
 
 def sgd(table: Table) -> None:
     """Time one step over the parameters of the 784-128-64-10 model."""
+    bandwidth = copy_bandwidth()
     print("\nSGD, one step over the parameters of 784-128-64-10")
     table.header()
     for momentum in (0.0, 0.9):
@@ -237,6 +297,8 @@ def sgd(table: Table) -> None:
             table,
             contestants,
             best="ours",
+            # Parameter and gradient are read, the parameter is written; so is the momentum buffer.
+            work=Work((5 if momentum else 3) * 4 * 109386, bandwidth, "GB/s"),
             what="SGD step" + (f", momentum {momentum}" if momentum else ""),
             shape="109386",
             dtype="float32",
@@ -252,16 +314,25 @@ def matrix_peak(dtype: torch.dtype) -> float:
     return 2 * size**3 / min(times.turns["mm"])
 
 
+def copy_bandwidth() -> float:
+    """Bytes/s, read and written, of a large copy into memory that is there, the best of several."""
+    source = torch.randn(64 * 2**20)
+    target = torch.empty_like(source)
+    times = take_turns({"copy": lambda: target.copy_(source)}, turns=5)
+    return 2 * source.nbytes / min(times.turns["copy"])
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    groups = ("linear", "cross_entropy", "sgd")
+    groups = ("linear", "autograd", "cross_entropy", "sgd")
     parser.add_argument("groups", nargs="*", metavar="group", help=", ".join(groups))
     parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16, float16")
-    parser.add_argument("--isa", nargs="+", default=_C.available_isas()[-1:])
+    parser.add_argument("--isa", nargs="+", default=[mnist_ext.build_info()["cpu_isa"]])
+    parser.add_argument("--cold", action="store_true", help="other tensors in every call")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     args = parser.parse_args()
@@ -276,10 +347,11 @@ def main() -> None:
     if "linear" in chosen:
         shapes = [(64, layer) for layer in MNIST_LAYERS]
         grid = shapes if args.quick else [(rows, layer) for layer in LAYERS for rows in ROWS]
-        linear_ops(table, dtype, grid, args.isa)
+        linear_ops(table, dtype, grid, args.isa, args.cold)
+    if "autograd" in chosen:
         linear_autograd(table, dtype, rows=64)
     if "cross_entropy" in chosen:
-        cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS)
+        cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS, args.cold)
     if "sgd" in chosen:
         sgd(table)
     if args.csv:

@@ -36,6 +36,7 @@ def fields() -> dict[str, object]:
         "isa": info["cpu_isa"],
         "mnist_ext": info["version"],
         "torch": info["torch"],
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "python": info["python"],
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -43,10 +44,10 @@ def fields() -> dict[str, object]:
 
 
 def describe() -> str:
-    info = mnist_ext.build_info()
+    f = fields()
     return (
-        f"{cpu_model()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, "
+        f"{f['cpu']}, {os.cpu_count()} CPUs, {f['threads']} threads, "
         f"load {os.getloadavg()[0]:.1f}\n"
-        f"mnist_ext {info['version']} ({info['cpu_isa']}), commit {commit()}, "
-        f"torch {info['torch']}, Python {info['python']}, {datetime.date.today()}"
+        f"mnist_ext {f['mnist_ext']} ({f['isa']}), commit {f['commit']}, "
+        f"torch {f['torch']} ({f['torch_isa']}), Python {f['python']}, {f['date']}"
     )

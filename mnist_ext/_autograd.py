@@ -24,10 +24,17 @@ _cross_entropy_with_gradient = _ops.cross_entropy_with_gradient.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
 
 
+# Looked up once, too.
+_is_grad_enabled = torch.is_grad_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_is_compiling = torch.compiler.is_compiling
+
+
 def _is_recorded() -> bool:
     # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist
     # of PyTorch's own ops.
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return _is_grad_enabled() or _are_transforms_active()
 
 
 class Linear(Function):
@@ -94,52 +101,60 @@ class CrossEntropy(Function):
         reduction: int,
     ) -> Tensor:
         """Shapes: see `functional.cross_entropy`."""
-        ctx.options = ignore_index, label_smoothing, reduction
-        need_logits, need_target = ctx.needs_input_grad[:2]
-        ctx.gradient = None
+        options = ignore_index, label_smoothing, reduction
+        needs = ctx.needs_input_grad
         if (
-            need_logits
-            and not need_target
+            needs[0]
+            and not needs[1]
             and reduction != 0
             # float16 would underflow before grad_output, a loss scale, can prevent it.
             and logits.dtype is not torch.float16
-            and not torch.compiler.is_compiling()
+            and not _is_compiling()
         ):
-            loss, ctx.gradient = _cross_entropy_with_gradient(
-                logits, target, weight, ignore_index, label_smoothing, reduction
-            )
-            ctx.save_for_backward(logits, target, weight, None, None)
+            loss, gradient = _cross_entropy_with_gradient(logits, target, weight, *options)
+            ctx.options, ctx.gradient = options, gradient
+            ctx.save_for_backward(logits, target, weight)
             return loss
-        loss, stats, total_weight = _cross_entropy(
-            logits, target, weight, ignore_index, label_smoothing, reduction
-        )
+        loss, stats, total_weight = _cross_entropy(logits, target, weight, *options)
+        ctx.options, ctx.gradient = options, None
         ctx.save_for_backward(logits, target, weight, stats, total_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of logits and probabilities that are needed, None for the rest."""
-        logits, target, weight, stats, total_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
         if _is_recorded():
             grads = _cross_entropy_backward_differentiable(
-                grad_output, logits, target, weight, *ctx.options, *needs
+                grad_output, *ctx.saved_tensors[:3], *ctx.options, *ctx.needs_input_grad[:2]
             )
             return *grads, None, None, None, None
+        gradient = ctx.gradient
+        if gradient is not None and not _is_batched(grad_output) and grad_output.item() == 1:
+            ctx.gradient = None
+            return gradient, None, None, None, None, None
+        return *_cross_entropy_gradients(ctx, grad_output), None, None, None, None
+
+
+def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    logits, target, weight, *statistics = ctx.saved_tensors
+    if not statistics:  # the gradient was formed in the forward, and may have been handed over
         gradient, ctx.gradient = ctx.gradient, None
-        if stats is None and not torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        if not _is_batched(grad_output):
             is_one = grad_output.item() == 1
             if is_one or logits.dtype is not torch.bfloat16:  # which would be rounded twice
                 if gradient is None:
                     _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
-                gradient = gradient if is_one else gradient.mul_(grad_output)
-                return gradient, None, None, None, None, None
-        if stats is None:
-            _, stats, total_weight = _cross_entropy(logits, target, weight, *ctx.options)
-        grads = _cross_entropy_backward(
-            grad_output, logits, target, weight, stats, total_weight, *ctx.options, *needs
-        )
-        return *grads, None, None, None, None
+                return gradient if is_one else gradient.mul_(grad_output), None
+        _, *statistics = _cross_entropy(logits, target, weight, *ctx.options)
+    return _cross_entropy_backward(
+        grad_output,
+        logits,
+        target,
+        weight,
+        *statistics,
+        *ctx.options,
+        *ctx.needs_input_grad[:2],
+    )
 
 
 def _cross_entropy_backward_differentiable(

@@ -47,9 +47,14 @@ def _plain(tensor: Tensor) -> bool:
     )
 
 
+_is_autocast_enabled = torch.is_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_are_transforms_active = torch._C._are_functorch_transforms_active
+
+
 def _transformed() -> bool:
     # By torch.func, or for forward-mode derivatives.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _are_transforms_active() or forward_ad._current_level >= 0
 
 
 _PYTORCHS_ERRORS = (IndexError, NotImplementedError, RuntimeError, ValueError)
@@ -101,6 +106,24 @@ def linear(
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
+    relu = _RELU.get(activation)
+    if (
+        type(input) in _TYPES
+        and type(weight) in _TYPES
+        and (bias is None or (type(bias) in _TYPES and bias.is_cpu))
+        and relu is not None
+        and input.is_cpu
+        and weight.is_cpu
+        and input.dtype in _LINEAR_DTYPES
+        and not _transformed()
+        and not _is_autocast_enabled("cpu")
+        and not _is_compiling()
+    ):
+        # Nearly every call. The op checks the rest, where that costs nothing.
+        try:
+            return Linear.apply(input, weight, bias, relu)
+        except _PYTORCHS_ERRORS:
+            pass
     relu = _RELU[check_activation(activation)]
     if (
         _plain(input)
@@ -110,7 +133,7 @@ def linear(
         and weight.dim() == 2
         and (bias is None or (_plain(bias) and _one_per_feature(bias, weight)))
         and not _transformed()
-        and not torch.is_autocast_enabled("cpu")
+        and not _is_autocast_enabled("cpu")
     ):
         return Linear.apply(input, weight, bias, relu)
     try:
@@ -163,6 +186,28 @@ def cross_entropy(
     """
     mode = _REDUCTION.get(reduction) if isinstance(reduction, str) else None
     if (
+        type(input) in _TYPES
+        and type(target) in _TYPES
+        and weight is None
+        and mode is not None
+        and type(ignore_index) is int
+        and type(label_smoothing) in (float, int)
+        and input.is_cpu
+        and target.is_cpu
+        and input.numel() > 0
+        and target.dtype in _INDEX_DTYPES
+        and not _transformed()
+        and not _is_autocast_enabled("cpu")
+        and not _is_compiling()
+    ):
+        # Nearly every call. The op checks the rest, where that costs nothing.
+        try:
+            return CrossEntropy.apply(input, target, None, ignore_index, label_smoothing, mode)
+        except IndexError:
+            raise
+        except _PYTORCHS_ERRORS:
+            pass
+    if (
         mode is not None
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
@@ -177,7 +222,7 @@ def cross_entropy(
         and 0 <= label_smoothing <= 1
         and not _transformed()
     ):
-        if torch.is_autocast_enabled("cpu"):
+        if _is_autocast_enabled("cpu"):
             input, target = _in_float32(input), _in_float32(target)
             weight = None if weight is None else _in_float32(weight)
         return CrossEntropy.apply(input, target, weight, ignore_index, label_smoothing, mode)

@@ -1,6 +1,7 @@
 // cross_entropy and cross_entropy_backward on the CPU: checks, allocation, dispatch on the dtype.
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <tuple>
 
 #include "../kernels/cross_entropy.h"
@@ -231,40 +232,25 @@ struct Operands {
   }
 };
 
-struct ForwardResults {
-  Tensor loss, stats, total_weight, grad_logits;  // grad_logits: undefined where not wanted
-};
-
-ForwardResults forward(const char* op, const Tensor& logits, const Operands& operands, bool with_gradient) {
-  const Positions positions{logits};
-  const int32_t dtype = dtype_of(logits), compute_dtype = compute_dtype_of(logits);
-  int64_t stats_sizes[kMaxDims] = {2};
-  for (int64_t i = 0; i < positions.dims(); ++i) stats_sizes[i + 1] = positions.size(i);
-  const int64_t* sizes = stats_sizes + 1;
-  const bool none = operands.reduction == Reduction::none;
-  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
-  const bool loss_apart = !none || dtype != compute_dtype;
-  const ForwardResults results = {.loss = loss_apart ? empty(dtype, sizes, none ? positions.dims() : 0) : position_loss,
-                                  .stats = empty(compute_dtype, stats_sizes, positions.dims() + 1),
-                                  .total_weight = empty(compute_dtype, {}),
-                                  .grad_logits = with_gradient ? operands.layout.gradient(logits) : Tensor()};
-
+// Runs the forward kernel. statistics: max and log-sum-exp of each position, one after the other; position_loss,
+// statistics, total_weight of ComputeType. grad_logits, loss: see CrossEntropyForward.
+void forward(const char* op, const Tensor& logits, const Operands& operands, void* position_loss, void* statistics,
+             void* total_weight, void* grad_logits, void* loss) {
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = ComputeType<T>;
-    A* position_max = static_cast<A*>(results.stats.mutable_data_ptr());
-    const int64_t bad_position = cross_entropy_forward<T>(
-        {.problem = operands.problem<T>(),
-         .position_loss = static_cast<A*>(position_loss.mutable_data_ptr()),
-         .position_max = position_max,
-         .position_log_sum = position_max + position_loss.numel(),
-         .total_weight = static_cast<A*>(results.total_weight.mutable_data_ptr()),
-         .grad_logits = with_gradient ? static_cast<T*>(results.grad_logits.mutable_data_ptr()) : nullptr,
-         .loss = loss_apart ? static_cast<T*>(results.loss.mutable_data_ptr()) : nullptr},
-        threads());
+    A* position_max = static_cast<A*>(statistics);
+    const int64_t bad_position =
+        cross_entropy_forward<T>({.problem = operands.problem<T>(),
+                                  .position_loss = static_cast<A*>(position_loss),
+                                  .position_max = position_max,
+                                  .position_log_sum = position_max + operands.layout.batch * operands.layout.positions,
+                                  .total_weight = static_cast<A*>(total_weight),
+                                  .grad_logits = static_cast<T*>(grad_logits),
+                                  .loss = static_cast<T*>(loss)},
+                                 threads());
     operands.check_class(op, bad_position);
   });
-  return results;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
@@ -272,8 +258,20 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  double label_smoothing, int64_t reduction) {
   check_operands(kForward, logits, target, weight, ignore_index, label_smoothing, reduction);
   const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
-  const ForwardResults results = forward(kForward, logits, operands, false);
-  return {results.loss, results.stats, results.total_weight};
+  const Positions positions{logits};
+  const int32_t dtype = dtype_of(logits), compute_dtype = compute_dtype_of(logits);
+  int64_t stats_sizes[kMaxDims] = {2};
+  for (int64_t i = 0; i < positions.dims(); ++i) stats_sizes[i + 1] = positions.size(i);
+  const int64_t* sizes = stats_sizes + 1;
+  const bool none = operands.reduction == Reduction::none;
+  const bool loss_apart = !none || dtype != compute_dtype;
+  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
+  const Tensor loss = loss_apart ? empty(dtype, sizes, none ? positions.dims() : 0) : position_loss;
+  const Tensor stats = empty(compute_dtype, stats_sizes, positions.dims() + 1);
+  const Tensor total_weight = empty(compute_dtype, {});
+  forward(kForward, logits, operands, position_loss.mutable_data_ptr(), stats.mutable_data_ptr(),
+          total_weight.mutable_data_ptr(), nullptr, loss_apart ? loss.mutable_data_ptr() : nullptr);
+  return {loss, stats, total_weight};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
@@ -282,8 +280,14 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   check_operands(kWithGradient, logits, target, weight, ignore_index, label_smoothing, reduction);
   check<std::invalid_argument>(reduction != 0, kWithGradient, ": reduction: expected 1 (mean) or 2 (sum), got 0");
   const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
-  const ForwardResults results = forward(kWithGradient, logits, operands, true);
-  return {results.loss, results.grad_logits};
+  const Tensor loss = empty(dtype_of(logits), {}), grad_logits = operands.layout.gradient(logits);
+  // What `cross_entropy` returns as tensors, which take longer to make than a small batch to compute.
+  const int64_t positions = operands.layout.batch * operands.layout.positions;
+  const auto statistics = std::make_unique_for_overwrite<double[]>(3 * positions + 1);  // room for either type
+  const auto part = [&](int64_t i) { return statistics.get() + i * positions; };
+  forward(kWithGradient, logits, operands, part(0), part(1), part(3), grad_logits.mutable_data_ptr(),
+          loss.mutable_data_ptr());
+  return {loss, grad_logits};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
