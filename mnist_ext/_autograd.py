@@ -128,23 +128,28 @@ class CrossEntropy(Function):
                 grad_output, *ctx.saved_tensors[:3], *ctx.options, *ctx.needs_input_grad[:2]
             )
             return *grads, None, None, None, None
-        gradient = ctx.gradient
-        if gradient is not None and not _is_batched(grad_output) and grad_output.item() == 1:
-            ctx.gradient = None
-            return gradient, None, None, None, None, None
-        return *_cross_entropy_gradients(ctx, grad_output), None, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None or not _can_be_scaled(gradient, grad_output):
+            return *_cross_entropy_gradients(ctx, grad_output), None, None, None, None
+        return _scaled(gradient, grad_output), None, None, None, None, None
+
+
+def _can_be_scaled(gradient: Tensor, grad_output: Tensor) -> bool:
+    if _is_batched(grad_output):
+        return False
+    return gradient.dtype is not torch.bfloat16 or grad_output.item() == 1  # else rounded twice
+
+
+def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+    return gradient if grad_output.item() == 1 else gradient.mul_(grad_output)
 
 
 def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     logits, target, weight, *statistics = ctx.saved_tensors
-    if not statistics:  # the gradient was formed in the forward, and may have been handed over
-        gradient, ctx.gradient = ctx.gradient, None
-        if not _is_batched(grad_output):
-            is_one = grad_output.item() == 1
-            if is_one or logits.dtype is not torch.bfloat16:  # which would be rounded twice
-                if gradient is None:
-                    _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
-                return gradient if is_one else gradient.mul_(grad_output), None
+    if not statistics:  # the forward formed the gradient, which a backward has taken
+        if _can_be_scaled(logits, grad_output):
+            _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
+            return _scaled(gradient, grad_output), None
         _, *statistics = _cross_entropy(logits, target, weight, *ctx.options)
     return _cross_entropy_backward(
         grad_output,

@@ -159,9 +159,11 @@ def cross_entropy(
     As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
     PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
 
-    Three differences: class indices may be int32 or uint8 throughout; the logits themselves are
-    kept for the backward (PyTorch keeps a copy of that size), so writing to them in between raises;
-    and a position that is ignored has gradient 0 even if its logits are NaN.
+    Three differences: class indices may be int32 or uint8 throughout; a position that is ignored
+    has gradient 0 even if its logits are NaN; and the gradient of a mean or sum is formed along
+    with the loss. Where it is not (reduction "none", float16, probabilities with a gradient), and
+    for a second backward, the logits themselves are kept (PyTorch keeps a copy of that size), so
+    writing to them in between raises.
 
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``, any strides.

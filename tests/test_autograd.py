@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_cases import CASES, FEW, value_and_gradients, with_gradients
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from mnist_ext import functional
 
 
 def checkable(case):
@@ -140,6 +143,19 @@ def test_writing_what_the_backward_reads_raises(case):
         else:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(value, wanted, torch.ones_like(value))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_gradient_of_a_mean_is_that_of_the_forward(reduction, factor):
+    """Logits and target written before the first backward: the gradient of what they were."""
+    logits, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 2, 1, 0, 2])
+    loss = F.cross_entropy(logits, target.clone(), reduction=reduction)
+    expected = torch.autograd.grad(loss * factor, logits)[0]
+    ours = functional.cross_entropy(logits, target, reduction=reduction) * factor
+    logits.detach().zero_()
+    target.zero_()
+    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], expected)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
