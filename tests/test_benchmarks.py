@@ -52,5 +52,6 @@ def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         kernels.main()
     assert (
-        "unknown group nonsense: choose from linear, autograd, cross_entropy, sgd" in capsys.readouterr().err
+        "unknown group nonsense: choose from linear, autograd, cross_entropy, sgd"
+        in capsys.readouterr().err
     )

@@ -1,0 +1,201 @@
+// The forward of a linear layer with bias and ReLU, 64x784 by 128: from a triple loop to dot_gemm.h. Each element of
+// the result is a dot product of a row of the input with a row of the weight; both lie contiguously.
+//
+//   scalar_chain       one sum, one multiply-add after the other
+//   vector_chain       a vector of sums
+//   four_chains        four of them, so that no multiply-add waits for the one before it
+//   tile<2, 2>         two rows by two neurons share the vectors that they load
+//   tile<6, 4>         as many as there are registers for (3 by 4 where there are 16)
+//   sums_of_four       sums over the lanes of four vectors at a time
+//   fused              bias and ReLU before the result is stored
+//   threads            each its share of the neurons
+//   linear_forward     the kernel in use
+//
+//   python benchmarks/ladder/ladder.py linear
+//
+// Rungs of vectors take a depth that is a multiple of the vector's width, and tiles a number of neurons that is a
+// multiple of theirs; the kernel in use takes any.
+#include "../../csrc/kernels/cpu/linear_impl.h"
+#include "ladder.h"
+
+namespace {
+
+using namespace ladder;
+using V = Vec<float>;
+
+struct Layer {
+  int64_t rows, depth, neurons;
+  const float *input, *weight, *bias;  // [rows, depth], [neurons, depth], [neurons]
+  float* out;                          // [rows, neurons]
+};
+
+// As the ops of a framework do it: each pass reads and writes the whole result.
+void add_bias(const Layer& x) {
+  for (int64_t row = 0; row < x.rows; ++row) {
+    for (int64_t n = 0; n < x.neurons; ++n) x.out[row * x.neurons + n] += x.bias[n];
+  }
+}
+
+void relu(const Layer& x) {
+  for (int64_t i = 0; i < x.rows * x.neurons; ++i) x.out[i] = x.out[i] < 0 ? 0 : x.out[i];
+}
+
+template <class Dot>
+void by_element(const Layer& x, const Dot& dot) {
+  for (int64_t row = 0; row < x.rows; ++row) {
+    for (int64_t n = 0; n < x.neurons; ++n) {
+      x.out[row * x.neurons + n] = dot(x.input + row * x.depth, x.weight + n * x.depth, x.depth);
+    }
+  }
+  add_bias(x);
+  relu(x);
+}
+
+float scalar_dot(const float* a, const float* b, int64_t depth) {
+  float sum = 0;
+  for (int64_t p = 0; p < depth; ++p) sum += a[p] * b[p];
+  return sum;
+}
+
+void scalar_chain(const Layer& x) { by_element(x, scalar_dot); }
+
+template <int chains>
+float vector_dot(const float* a, const float* b, int64_t depth) {
+  V sum[chains] = {};
+  int64_t p = 0;
+  for (; p + chains * V::width <= depth; p += chains * V::width) {
+#pragma GCC unroll 8
+    for (int k = 0; k < chains; ++k) {
+      sum[k] = fma(V::load(a + p + k * V::width), V::load(b + p + k * V::width), sum[k]);
+    }
+  }
+  for (; p < depth; p += V::width) sum[0] = fma(V::load(a + p), V::load(b + p), sum[0]);
+  for (int k = 1; k < chains; ++k) sum[0] = sum[0] + sum[k];
+  return reduce_add(sum[0]);
+}
+
+void vector_chain(const Layer& x) { by_element(x, vector_dot<1>); }
+
+void four_chains(const Layer& x) { by_element(x, vector_dot<4>); }
+
+// R rows by N neurons: per step R + N loads for R * N multiply-adds, in as many chains.
+template <int R, int N>
+MNIST_EXT_INLINE void dots(const float* a, const float* b, int64_t depth, V (&sum)[R][N]) {
+  for (int64_t p = 0; p < depth; p += V::width) {
+    V av[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) av[r] = V::load(a + r * depth + p);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const V bv = V::load(b + n * depth + p);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][n] = fma(av[r], bv, sum[r][n]);
+    }
+  }
+}
+
+struct SumEach {
+  template <int R, int N>
+  static void tile(const Layer& x, int64_t row, int64_t n) {
+    V sum[R][N] = {};
+    dots(x.input + row * x.depth, x.weight + n * x.depth, x.depth, sum);
+    for (int r = 0; r < R; ++r) {
+      for (int k = 0; k < N; ++k) x.out[(row + r) * x.neurons + n + k] = reduce_add(sum[r][k]);
+    }
+  }
+};
+
+template <bool epilogue>
+struct SumFour {
+  template <int R, int N>
+  static void tile(const Layer& x, int64_t row, int64_t n) {
+    V sum[R][N] = {};
+    dots(x.input + row * x.depth, x.weight + n * x.depth, x.depth, sum);
+    const Four<float> bias = Four<float>::load(x.bias + n, 4);
+    for (int r = 0; r < R; ++r) {
+      Four<float> four = reduce_add(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+      if constexpr (epilogue) {
+        four.raw += bias.raw;
+        four.raw = four.raw < 0.0f ? 0.0f : four.raw;
+      }
+      four.store(x.out + (row + r) * x.neurons + n, 4);
+    }
+  }
+};
+
+// A tile of `rows` rows, at most R.
+template <class Sum, int R, int N>
+void tile_of(const Layer& x, int64_t row, int64_t rows, int64_t n) {
+  if constexpr (R > 1) {
+    if (rows < R) return tile_of<Sum, R - 1, N>(x, row, rows, n);
+  }
+  Sum::template tile<R, N>(x, row, n);
+}
+
+// The weights of N neurons stay in the first-level cache while all rows of the input pass, from the second.
+template <class Sum, int R, int N>
+void tiles(const Layer& x, Range neurons) {
+  const int64_t count = (x.rows + R - 1) / R;
+  for (int64_t n = neurons.begin; n < neurons.end; n += N) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Range rows = split(x.rows, 1, i, count);  // of equal height, give or take one
+      tile_of<Sum, R, N>(x, rows.begin, rows.size(), n);
+    }
+  }
+}
+
+template <class Sum, int R, int N>
+void tiles_and_passes(const Layer& x) {
+  tiles<Sum, R, N>(x, {0, x.neurons});
+  add_bias(x);
+  relu(x);
+}
+
+constexpr int kRows = kVectorRegisters == 32 ? 6 : 3;
+
+void fused(const Layer& x) { tiles<SumFour<true>, kRows, 4>(x, {0, x.neurons}); }
+
+void threads(const Layer& x, int threads) {
+  parallel(threads,
+           [&](int thread, int count) { tiles<SumFour<true>, kRows, 4>(x, split(x.neurons, 4, thread, count)); });
+}
+
+std::vector<double> truth(const Layer& x) {
+  std::vector<double> out;
+  for (int64_t row = 0; row < x.rows; ++row) {
+    for (int64_t n = 0; n < x.neurons; ++n) {
+      double sum = x.bias[n];
+      for (int64_t p = 0; p < x.depth; ++p) sum += double{x.input[row * x.depth + p]} * x.weight[n * x.depth + p];
+      out.push_back(std::max(sum, 0.0));
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Options options(argc, argv);
+  constexpr int64_t rows = 64, depth = 784, neurons = 128;
+  Buffer input(rows * depth), weight(neurons * depth), bias(neurons), out(rows * neurons);
+  const Layer x = {rows, depth, neurons, input.data, weight.data, bias.data, out.data};
+  const int n = options.threads;
+
+  Ladder ladder("linear forward with bias and ReLU, 64x784 by 128", "GFLOP/s", 2.0 * rows * depth * neurons);
+  ladder.expect(out, truth(x));
+  ladder.flop_limit(1);
+  if (n > 1) ladder.flop_limit(n);
+  ladder.rung("scalar_chain", 1, [=] { scalar_chain(x); });
+  ladder.rung("vector_chain", 1, [=] { vector_chain(x); });
+  ladder.rung("four_chains", 1, [=] { four_chains(x); });
+  ladder.rung("tile<2, 2>", 1, [=] { tiles_and_passes<SumEach, 2, 2>(x); });
+  ladder.rung(kRows == 6 ? "tile<6, 4>" : "tile<3, 4>", 1, [=] { tiles_and_passes<SumEach, kRows, 4>(x); });
+  ladder.rung("sums_of_four", 1, [=] { tiles_and_passes<SumFour<false>, kRows, 4>(x); });
+  ladder.rung("fused", 1, [=] { fused(x); });
+  if (n > 1) ladder.rung("threads", n, [=] { threads(x, n); });
+  ladder.rung("linear_forward", n, [=] {
+    MNIST_EXT_ISA::linear_forward<float>(
+        {rows, depth, neurons, x.input, depth, x.weight, depth, x.bias, Activation::relu, x.out}, n);
+  });
+  ladder.run(options);
+}
