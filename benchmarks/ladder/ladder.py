@@ -3,9 +3,9 @@
     python benchmarks/ladder/ladder.py [linear] [grad_weight] [cross_entropy] [sgd]
                                        [--isa avx512] [--threads 2] [--markdown] [--check]
 
-Each ladder is one file in C++, compiled here with the flags of setup.py for one instruction set;
-each file opens with the list of its rungs. Every rung's result is compared with one in float64 before
-anything is timed; the rungs then take turns.
+Each ladder is one file in C++, compiled here with the flags of setup.py for one instruction set; it
+opens with the list of its rungs. Every result is compared with one in float64 before anything
+is timed; the rungs then take turns.
 
 "us" is the median over turns; "gain" is how many times as long the previous rung takes, "in all"
 how many times as long the first one takes: medians of the ratio of each turn. "limit" is the share
