@@ -1,6 +1,7 @@
 """What the benchmarks compute from their times; not the times."""
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,3 +56,12 @@ def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):
         "unknown group nonsense: choose from linear, autograd, cross_entropy, sgd"
         in capsys.readouterr().err
     )
+
+
+def test_every_rung_of_the_ladders_is_right():
+    """Compiled and verified; a wrong result ends the program."""
+    ladder = Path(__file__).parents[1] / "benchmarks" / "ladder" / "ladder.py"
+    command = [sys.executable, ladder, "--check"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("rungs verified") == 6

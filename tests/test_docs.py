@@ -29,10 +29,25 @@ def test_every_behaviour_names_a_test():
     ]
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/semantics.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/ladder.md"]
+)
 def test_links_between_files_lead_somewhere(file):
     text = (ROOT / file).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert links
     for link in links:
         assert ((ROOT / file).parent / link).exists(), link
+
+
+def test_the_ladders_are_described_rung_by_rung():
+    sources = sorted((ROOT / "benchmarks" / "ladder").glob("*.cpp"))
+    rungs = {
+        name for s in sources for name in re.findall(r"[(?:] ?\"([\w<>, ]+)\",? ", s.read_text())
+    }
+    text = (ROOT / "docs" / "ladder.md").read_text()
+    measured = set(re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE))
+    explained = set(re.findall(r"^\d\. \*\*`(.+?)`\*\*", text, re.MULTILINE))
+    assert len(measured) > 20
+    assert measured == explained
+    assert measured <= rungs
