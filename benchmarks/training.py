@@ -1,14 +1,17 @@
 """What the fused ops buy in training: the step of the ordinary loop, and a whole epoch.
 
-    python benchmarks/training.py [--batch-size 1 64 1024] [--no-epoch] [--csv FILE]
-                                  [--data-dir DIR]
+    python benchmarks/training.py [--batch-size 1 64 1024] [--activation relu] [--no-epoch]
+                                  [--data-dir DIR] [--csv FILE]
 
 Step: zero_grad, forward, criterion, backward, step of the 784-128-64-10 model on batches that lie
-ready in memory. Contestants: PyTorch eager; the same with model and loss under torch.compile; JAX,
-a whole run of steps jit-compiled with lax.scan, its fastest form; and the model after
-`mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`. All start from the same weights and see the same
-batches; their losses are compared before anything is timed. They take turns; each turn gives one
-ratio.
+ready in memory. Contestants: PyTorch eager; the same with model and loss under torch.compile, also
+with max-autotune; JAX, a whole run of steps jit-compiled with lax.scan, its fastest form; and the
+model after `mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`. All start from the same weights and see
+the same batches; their losses are compared before anything is timed. They take turns; each turn
+gives one ratio.
+
+Parts: where the time of a step goes, in eager and in ours; and in our kernels alone, called as ops
+without modules, autograd and optimizer around them.
 
 Epoch: the tutorial's way (torchvision transforms in a DataLoader, eager ops) against
 `mnist-ext train`, each with its evaluation of the test set, on MNIST, or on the embedded digits
@@ -27,7 +30,7 @@ import jax_peers
 import torch
 from PIL import Image
 from provenance import describe, fields
-from timing import Table, seconds, take_turns
+from timing import Table, percentiles, seconds, take_turns
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -45,7 +48,8 @@ LEARNING_RATE = 0.01
 STEP_COLUMNS = {
     "batch": ">6",
     "activation": "<10",
-    "contestant": "<14",
+    "contestant": "<20",
+    "part": "<10",
     "us": ">9.1f",
     "p20": ">9.1f",
     "p80": ">9.1f",
@@ -89,7 +93,7 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
     images = torch.randn(number, batch_size, 1, 28, 28)
     labels = torch.randint(0, 10, (number, batch_size))
 
-    def loop(optimizer, swapped: bool = False, compiled: bool = False) -> Loop:
+    def loop(optimizer, swapped: bool = False, compiled: dict | None = None) -> Loop:
         own = copy.deepcopy(model)
         criterion: nn.Module = nn.CrossEntropyLoss()
         if swapped:
@@ -98,12 +102,13 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
         def loss(x, y):
             return criterion(own(x), y)
 
-        function = torch.compile(loss) if compiled else loss
+        function = loss if compiled is None else torch.compile(loss, **compiled)
         return Loop(list(own.parameters()), function, optimizer, images, labels)
 
     contestants = {
         "torch": loop(torch.optim.SGD),
-        "torch.compile": loop(torch.optim.SGD, compiled=True),
+        "torch.compile": loop(torch.optim.SGD, compiled={}),
+        "compile max-autotune": loop(torch.optim.SGD, compiled={"mode": "max-autotune"}),
         **jax_peers.training(model, images, labels, LEARNING_RATE),
         "ours": loop(mnist_ext.optim.SGD, swapped=True),
     }
@@ -124,12 +129,113 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
             batch=batch_size,
             activation=activation,
             contestant=name,
+            part="step",
             us=middle,
             p20=low,
             p80=high,
             ratio=ratio[1],
             ratio_p20=ratio[0],
             ratio_p80=ratio[2],
+        )
+
+
+Part = tuple[str, Callable[[], None]]
+
+
+def loop_parts(swapped: bool, batch_size: int, activation: str) -> list[Part]:
+    """Return the parts of a step of the ordinary loop."""
+    torch.manual_seed(0)
+    model, criterion = mlp(activation=activation), nn.CrossEntropyLoss()
+    if swapped:
+        model, criterion = swap(model), swap(criterion)
+    sgd = mnist_ext.optim.SGD if swapped else torch.optim.SGD
+    optimizer = sgd(model.parameters(), lr=LEARNING_RATE)
+    images, labels = torch.randn(batch_size, 1, 28, 28), torch.randint(0, 10, (batch_size,))
+    results: dict[str, torch.Tensor] = {}
+
+    def forward() -> None:
+        results["logits"] = model(images)
+
+    def loss() -> None:
+        results["loss"] = criterion(results["logits"], labels)
+
+    return [
+        ("zero_grad", optimizer.zero_grad),
+        ("forward", forward),
+        ("loss", loss),
+        ("backward", lambda: results["loss"].backward()),
+        ("optimizer", optimizer.step),
+    ]
+
+
+def kernel_parts(batch_size: int, activation: str) -> list[Part]:
+    """Return the same step as ops, without autograd and without the calls around them."""
+    op = torch.ops.mnist_ext
+    torch.manual_seed(0)
+    layers = [m for m in mlp(activation=activation).modules() if isinstance(m, nn.Linear)]
+    params = [p.detach() for m in layers for p in (m.weight, m.bias)]
+    weights, biases = params[::2], params[1::2]
+    images, labels = torch.randn(batch_size, 784), torch.randint(0, 10, (batch_size,))
+    relu = [activation == "relu"] * (len(layers) - 1) + [False]
+    values: list[torch.Tensor] = [images]
+    grads: list[torch.Tensor] = []
+
+    def forward() -> None:
+        del values[1:]
+        for weight, bias, activated in zip(weights, biases, relu, strict=True):
+            values.append(op.linear.default(values[-1], weight, bias, activated))
+
+    def loss() -> None:
+        grads[:] = op.cross_entropy_with_gradient.default(values[-1], labels, None, -100, 0.0, 1)[
+            1:
+        ]
+
+    def backward() -> None:
+        grad = grads.pop()
+        for i in reversed(range(len(layers))):
+            output = values[i + 1] if relu[i] else None
+            weight = weights[i] if i > 0 else None
+            grad, *of_layer = op.linear_backward.default(grad, values[i], weight, output, True)
+            grads[:0] = of_layer
+
+    def step() -> None:
+        op.sgd_step.default(params, grads, [], LEARNING_RATE, 0.0, 0.0, 0.0, False, False, False)
+
+    return [("forward", forward), ("loss", loss), ("backward", backward), ("optimizer", step)]
+
+
+def time_parts(table: Table, batch_size: int, activation: str) -> None:
+    contestants = {
+        "torch": loop_parts(False, batch_size, activation),
+        "ours": loop_parts(True, batch_size, activation),
+        "our kernels alone": kernel_parts(batch_size, activation),
+    }
+    clock = time.perf_counter
+    seconds_of: dict[tuple[str, str], list[float]] = {}
+    steps = max(5, round(SECONDS_PER_TURN / 5e-4 / max(1, batch_size / 64)))
+    for turn in range(-1, TURNS):  # the first one warms
+        for name, parts in contestants.items():
+            sums = dict.fromkeys([part for part, _ in parts], 0.0)
+            for _ in range(steps):
+                started = clock()
+                for part, function in parts:
+                    function()
+                    ended = clock()
+                    sums[part] += ended - started
+                    started = ended
+            for part, total in sums.items():
+                if turn >= 0:
+                    seconds_of.setdefault((name, part), []).append(total / steps)
+    for (name, part), turns in seconds_of.items():
+        low, middle, high = (value * 1e6 for value in percentiles(turns))
+        table.add(
+            batch=batch_size,
+            activation=activation,
+            contestant=name,
+            part=part,
+            us=middle,
+            p20=low,
+            p80=high,
         )
 
 
@@ -234,6 +340,7 @@ def main() -> None:
     for batch_size in args.batch_size:
         for activation in args.activation:
             time_step(table, batch_size, activation)
+            time_parts(table, batch_size, activation)
     if args.csv:
         table.write(args.csv)
     if args.no_epoch:
