@@ -91,7 +91,8 @@ def draw_roofline(rows: Rows, path: Path) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("FLOP per byte of operands and result")
     axes.set_ylabel("GFLOP/s")
-    axes.set_title("Linear layers as ops: forward and gradients, 42 shapes")
+    shapes = len({r["shape"] for r in products})
+    axes.set_title(f"Linear layers as ops: forward and gradients, {shapes} shapes")
     axes.legend(loc="lower right", frameon=False)
     finish(figure, axes, path, source(products[0]))
 
