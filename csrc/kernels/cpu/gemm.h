@@ -11,6 +11,7 @@
 #include "../linear.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -18,13 +19,13 @@ namespace mnist_ext::MNIST_EXT_ISA {
 template <class T>
 struct Gemm {
   int64_t rows, columns, depth;
-  const T* a;              // a(row, p) = a[row * a_row + p * a_depth]
-  int64_t a_row, a_depth;  // one of them is 1:
-  bool a_transposed;       // a_row is (A is read down its columns), else a_depth
-  const T* b;              // b(p, column) = b[p * b_depth + column * b_column]
-  int64_t b_depth, b_column;
-  T* c;                     // [rows, columns], contiguous
-  const T* bias = nullptr;  // [columns], added to every row
+  const T* a;                 // a(row, p) = a[row * a_row + p * a_depth]
+  int64_t a_row, a_depth;     // one of them is 1:
+  bool a_transposed;          // a_row is (A is read down its columns), else a_depth
+  const T* b;                 // b(p, column) = b[p * b_depth + column * b_column]
+  int64_t b_depth, b_column;  // one of them is 1
+  T* c;                       // [rows, columns], contiguous
+  const T* bias = nullptr;    // [columns], added to every row
   bool relu = false;
   const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
   int64_t gate_row = 0, gate_depth = 0;
@@ -133,6 +134,25 @@ void compute_tile(const Tile<T>& t, int rows, int vectors) {
   }
 }
 
+// A vector's width of columns, of which `columns` exist, each contiguous along `depth`: into [depth][kTileColumns], in
+// blocks transposed in registers. (Element by element the writes would be a panel's row apart, which few sets of the
+// first-level cache share.)
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t columns, int64_t depth, T* packed) {
+  using V = Vec<T>;
+  for (int64_t p = 0; p < depth; p += V::width) {
+    const int lanes = depth - p < V::width ? static_cast<int>(depth - p) : V::width;
+    V block[V::width];
+    for (int i = 0; i < V::width; ++i) {
+      block[i] = i >= columns        ? V{}
+                 : lanes == V::width ? V::load(from + i * stride + p)
+                                     : V::load_partial(from + i * stride + p, lanes);
+    }
+    transpose(block);
+    for (int i = 0; i < lanes; ++i) block[i].store(packed + (p + i) * kTileColumns<T>);
+  }
+}
+
 // B(depth.begin..end, columns.begin..end) into panels of kTileColumns columns: panel after panel, each
 // [depth][columns], the last one filled up with 0.
 template <class T>
@@ -146,10 +166,8 @@ void pack_b(const Gemm<T>& g, Range depth, Range columns, T* packed) {
         if (n < panel) std::memset(packed + n, 0, (panel - n) * sizeof(T));
       }
     } else {
-      // Column by column: reads run along depth, contiguous for a transposed B; the writes stay in one small panel.
-      for (int64_t j = 0; j < panel; ++j) {
-        const T* from = g.b + depth.begin * g.b_depth + (c + j) * g.b_column;
-        for (int64_t p = 0; p < depth.size(); ++p) packed[p * panel + j] = j < n ? from[p * g.b_depth] : T(0);
+      for (int64_t j = 0; j < panel; j += Vec<T>::width) {
+        pack_transposed(g.b + (c + j) * g.b_column + depth.begin, g.b_column, n - j, depth.size(), packed + j);
       }
       packed += depth.size() * panel;
     }

@@ -8,12 +8,15 @@
 namespace mnist_ext::MNIST_EXT_ISA {
 
 // Which product is faster, measured by benchmarks/products.py. Dot products save the packing, which few rows do not pay
-// back, and pay with horizontal sums, which a short depth does not pay back; of few columns, outer products leave most
-// of a tile empty. With 16 registers both tiles are small, and reading the operands as they lie wins throughout.
+// back, and pay with sums over lanes, which a short depth does not pay back; of few columns, outer products leave part
+// of a tile empty. With vectors of 128 bits an outer product's broadcasts are no loads, and cost more than the sums.
 template <class T>
 bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
-  const int64_t vectors = depth / Vec<T>::width;
-  return kVectorRegisters == 16 || columns < 2 * Vec<T>::width || rows <= (vectors < 32 ? 128 : 512);
+  constexpr bool large_tiles = kVectorRegisters == 32;
+  if (kVectorBytes == 16) return true;
+  if (columns < 2 * Vec<T>::width) return rows <= 512 || depth > 128;
+  if (depth <= 16 * Vec<T>::width) return rows < (large_tiles ? 128 : 64);
+  return !large_tiles || rows <= 256;
 }
 
 template <class T>
