@@ -246,8 +246,8 @@ assert torch.equal(*both)
 dist.barrier()
 dist.destroy_process_group()
 print("agrees", flush=True)
-# Gloo's threads may outlive the group; one that lets go of a tensor while the interpreter shuts down aborts the
-# process ("terminate called without an active exception"), with PyTorch's layers just as with ours.
+# Gloo's threads may outlive the group, and one that lets go of a tensor while the interpreter shuts
+# down aborts the process ("terminate called without an active exception").
 os._exit(0)
 """
 
