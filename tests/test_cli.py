@@ -334,7 +334,12 @@ class TestInterrupt:
     def test_ctrl_c_in_training(self):
         argv = command("train", "--dataset", "digits", "--epochs", "1000000")
         with subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # What a shell starts in the background ignores Ctrl-C, and so would this.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             for line in process.stdout:
                 if line.startswith("epoch 2/"):
