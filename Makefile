@@ -4,7 +4,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
+CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
+SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest bench bench-kernels lint format clean
 
@@ -49,13 +50,13 @@ bench-kernels: install  ## time each kernel, ours against PyTorch
 lint: install  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CODE))
 	$(BIN)/mypy
 
 format: install  ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files $(CODE))
 
 clean:  ## remove everything that was made here, but for runs/
 	rm -rf $(VENV) $(OLDEST) build *.egg-info mnist_ext/*.so

@@ -1,10 +1,15 @@
-"""Builds mnist_ext._C. Everything static about the package is in pyproject.toml.
+"""Builds mnist_ext._C, and mnist_ext._cuda where torch has CUDA and a compiler for it is found.
 
-The library uses PyTorch through its stable ABI only, so that a binary built here runs on every
-torch from 2.10 on. Kernels are compiled once per instruction set; the best one that the CPU has is
-picked at run time.
+Everything static about the package is in pyproject.toml. The libraries use PyTorch through its
+stable ABI only, so that binaries built here run on every torch from 2.10 on. CPU kernels are
+compiled once per instruction set; the best one that the CPU has is picked at run time. CUDA kernels
+are compiled for several architectures; the driver picks one.
+
+MNIST_EXT_CUDA=0 leaves CUDA out. MNIST_EXT_CUDA_ARCH names architectures instead of the default
+ones: "9.0" or "8.0;9.0".
 """
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -12,9 +17,26 @@ from pathlib import Path
 import pybind11
 import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
-KERNELS = Path("csrc/kernels/cpu")
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import cuda_toolkit
+
+CUDA_WANTED, NO_CUDA_REASON = cuda_toolkit.wanted(torch.version.cuda)
+TOOLKIT = cuda_toolkit.find(torch.version.cuda) if CUDA_WANTED else None
+if CUDA_WANTED and TOOLKIT is None:
+    NO_CUDA_REASON = (
+        f"no CUDA {torch.version.cuda.split('.')[0]} toolkit was found when mnist_ext was built: "
+        "install one, or set CUDA_HOME to it, and build again"
+    )
+# torch's build tools take these from the environment when they are imported, and guess otherwise.
+os.environ.pop("CUDA_HOME", None)
+if TOOLKIT:
+    os.environ["CUDA_HOME"] = str(TOOLKIT.home)
+
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
+
+CPU_KERNELS = Path("csrc/kernels/cpu")
+CUDA_KERNELS = Path("csrc/kernels/cuda")
 
 # The oldest torch that the binary runs on: 2.10, as major << 56 | minor << 48.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -26,58 +48,103 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
+# A100, H100/H200, B200, RTX 50; a GPU in between runs the code of the one before it, and a newer
+# one compiles the last one's for itself.
+ARCHITECTURES = os.environ.get("MNIST_EXT_CUDA_ARCH", "8.0;9.0;10.0;12.0").split(";")
+
 # No fast-math: inf and NaN are part of the contract. Contracting a * b + c is not fast-math.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
 # -Wpsabi warns of vector arguments of functions that are all inlined.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # As system headers, so that the warnings are about our code.
 INCLUDES = [f"-isystem{path}" for path in (pybind11.get_include(), *include_paths())]
+DEPENDS = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)]
 
 
 def isa_source(isa: str) -> str:
-    return str(KERNELS / f"kernels_{isa}.cpp")
+    return str(CPU_KERNELS / f"kernels_{isa}.cpp")
+
+
+def sources(folder: str, pattern: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).glob(pattern))
+
+
+def cpu_library() -> Extension:
+    return Extension(
+        "mnist_ext._C",
+        sources=[
+            *sources("csrc/ops", "*.cpp"),
+            str(CPU_KERNELS / "dispatch.cpp"),
+            str(CPU_KERNELS / "scratch.cpp"),
+        ],
+        depends=[*map(isa_source, ISA_FLAGS), *DEPENDS],
+        library_dirs=library_paths(),
+        libraries=["torch_cpu", "c10"],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            ("MNIST_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("MNIST_EXT_NO_CUDA_REASON", f'"{NO_CUDA_REASON}"'),
+        ],
+        extra_compile_args={"cxx": [*CXX_FLAGS, *WARNINGS, *INCLUDES]},
+        extra_link_args=["-fopenmp"],
+        language="c++",
+    )
+
+
+def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
+    numbers = [architecture.replace(".", "") for architecture in ARCHITECTURES]
+    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    code.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+    return Extension(
+        "mnist_ext._cuda",
+        sources=[*sources("csrc/ops/cuda", "*.cpp"), *sources(str(CUDA_KERNELS), "*.cu")],
+        depends=DEPENDS,
+        # The CUDA runtime is linked in, so that none needs to be found where this runs.
+        library_dirs=[*library_paths(), str(toolkit.libraries)],
+        libraries=["torch_cuda", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            ("USE_CUDA", "1"),
+            ("MNIST_EXT_CUDA_ARCHITECTURES", f'"{";".join(ARCHITECTURES)}"'),
+            ("MNIST_EXT_CUDA_TOOLKIT", f'"{toolkit.version}"'),
+        ],
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *WARNINGS, *INCLUDES, f"-isystem{toolkit.home / 'include'}"],
+            "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", *code],
+        },
+        language="c++",
+    )
 
 
 class BuildWithIsaFlags(BuildExtension):
     """BuildExtension that compiles each kernels_<isa>.cpp with its instruction set's flags."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
+        if TOOLKIT:
+            cuda = f"for {', '.join(ARCHITECTURES)}, with CUDA {TOOLKIT.version}"
+        else:
+            cuda = f"not built: {NO_CUDA_REASON}"
         print(
-            f"mnist_ext: building the CPU library alone ({', '.join(ISA_FLAGS)}) against torch "
-            f"{torch.__version__}: this version has no CUDA kernels",
+            f"mnist_ext: building against torch {torch.__version__}; CPU kernels: "
+            f"{', '.join(ISA_FLAGS)}; CUDA kernels: {cuda}",
             file=sys.stderr,
         )
-        for isa, flags in ISA_FLAGS.items():
-            flags = [*CXX_FLAGS, *WARNINGS, *flags]
-            ext.extra_objects += self.compiler.compile(
-                [isa_source(isa)],
-                output_dir=self.build_temp,
-                extra_postargs={"cxx": flags} if self.use_ninja else flags,
-                depends=ext.depends,
-            )
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "mnist_ext._C":
+            for isa, flags in ISA_FLAGS.items():
+                flags = [*CXX_FLAGS, *WARNINGS, *flags]
+                ext.extra_objects += self.compiler.compile(
+                    [isa_source(isa)],
+                    output_dir=self.build_temp,
+                    extra_postargs={"cxx": flags} if self.use_ninja else flags,
+                    depends=ext.depends,
+                )
         super().build_extension(ext)
 
 
 setup(
-    ext_modules=[
-        Extension(
-            "mnist_ext._C",
-            sources=[
-                *sorted(str(path) for path in Path("csrc/ops").glob("*.cpp")),
-                str(KERNELS / "dispatch.cpp"),
-                str(KERNELS / "scratch.cpp"),
-            ],
-            depends=[*map(isa_source, ISA_FLAGS), *map(str, Path("csrc").rglob("*.h"))],
-            library_dirs=library_paths(),
-            libraries=["torch_cpu", "c10"],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-                ("MNIST_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
-            ],
-            extra_compile_args={"cxx": [*CXX_FLAGS, *WARNINGS, *INCLUDES]},
-            extra_link_args=["-fopenmp"],
-            language="c++",
-        )
-    ],
+    ext_modules=[cpu_library(), *([cuda_library(TOOLKIT)] if TOOLKIT else [])],
     cmdclass={"build_ext": BuildWithIsaFlags},
 )

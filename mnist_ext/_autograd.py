@@ -22,6 +22,12 @@ _linear_backward = _ops.linear_backward.default
 _cross_entropy = _ops.cross_entropy.default
 _cross_entropy_with_gradient = _ops.cross_entropy_with_gradient.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
+# On a device that the host must not wait for: this op decides there.
+_cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
+
+
+def _host_may_read(tensor: Tensor) -> bool:
+    return tensor.is_cpu
 
 
 # Looked up once, too.
@@ -131,16 +137,21 @@ class CrossEntropy(Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None or not _can_be_scaled(gradient, grad_output):
             return *_cross_entropy_gradients(ctx, grad_output), None, None, None, None
-        return _scaled(gradient, grad_output), None, None, None, None, None
+        return _scaled(ctx, gradient, grad_output), None, None, None, None, None
 
 
 def _can_be_scaled(gradient: Tensor, grad_output: Tensor) -> bool:
     if _is_batched(grad_output):
         return False
-    return gradient.dtype is not torch.bfloat16 or grad_output.item() == 1  # else rounded twice
+    if gradient.dtype is not torch.bfloat16 or not _host_may_read(gradient):
+        return True
+    return grad_output.item() == 1  # else rounded twice
 
 
-def _scaled(gradient: Tensor, grad_output: Tensor) -> Tensor:
+def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
+    if not _host_may_read(gradient):
+        _cross_entropy_gradient_(gradient, grad_output, *ctx.saved_tensors[:3], *ctx.options)
+        return gradient
     return gradient if grad_output.item() == 1 else gradient.mul_(grad_output)
 
 
@@ -149,7 +160,7 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     if not statistics:  # the forward formed the gradient, which a backward has taken
         if _can_be_scaled(logits, grad_output):
             _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
-            return _scaled(gradient, grad_output), None
+            return _scaled(ctx, gradient, grad_output), None
         _, *statistics = _cross_entropy(logits, target, weight, *ctx.options)
     return _cross_entropy_backward(
         grad_output,

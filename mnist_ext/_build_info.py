@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mnist_ext import _C
+from mnist_ext import _C, _library
 from mnist_ext._version import __version__
 
 
@@ -34,6 +34,7 @@ def build_info() -> dict[str, Any]:
         architectures built for, or None), ``cuda_reason`` and ``next_step`` (None if all is well).
     """
     runtimes = openmp_runtimes()
+    cuda = _library.cuda
     next_step = None
     if len(runtimes) > 1:
         next_step = (
@@ -51,7 +52,7 @@ def build_info() -> dict[str, Any]:
         "cpu_isa_available": _C.available_isas(),
         "openmp_threads": torch.get_num_threads(),
         "openmp_runtimes": runtimes,
-        "cuda": None,
-        "cuda_reason": "this version has no CUDA kernels: on CUDA tensors PyTorch's own ops run",
+        "cuda": cuda.architectures.split(";") if cuda else None,
+        "cuda_reason": f"built with CUDA {cuda.toolkit}" if cuda else _library.cuda_reason,
         "next_step": next_step,
     }

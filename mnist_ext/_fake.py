@@ -94,6 +94,20 @@ def _(
     return logits.new_empty(()), _gradient(logits, target)
 
 
+@torch.library.register_fake("mnist_ext::cross_entropy_gradient_")
+def _(
+    gradient: Tensor,
+    grad_output: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> None:
+    _positions(logits, target)
+
+
 @torch.library.register_fake("mnist_ext::cross_entropy_backward")
 def _(
     grad_output: Tensor,

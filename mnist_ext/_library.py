@@ -1,4 +1,4 @@
-"""Loads the compiled library, or says what to run where that is not possible."""
+"""Loads the compiled libraries, or says what to run where that is not possible."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from types import ModuleType
 import torch
 
 OLDEST_TORCH = (2, 10)
+
+# mnist_ext._cuda where it was built and can be loaded, else None and why; load() sets them.
+cuda: ModuleType | None = None
+cuda_reason = ""
 
 
 def load() -> ModuleType:
@@ -35,4 +39,21 @@ def load() -> ModuleType:
             "`pip install --no-build-isolation -e .` to work on it; after `pip install .`, start "
             f"Python outside the source folder (this is {__file__})"
         ) from error
+    _load_cuda(_C)
     return _C
+
+
+def _load_cuda(cpu_library: ModuleType) -> None:
+    global cuda, cuda_reason
+    if torch.version.cuda is None:
+        cuda_reason = "this torch has no CUDA"
+        return
+    cuda_reason = cpu_library.no_cuda_reason
+    if cuda_reason:
+        return
+    try:
+        from mnist_ext import _cuda
+    except ImportError as error:
+        cuda_reason = f"mnist_ext._cuda cannot be loaded ({error}): build mnist_ext again"
+        return
+    cuda = _cuda

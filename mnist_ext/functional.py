@@ -1,14 +1,15 @@
 """The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
-The kernels cover float32, float64, bfloat16 and float16 on the CPU. What they do not cover runs
-PyTorch's own op, with its result at its speed: other devices, dtypes and layouts, tensor
-subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast, and `linear`
-in bfloat16 or float16 where oneDNN has the CPU's own instructions for it.
-``docs/semantics.md`` lists every case.
+The kernels cover float32, float64, bfloat16 and float16: on the CPU, and `cross_entropy` on CUDA
+too. What they do not cover runs PyTorch's own op, with its result at its speed: other devices,
+dtypes and layouts, tensor subclasses, torch.func transforms, forward-mode derivatives, `linear`
+under autocast, and `linear` in bfloat16 or float16 where oneDNN has the CPU's own instructions for
+it. ``docs/semantics.md`` lists every case.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mnist_ext import _fake  # noqa: F401  (registers the shapes that torch.compile asks for)
+from mnist_ext import (
+    _fake,  # noqa: F401  (registers the shapes that torch.compile asks for)
+    _library,
+)
 from mnist_ext._autograd import CrossEntropy, Linear
 
 Activation = Literal["none", "relu"]
@@ -35,16 +39,20 @@ _LINEAR_DTYPES = tuple(
 )
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _TYPES = (Tensor, torch.nn.Parameter)
+_OLDEST_GPU = (8, 0)  # compute capability: of the oldest one that the kernels are built for
 
 
 def _plain(tensor: Tensor) -> bool:
     # Subclasses bring their own ops; their type also says so without asking for __torch_function__.
-    return (
-        type(tensor) in _TYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
+    return type(tensor) in _TYPES and tensor.layout is torch.strided and not tensor.is_nested
+
+
+@functools.cache
+def _runs_kernels(device: torch.device) -> bool:
+    # Those of cross_entropy; linear has some on the CPU only.
+    if device.type == "cuda" and _library.cuda is not None:
+        return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+    return device.type == "cpu"
 
 
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -127,11 +135,13 @@ def linear(
     relu = _RELU[check_activation(activation)]
     if (
         _plain(input)
+        and input.is_cpu
         and input.dtype in _LINEAR_DTYPES
         and input.dim() > 0
         and _plain(weight)
+        and weight.is_cpu
         and weight.dim() == 2
-        and (bias is None or (_plain(bias) and _one_per_feature(bias, weight)))
+        and (bias is None or (_plain(bias) and bias.is_cpu and _one_per_feature(bias, weight)))
         and not _transformed()
         and not _is_autocast_enabled("cpu")
     ):
@@ -194,12 +204,14 @@ def cross_entropy(
         and mode is not None
         and type(ignore_index) is int
         and type(label_smoothing) in (float, int)
-        and input.is_cpu
-        and target.is_cpu
+        and (
+            (input.is_cpu and target.is_cpu)
+            or (input.is_cuda and target.is_cuda and _runs_kernels(input.device))
+        )
         and input.numel() > 0
         and target.dtype in _INDEX_DTYPES
         and not _transformed()
-        and not _is_autocast_enabled("cpu")
+        and not _is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and not _is_compiling()
     ):
         # Nearly every call. The op checks the rest, where that costs nothing.
@@ -215,16 +227,18 @@ def cross_entropy(
         and -(2**63) <= ignore_index < 2**63
         and type(label_smoothing) in (float, int)
         and _plain(input)
+        and _runs_kernels(input.device)
         and input.dtype in _DTYPES
         and input.dim() > 0
         and _plain(target)
+        and target.device == input.device
         and _fits(target, input)
         and (classes := input.size(1 if input.dim() > 1 else 0)) > 0
-        and (weight is None or _is_constant_per_class(weight, classes, input.dtype))
+        and (weight is None or _is_constant_per_class(weight, classes, input))
         and 0 <= label_smoothing <= 1
         and not _transformed()
     ):
-        if _is_autocast_enabled("cpu"):
+        if _is_autocast_enabled(input.device.type):
             input, target = _in_float32(input), _in_float32(target)
             weight = None if weight is None else _in_float32(weight)
         return CrossEntropy.apply(input, target, weight, ignore_index, label_smoothing, mode)
@@ -256,11 +270,12 @@ def _fits(target: Tensor, input: Tensor) -> bool:
     return target.dtype is input.dtype and target.shape == input.shape
 
 
-def _is_constant_per_class(weight: Tensor, classes: int, dtype: torch.dtype) -> bool:
+def _is_constant_per_class(weight: Tensor, classes: int, input: Tensor) -> bool:
     return (
         _plain(weight)
         and not weight.requires_grad
-        and weight.dtype is dtype
+        and weight.device == input.device
+        and weight.dtype is input.dtype
         and weight.dim() == 1
         and weight.size(0) == classes
     )

@@ -20,8 +20,8 @@ class SGD(torch.optim.SGD):
     The same arguments, the same ``state_dict``, and in float32 and float64 the same bits, on CPUs
     with fused multiply-add: each element goes through PyTorch's operations in its order. What the
     kernels do not take is left to PyTorch's functions: tensors that are not dense, not on the CPU
-    or subclasses, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a learning
-    rate or weight decay that is a tensor with a gradient.
+    or CUDA, or subclasses, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a
+    learning rate or weight decay that is a tensor with a gradient or not on the CPU.
 
     Raises:
         RuntimeError: a gradient is sparse or complex: use torch.optim.SGD.
@@ -145,9 +145,15 @@ def _is_torchs(group: dict[str, Any]) -> bool:
         group["differentiable"]
         or group["fused"]
         or group["foreach"]
+        or _is_on_a_device(group["lr"])
+        or _is_on_a_device(group["weight_decay"])
         or _needs_grad(group["lr"])
         or _needs_grad(group["weight_decay"])
     )
+
+
+def _is_on_a_device(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and not value.is_cpu  # to read it would be to wait
 
 
 def _needs_grad(value: float | Tensor) -> bool:

@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
+    # tests/test_cuda.py runs the same tests with an `isa` of its own.
+    if "isa" in metafunc.fixturenames and not hasattr(metafunc.module, "isa"):
         isas = _C.available_isas()
         best_alone = metafunc.config.getoption("best_isa")
         metafunc.parametrize("isa", isas[-1:] if best_alone else isas, indirect=True)

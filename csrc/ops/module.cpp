@@ -12,6 +12,7 @@ PYBIND11_MODULE(_C, m) {
     mnist_ext::set_isa(isa, "MNIST_EXT_ISA asks for it");
   }
   m.attr("torch_built_with") = MNIST_EXT_TORCH_VERSION;
+  m.attr("no_cuda_reason") = MNIST_EXT_NO_CUDA_REASON;  // "" where mnist_ext._cuda was built
   m.def("available_isas", &mnist_ext::available_isas, "Instruction sets in this binary that this CPU can run.");
   m.def("active_isa", &mnist_ext::active_isa, "The instruction set in use.");
   m.def("active_isa_reason", &mnist_ext::active_isa_reason, "Why that one.");

@@ -76,12 +76,32 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
   check(is_floating(t), op, ": ", argument, ": expected float32, float64, bfloat16 or float16, got ", DtypeName(t));
 }
 
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  if (a.is_cpu() || b.is_cpu()) return a.is_cpu() && b.is_cpu();
+  return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+struct DeviceName {  // "cuda:0"
+  const Tensor& tensor;
+  explicit DeviceName(const Tensor& t) : tensor(t) {}
+  friend std::ostream& operator<<(std::ostream& out, const DeviceName& d) {
+    if (d.tensor.is_cpu()) return out << "cpu";
+    if (d.tensor.is_cuda()) return out << "cuda:" << d.tensor.get_device_index();
+    return out << "another device";
+  }
+};
+
+inline void check_device(const char* op, const char* argument, const Tensor& t, const char* other_argument,
+                         const Tensor& other) {
+  check(on_same_device(t, other), op, ": ", argument, ": expected a tensor on the device of ", other_argument, ", ",
+        DeviceName(other), ", got one on ", DeviceName(t));
+}
+
 inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
                        const Tensor& other) {
   check(t.scalar_type() == other.scalar_type(), op, ": ", argument, ": expected the dtype of ", other_argument, ", ",
         DtypeName(other), ", got ", DtypeName(t));
-  check(t.is_cpu(), op, ": ", argument, ": expected a tensor on the CPU, as ", other_argument,
-        " is, got one on another device");
+  check_device(op, argument, t, other_argument, other);
 }
 
 // Calls body with an element of the kernels' type for the tensor's dtype, one of the four that is_floating() allows.
@@ -145,23 +165,42 @@ inline int32_t compute_dtype_of(const Tensor& t) {
   return t.element_size() == 2 ? aoti_torch_dtype_float32() : dtype_of(t);
 }
 
-// A new CPU tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which costs more
-// than a small op has to compute.
-inline Tensor empty_strided(int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+struct Device {
+  int32_t type, index;
+};
+
+inline Device device_of(const Tensor& t) {
+  Device device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+// A new tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which costs more than
+// a small op has to compute.
+inline Tensor empty_strided(Device device, int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dims) {
+inline Tensor empty(Device device, int32_t dtype, const int64_t* sizes, int64_t dims) {
   int64_t strides[kMaxDims];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  return empty_strided(dtype, sizes, strides, dims);
+  return empty_strided(device, dtype, sizes, strides, dims);
+}
+
+inline Tensor empty(Device device, int32_t dtype, std::initializer_list<int64_t> sizes) {
+  return empty(device, dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
+}
+
+// On the CPU.
+inline Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dims) {
+  return empty({aoti_torch_device_type_cpu(), 0}, dtype, sizes, dims);
 }
 
 inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {

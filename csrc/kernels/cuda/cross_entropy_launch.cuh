@@ -1,0 +1,150 @@
+// Which kernel of softmax cross-entropy runs for which shape, with how many threads.
+#pragma once
+
+#include "cross_entropy.cuh"
+
+namespace mnist_ext::cuda {
+
+inline constexpr int64_t kShortRowClasses = 32;
+inline constexpr int64_t kWarpRowBytes = 8 << 10;
+inline constexpr int64_t kBlockRowBytes = 64 << 10;  // of one block's share: three blocks find room on an H200
+inline constexpr int64_t kAlignmentBytes = 16;
+
+inline unsigned blocks_for(int64_t work, int64_t work_of_block, bool one_block) {
+  if (one_block) return 1;
+  const int64_t blocks = (work + work_of_block - 1) / work_of_block;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
+}
+
+inline int64_t with_room_for_alignment(int64_t bytes) {
+  return (bytes + 2 * kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
+}
+
+template <class T>
+void launch_short_rows(const Work<T>& work, bool one_block, cudaStream_t stream) {
+  const int classes = static_cast<int>(work.problem.classes);
+  // Rows that are a multiple of 16 bytes apart would share a few of the memory's banks.
+  const int pitch = classes % 4 == 0 ? classes + 1 : classes;
+  const Shape shape = {blocks_for(work.problem.batch, kShortRowsThreads, one_block), kShortRowsThreads, 1,
+                       OneBlock::kScratchBytes + static_cast<int64_t>(kShortRowsThreads * pitch * sizeof(T))};
+  launch("cross_entropy short_rows", short_rows_kernel<T>, shape, stream, work, pitch);
+}
+
+template <class T>
+void launch_warp_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
+  const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kWarps = 4, kStashesBytes = 40 << 10;
+  int64_t warps = kWarps;
+  if (one_block) warps = kWarpRowsThreads / kWarp;
+  int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
+  if (stash_bytes * warps > kStashesBytes) stash_bytes = 0;
+  const Shape shape = {blocks_for(rows, warps, one_block), static_cast<unsigned>(warps * kWarp), 1,
+                       OneBlock::kScratchBytes + warps * stash_bytes};
+  launch("cross_entropy warp_rows", warp_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+}
+
+template <class T>
+void launch_long_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
+  const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kClusterScratchBytes = 2 * OneBlock::kScratchBytes;
+  constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kClusterScratchBytes;
+  if (row_bytes > kBlockRowBytes && !one_block && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    unsigned cluster = 2;
+    while (cluster < kMaxCluster && row_bytes > cluster * kBlockRowBytes) cluster *= 2;
+    // A share is rounded up to 128 elements.
+    const int64_t share = (row_bytes + cluster - 1) / cluster + 128 * static_cast<int64_t>(sizeof(T));
+    int64_t stash_bytes = read_twice ? with_room_for_alignment(share) : 0;
+    if (stash_bytes > room) stash_bytes = 0;
+    const int64_t clusters = rows < kMaxBlocks / cluster ? rows : kMaxBlocks / cluster;
+    const Shape shape = {static_cast<unsigned>((clusters < 1 ? 1 : clusters) * cluster), kClusterThreads, cluster,
+                         kClusterScratchBytes + stash_bytes};
+    launch("cross_entropy cluster_rows", cluster_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+    return;
+  }
+  int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
+  if (stash_bytes > room) stash_bytes = 0;
+  const unsigned threads = row_bytes <= 16 << 10 ? kBlockRowsThreads / 2 : kBlockRowsThreads;
+  const Shape shape = {blocks_for(rows, 1, one_block), threads, 1, OneBlock::kScratchBytes + stash_bytes};
+  launch("cross_entropy block_rows", block_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+}
+
+template <class T>
+void launch_cross_entropy(const Work<T>& work, bool one_block, cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  const bool indexed = p.kind == TargetKind::indices;
+  const bool read_twice = work.forward && (work.grad_logits || !indexed || p.label_smoothing > 0);
+  if (p.positions != 1) {
+    const unsigned threads = kColumnsThreads;
+    const Shape shape = {blocks_for(p.batch * p.positions, threads, one_block), threads, 1, OneBlock::kScratchBytes};
+    launch("cross_entropy columns", columns_kernel<T>, shape, stream, work);
+  } else if (indexed && p.classes <= kShortRowClasses) {
+    launch_short_rows(work, one_block, stream);
+  } else if (p.classes * static_cast<int64_t>(sizeof(T)) <= kWarpRowBytes) {
+    launch_warp_rows(work, one_block, read_twice, stream);
+  } else {
+    launch_long_rows(work, one_block, read_twice, stream);
+  }
+}
+
+template <class T>
+void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, void* workspace,
+                           cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = x.problem;
+  const bool one_block = one_block_is_enough(p.batch * p.positions, p.classes);
+  Work<T> work = {.problem = p,
+                  .forward = true,
+                  .position_loss = x.position_loss,
+                  .position_max = x.position_max,
+                  .position_log_sum = x.position_log_sum,
+                  .total_weight = x.total_weight,
+                  .mean_divisor = nullptr,
+                  .loss = x.loss,
+                  .grad_logits = x.grad_logits,
+                  .grad_probabilities = nullptr,
+                  .grad_output = grad_output,
+                  .grad_output_stride = 0,
+                  .unless_one = unless_one,
+                  .partial_sums = nullptr,
+                  .counter = nullptr};
+  if (one_block) return launch_cross_entropy(work, true, stream);
+
+  // The counter of each launch, then what the mean divides by.
+  unsigned* counters = static_cast<unsigned*>(workspace);
+  work.partial_sums = reinterpret_cast<double*>(static_cast<char*>(workspace) + 16);
+  check(cudaMemsetAsync(counters, 0, 2 * sizeof *counters, stream), "cudaMemsetAsync");
+  if (x.grad_logits && p.reduction == Reduction::mean && p.kind == TargetKind::indices) {
+    Work<T> count = work;
+    count.total_weight = reinterpret_cast<ComputeType<T>*>(counters + 2);
+    count.counter = counters;
+    const Shape shape = {blocks_for(p.batch * p.positions, 16 * kCountThreads, false), kCountThreads, 1,
+                         OneBlock::kScratchBytes};
+    launch("cross_entropy count", count_kernel<T>, shape, stream, count);
+    work.mean_divisor = count.total_weight;
+  }
+  work.counter = counters + 1;
+  launch_cross_entropy(work, false, stream);
+}
+
+template <class T>
+void cross_entropy_backward(const CrossEntropyBackward<T>& x, cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = x.problem;
+  launch_cross_entropy<T>({.problem = p,
+                           .forward = false,
+                           .position_loss = nullptr,
+                           .position_max = const_cast<ComputeType<T>*>(x.position_max),
+                           .position_log_sum = const_cast<ComputeType<T>*>(x.position_log_sum),
+                           .total_weight = nullptr,
+                           .mean_divisor = x.total_weight,
+                           .loss = nullptr,
+                           .grad_logits = x.grad_logits,
+                           .grad_probabilities = x.grad_probabilities,
+                           .grad_output = x.grad_output,
+                           .grad_output_stride = x.grad_output_stride,
+                           .unless_one = false,
+                           .partial_sums = nullptr,
+                           .counter = nullptr},
+                          one_block_is_enough(p.batch * p.positions, p.classes), stream);
+}
+
+}  // namespace mnist_ext::cuda

@@ -1,0 +1,125 @@
+// Elements of the four dtypes in registers: loaded as, computed in and stored from ComputeType<T>, one or 16 bytes at a
+// time.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "../dtypes.h"
+#include "device.cuh"
+
+namespace mnist_ext::cuda {
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+__device__ inline float widen(Float16 x) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#elif defined(__CUDACC__)
+  return x.bits;  // nvcc's host pass, which is never run
+#else
+  _Float16 value;
+  memcpy(&value, &x.bits, sizeof value);
+  return static_cast<float>(value);
+#endif
+}
+
+// To the nearest, ties to even.
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(double x, double& out) { out = x; }
+__device__ inline void narrow(float x, BFloat16& out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
+}
+__device__ inline void narrow(float x, Float16& out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#elif defined(__CUDACC__)
+  out.bits = static_cast<uint16_t>(x);  // nvcc's host pass, which is never run
+#else
+  const _Float16 value = static_cast<_Float16>(x);
+  memcpy(&out.bits, &value, sizeof value);
+#endif
+}
+
+// What is left of x once it has been stored as T.
+template <class T>
+__device__ ComputeType<T> rounded(ComputeType<T> x) {
+  T stored;
+  narrow(x, stored);
+  return widen(stored);
+}
+
+// exp(x), as exact as an element of T asks for: bfloat16 and float16 keep 8 and 11 bits, which the exponential unit
+// alone gives them.
+template <class T>
+__device__ ComputeType<T> exp_for(ComputeType<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    return exp2f(x * 1.44269504f);
+  } else if constexpr (sizeof(T) == 4) {
+    return expf(x);
+  } else {
+    return exp(x);
+  }
+}
+
+// N elements side by side.
+template <class T, int N>
+struct Pack {
+  static constexpr int size = N;
+
+  ComputeType<T> at[N];
+};
+
+template <class T>
+inline constexpr int kPack = 16 / sizeof(T);  // elements in one access
+
+template <class T>
+__device__ inline int64_t elements_past_alignment(const T* p) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+}
+
+// p is aligned to 16 bytes for whole packs.
+template <class T, int N>
+__device__ Pack<T, N> load_pack(const T* p) {
+  Pack<T, N> pack;
+  if constexpr (N == kPack<T> && N > 1) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    T elements[N];
+    memcpy(elements, &bits, sizeof bits);
+    for (int k = 0; k < N; ++k) pack.at[k] = widen(elements[k]);
+  } else {
+    for (int k = 0; k < N; ++k) pack.at[k] = widen(p[k]);
+  }
+  return pack;
+}
+
+template <class T, int N>
+__device__ void store_pack(T* p, const Pack<T, N>& pack, bool aligned) {
+  T elements[N];
+  for (int k = 0; k < N; ++k) narrow(pack.at[k], elements[k]);
+  if constexpr (N == kPack<T> && N > 1) {
+    if (aligned) {
+      uint4 bits;
+      memcpy(&bits, elements, sizeof bits);
+      *reinterpret_cast<uint4*>(p) = bits;
+      return;
+    }
+  }
+  for (int k = 0; k < N; ++k) p[k] = elements[k];
+}
+
+}  // namespace mnist_ext::cuda

@@ -1,0 +1,13 @@
+// Stochastic gradient descent on CUDA: ../sgd.h says what is computed. One launch for up to kSgdTensors parameters.
+#pragma once
+
+#include "../sgd.h"
+
+struct CUstream_st;  // a cudaStream_t points to one
+
+namespace mnist_ext::cuda {
+
+template <class T>
+void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, CUstream_st* stream);
+
+}  // namespace mnist_ext::cuda

@@ -1,0 +1,41 @@
+// The Python module mnist_ext._cuda. Importing it registers the CUDA kernels of torch.ops.mnist_ext.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "device.h"
+#include "ops.h"
+
+namespace mnist_ext::ops {
+
+struct OnDeviceOf::Guard {
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Guard(int32_t device) : index(device), guard(device) {}
+};
+
+OnDeviceOf::OnDeviceOf(const Tensor& t) : guard_(std::make_unique<Guard>(t.get_device_index())) {}
+OnDeviceOf::~OnDeviceOf() = default;
+
+CUstream_st* OnDeviceOf::stream() const {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(guard_->index, &stream));
+  return static_cast<CUstream_st*>(stream);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) {
+  m.impl("cross_entropy", TORCH_BOX(&cuda::cross_entropy));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&cuda::cross_entropy_with_gradient));
+  m.impl("cross_entropy_gradient_", TORCH_BOX(&cuda::cross_entropy_gradient_));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cuda::cross_entropy_backward));
+  m.impl("sgd_step", TORCH_BOX(&cuda::sgd_step));
+}
+
+}  // namespace mnist_ext::ops
+
+PYBIND11_MODULE(_cuda, m) {
+  m.attr("architectures") = MNIST_EXT_CUDA_ARCHITECTURES;
+  m.attr("toolkit") = MNIST_EXT_CUDA_TOOLKIT;
+}

@@ -1,0 +1,34 @@
+// The ops that have CUDA kernels. ../schemas.h says what they do.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../tensors.h"
+
+namespace mnist_ext::ops::cuda {
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                 double label_smoothing, int64_t reduction);
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, const Tensor& target,
+                                                       const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                       double label_smoothing, int64_t reduction);
+
+void cross_entropy_gradient_(Tensor gradient, const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                             const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing,
+                             int64_t reduction);
+
+std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                                                  const std::optional<Tensor>& weight, const Tensor& stats,
+                                                  const Tensor& total_weight, int64_t ignore_index,
+                                                  double label_smoothing, int64_t reduction, bool need_logits,
+                                                  bool need_target);
+
+int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                 const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, bool first_step);
+
+}  // namespace mnist_ext::ops::cuda

@@ -1,0 +1,52 @@
+// The schemas of every op. mnist_ext/_autograd.py gives them gradients and mnist_ext/_fake.py their shapes under
+// torch.compile.
+#pragma once
+
+namespace mnist_ext::ops {
+
+template <class Library>
+void define_ops(Library& m) {
+  // relu(input @ weight.T + bias), or without relu.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor");
+
+  // (grad_input if weight is given, grad_weight if input is given, grad_bias if need_bias); the others are undefined
+  // (None). output: what `linear` returned if relu was set, else None.
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+
+  // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
+  // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or
+  // probabilities of that shape. reduction: 0 none, 1 mean, 2 sum. stats and total_weight are float32 for logits of
+  // bfloat16 and float16.
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+      "int reduction) -> (Tensor, Tensor, Tensor)");
+
+  // (loss, its gradient with respect to logits), for reductions mean and sum: one pass over the logits for both.
+  m.def(
+      "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, int reduction) -> (Tensor, Tensor)");
+
+  // CUDA only: makes the gradient that `cross_entropy_with_gradient` returned that of grad_output, unless that is 1,
+  // for which it is already. The device decides, so that the host does not wait.
+  m.def(
+      "cross_entropy_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
+      "int ignore_index, float label_smoothing, int reduction) -> ()");
+
+  // (grad_logits if need_logits, grad_target if need_target), from what `cross_entropy` returned; the others are
+  // undefined (None). need_target: with probabilities only.
+  m.def(
+      "cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor stats, "
+      "Tensor total_weight, int ignore_index, float label_smoothing, int reduction, bool need_logits, "
+      "bool need_target) -> (Tensor, Tensor)");
+
+  // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
+  // first_step. Returns -1, or, having changed nothing, the first index at which the tensors are none that the kernels
+  // take: of a dtype of theirs, dense, and all of the same shape, strides and dtype.
+  m.def(
+      "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
+}
+
+}  // namespace mnist_ext::ops

@@ -1,0 +1,2 @@
+architectures: str  # compute capabilities, such as "8.0;9.0"
+toolkit: str  # its version, such as "13.0"

@@ -1,0 +1,351 @@
+// Enough of CUDA to run this project's kernels on a CPU, thread by thread, so that a mistake in their logic is found
+// without a GPU. A kernel is ordinary C++ here; each of its threads is a fiber, which runs until it waits for others.
+//
+// Modelled: grids, blocks and clusters of them; dynamic shared memory, its own for each block, filled with 0xff at
+// first and followed by a guard that must not change; __syncthreads, __syncwarp, the cluster's barrier, shuffles of a
+// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits.
+// Blocks, and threads between two waits, run in a shuffled order (`emulator::seed`): where a barrier is missing the
+// results change with the seed, and the tests run several.
+//
+// Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
+// missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, alignment,
+// accesses beyond global memory, tensor cores, asynchronous copies, streams, and speed.
+#pragma once
+
+#include <math.h>  // the overloads for float, in the global namespace
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y = 1, z = 1;
+  dim3(unsigned size = 1) : x(size) {}
+};
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulator {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int64_t kGuardBytes = 64;
+inline constexpr unsigned char kFill = 0xff, kGuard = 0xa5;
+inline constexpr int64_t kStackBytes = 64 << 10;
+
+inline unsigned seed = 0;                      // of the order in which threads and blocks run
+inline int compute_capability_major = 9;       // of the device that is played
+inline int shared_bytes_of_block = 227 << 10;  // likewise
+inline int launches = 0;                       // so far
+
+struct Block;
+
+struct Warp {
+  int arrived = 0, members = 0;
+  unsigned round = 0;
+  unsigned char values[2][kWarpSize][8];  // shuffled; two rounds, as the slower lanes may still read the last one
+};
+
+struct Barrier {
+  int arrived = 0, members = 0;
+  unsigned round = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned index = 0;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  const unsigned* waiting_for = nullptr;  // a barrier's round, which must differ from...
+  unsigned waiting_in = 0;
+  bool done = false;
+
+  bool can_run() const { return !done && (waiting_for == nullptr || *waiting_for != waiting_in); }
+};
+
+struct Block {
+  unsigned index = 0;  // in the grid
+  unsigned rank = 0;   // in the cluster
+  std::vector<char> shared;
+  int64_t shared_bytes = 0;
+  char* shared_begin = nullptr;
+  Barrier barrier;
+  std::vector<Warp> warps;
+};
+
+// What runs at this moment.
+struct State {
+  unsigned blocks_of_grid = 0, threads = 0;  // of a block
+  unsigned cluster_size = 1;
+  std::vector<Block>* blocks = nullptr;  // of the cluster
+  Barrier cluster;
+  Thread* thread = nullptr;
+  ucontext_t scheduler;
+  std::function<void()> kernel;
+  std::exception_ptr error;
+};
+inline State now;
+
+inline void wait(const unsigned& round) {
+  Thread& thread = *now.thread;
+  thread.waiting_for = &round;
+  thread.waiting_in = round;
+  swapcontext(&thread.context, &now.scheduler);
+}
+
+template <class AnyBarrier>
+void arrive_and_wait(AnyBarrier& barrier) {
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    return;  // the last one goes on at once; the others when their turn comes
+  }
+  wait(barrier.round);
+}
+
+inline char* shared_memory() { return now.thread->block->shared_begin; }
+
+inline void run_thread() {
+  try {
+    now.kernel();
+  } catch (...) {
+    if (!now.error) now.error = std::current_exception();
+  }
+  now.thread->done = true;
+  swapcontext(&now.thread->context, &now.scheduler);
+}
+
+// A thread that returns no longer takes part in barriers, as on the device.
+inline void leave(Thread& thread) {
+  for (Barrier* barrier : {&thread.block->barrier, &now.cluster}) {
+    if (--barrier->members > 0 && barrier->arrived == barrier->members) {
+      barrier->arrived = 0;
+      ++barrier->round;
+    }
+  }
+  Warp& warp = *thread.warp;
+  if (--warp.members > 0 && warp.arrived == warp.members) {
+    warp.arrived = 0;
+    ++warp.round;
+  }
+}
+
+inline void check_guard(const Block& block) {
+  const char* guard = block.shared_begin + block.shared_bytes;
+  for (int64_t i = 0; i < kGuardBytes; ++i) {
+    if (static_cast<unsigned char>(guard[i]) != kGuard) {
+      throw std::logic_error("emulator: a kernel wrote beyond its " + std::to_string(block.shared_bytes) +
+                             " bytes of shared memory");
+    }
+  }
+}
+
+inline std::unique_ptr<char[]> take_stack(std::vector<std::unique_ptr<char[]>>& pool) {
+  if (pool.empty()) return std::make_unique_for_overwrite<char[]>(kStackBytes);
+  auto stack = std::move(pool.back());
+  pool.pop_back();
+  return stack;
+}
+
+inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937& random) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  const unsigned threads = now.threads;
+  std::vector<Block> blocks(now.cluster_size);
+  std::vector<Thread> all(static_cast<size_t>(threads) * now.cluster_size);
+  now.blocks = &blocks;
+  now.cluster = {.members = static_cast<int>(all.size())};
+  for (unsigned rank = 0; rank < now.cluster_size; ++rank) {
+    Block& block = blocks[rank];
+    block.index = first_block + rank;
+    block.rank = rank;
+    block.shared_bytes = shared_bytes;
+    block.shared.assign(static_cast<size_t>(shared_bytes + kGuardBytes + 16), static_cast<char>(kFill));
+    block.shared_begin = block.shared.data() + (16 - reinterpret_cast<uintptr_t>(block.shared.data()) % 16) % 16;
+    memset(block.shared_begin + shared_bytes, kGuard, kGuardBytes);
+    block.barrier.members = static_cast<int>(threads);
+    block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
+    for (unsigned i = 0; i < threads; ++i) {
+      Thread& thread = all[rank * threads + i];
+      thread.index = i;
+      thread.block = &block;
+      thread.warp = &block.warps[i / kWarpSize];
+      ++thread.warp->members;
+      thread.stack = take_stack(stacks);
+      getcontext(&thread.context);
+      thread.context.uc_stack = {.ss_sp = thread.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+      thread.context.uc_link = nullptr;
+      makecontext(&thread.context, run_thread, 0);
+    }
+  }
+  std::vector<Thread*> order;
+  for (Thread& thread : all) order.push_back(&thread);
+  while (!order.empty() && !now.error) {
+    std::shuffle(order.begin(), order.end(), random);
+    bool moved = false;
+    for (Thread* thread : order) {
+      if (!thread->can_run()) continue;
+      moved = true;
+      thread->waiting_for = nullptr;
+      now.thread = thread;
+      swapcontext(&now.scheduler, &thread->context);
+      if (thread->done) leave(*thread);
+      if (now.error) break;
+    }
+    if (!moved)
+      now.error = std::make_exception_ptr(std::logic_error("emulator: a barrier is not reached by all threads"));
+    std::erase_if(order, [](const Thread* thread) { return thread->done; });
+  }
+  now.thread = nullptr;
+  for (Thread& thread : all) stacks.push_back(std::move(thread.stack));
+  if (now.error) std::rethrow_exception(std::exchange(now.error, nullptr));
+  for (const Block& block : blocks) check_guard(block);
+}
+
+inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t shared_bytes, std::function<void()> kernel) {
+  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block || cluster_size > 8 ||
+      grid.x % cluster_size != 0 || (cluster_size > 1 && compute_capability_major < 9)) {
+    throw std::logic_error("emulator: a launch that no device can do");
+  }
+  ++launches;
+  now.blocks_of_grid = grid.x;
+  now.threads = block.x;
+  now.cluster_size = cluster_size;
+  now.kernel = std::move(kernel);
+  std::mt19937 random(seed);
+  std::vector<unsigned> clusters(grid.x / cluster_size);
+  for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i * cluster_size;
+  std::shuffle(clusters.begin(), clusters.end(), random);
+  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes, random);
+}
+
+}  // namespace emulator
+
+// The device's side.
+
+inline constexpr struct {
+  struct {
+    operator unsigned() const { return emulator::now.thread->index; }
+  } x;
+} threadIdx;
+
+inline constexpr struct {
+  struct {
+    operator unsigned() const { return emulator::now.thread->block->index; }
+  } x;
+} blockIdx;
+
+inline constexpr struct {
+  struct {
+    operator unsigned() const { return emulator::now.threads; }
+  } x;
+} blockDim;
+
+inline constexpr struct {
+  struct {
+    operator unsigned() const { return emulator::now.blocks_of_grid; }
+  } x;
+} gridDim;
+
+inline void __syncthreads() { emulator::arrive_and_wait(emulator::now.thread->block->barrier); }
+inline void __syncwarp() { emulator::arrive_and_wait(*emulator::now.thread->warp); }
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  emulator::Warp& warp = *emulator::now.thread->warp;
+  const unsigned lane = threadIdx.x % emulator::kWarpSize, side = warp.round % 2;
+  memcpy(warp.values[side][lane], &value, sizeof value);
+  emulator::arrive_and_wait(warp);
+  memcpy(&value, warp.values[side][lane ^ static_cast<unsigned>(lanes)], sizeof value);
+  return value;
+}
+
+inline unsigned atomicAdd(unsigned* place, unsigned value) { return std::exchange(*place, *place + value); }
+
+template <class T>
+T __ldcg(const T* place) {
+  return *place;
+}
+
+[[noreturn]] inline void __trap() { throw std::out_of_range("emulator: __trap"); }
+
+inline unsigned __clusterRelativeBlockRank() { return emulator::now.thread->block->rank; }
+inline unsigned __clusterSizeInBlocks() { return emulator::now.cluster_size; }
+inline void __cluster_barrier_arrive() {}  // always followed by the wait, which does both
+inline void __cluster_barrier_wait() { emulator::arrive_and_wait(emulator::now.cluster); }
+
+inline const void* __cluster_map_shared_rank(const void* here, unsigned rank) {
+  const auto offset = static_cast<const char*>(here) - emulator::shared_memory();
+  return (*emulator::now.blocks)[rank].shared_begin + offset;
+}
+
+// The host's side.
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+enum cudaError_t { cudaSuccess };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulator::compute_capability_major
+                                                          : emulator::shared_bytes_of_block;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
+  memset(place, value, bytes);
+  return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... parameters) {
+  const unsigned cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  emulator::run_grid(config->gridDim, config->blockDim, cluster, static_cast<int64_t>(config->dynamicSmemBytes),
+                     [=] { kernel(parameters...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,289 @@
+"""The CUDA kernels: on the emulator of tests/emulator everywhere, and on a GPU where there is one.
+
+First the tests of the CPU kernels once more, imported: their fixture `isa` is another one here.
+"""
+
+import contextlib
+import copy
+import itertools
+
+import emulated
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import CROSS_ENTROPY, FLOATS
+from test_cross_entropy import (  # noqa: F401
+    test_any_strides,
+    test_blocks_of_minus_infinity_before_the_first_finite_logit,
+    test_exp_over_its_whole_range,
+    test_extreme_logits_as_pytorch,
+    test_float32_error_within_twice_pytorchs,
+    test_float64_agrees,
+    test_gradient_of_the_target_survives_as_p_approaches_one,
+    test_ignore_index,
+    test_ignored_rows_are_not_read,
+    test_loss_scale_comes_before_the_rounding,
+    test_nan_in_a_block_without_a_finite_logit,
+    test_nothing_to_count,
+    test_total_weight_of_zero,
+)
+from test_optim import test_same_bits  # noqa: F401
+from test_semantics import test_int32_and_uint8_targets  # noqa: F401
+from test_semantics import test_values_and_gradients as values_and_gradients
+
+import mnist_ext
+from mnist_ext import functional
+
+
+@pytest.fixture
+def emulator():
+    """Send CPU tensors to the emulated CUDA kernels."""
+    with contextlib.ExitStack() as stack:
+        for patch in emulated.patches():
+            stack.enter_context(patch)
+        yield
+    emulated.set_seed(0)
+    emulated.set_device()
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def isa(request):
+    """Run the test on CUDA kernels instead of on each instruction set."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulator")
+        yield request.param
+        return
+    torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
+
+
+# Every case in one dtype after the other: on the emulator all in all take minutes.
+@pytest.mark.parametrize(
+    ("case", "dtype"), zip(CROSS_ENTROPY, itertools.cycle(FLOATS[::-1]), strict=False), ids=str
+)
+def test_cross_entropy_values_and_gradients(isa, case, dtype):
+    values_and_gradients(isa, case, dtype)
+
+
+# One for each kernel: one block for everything; several blocks of a thread per row, with and
+# without padding; a warp, a block, a cluster per row, with rows that do not begin at multiples of
+# 16 bytes; positions side by side.
+SHAPES = [
+    (64, 10),
+    (4000, 10),
+    (4000, 32),
+    (300, 257),
+    (9, 5003),
+    (3, 33_001),
+    (2, 140_001),
+    (3, 11, 1000),
+]
+
+
+def loss_and_gradient(logits, target, **options):
+    leaf = logits.detach().requires_grad_()
+    loss = functional.cross_entropy(leaf, target, **options)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+def make(shape, dtype=torch.float32):
+    logits = (torch.randn(shape) * 3).to(dtype)
+    target = torch.randint(0, shape[1], shape[:1] + shape[2:])
+    target.view(-1)[1::7] = -100
+    return logits, target
+
+
+def assert_accurate(logits, target, **options):
+    ours = loss_and_gradient(logits, target, **options)
+    leaf = logits.double().requires_grad_()
+    loss = F.cross_entropy(leaf, target, **options)
+    truth = loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    eps = torch.finfo(logits.dtype).eps
+    for our, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(
+            our.double(), true, rtol=8 * eps, atol=4 * eps * true.abs().max()
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+class TestEveryKernel:
+    def test_results_do_not_depend_on_the_order_of_threads(self, emulator, shape):
+        """A barrier that is missing shows here."""
+        logits, target = make(shape)
+        emulated.set_seed(1)
+        first = loss_and_gradient(logits, target, label_smoothing=0.1)
+        for seed in (2, 3):
+            emulated.set_seed(seed)
+            again = loss_and_gradient(logits, target, label_smoothing=0.1)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_accurate(self, isa, shape, dtype):
+        assert_accurate(*make(shape, dtype))
+
+    def test_accurate_on_a_device_without_clusters(self, emulator, shape):
+        """And with too little shared memory for the longest rows, which are read twice."""
+        emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
+        assert_accurate(*make(shape))
+
+    def test_logits_at_any_address(self, isa, shape):
+        logits, target = make(shape)
+        moved = torch.empty(logits.numel() + 1)[1:].view(shape)
+        moved.copy_(logits)
+        assert moved.data_ptr() % 16 != 0
+        assert_accurate(moved, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_for_a_grad_output(isa, dtype):
+    """Of 1 as it is; of any other rounded once; a second backward gives the same bits."""
+    logits, target = make((300, 20), dtype)
+    leaf = logits.requires_grad_()
+    loss = functional.cross_entropy(leaf, target, reduction="sum")
+    halves = [torch.autograd.grad(loss * 0.7, leaf, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*halves)
+    leaf = logits.detach().double().requires_grad_()
+    scale = torch.tensor(0.7).to(dtype).double()
+    (truth,) = torch.autograd.grad(
+        F.cross_entropy(leaf, target, reduction="sum"), leaf, grad_outputs=scale
+    )
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(halves[0].double(), truth, rtol=0.6 * eps + 1e-6, atol=1e-6)
+
+
+def test_launches(emulator):
+    """One forward and one backward for a small batch; one more where the mean must count first."""
+    for shape, expected in (((64, 10), [1, 1]), ((4000, 10), [2, 2])):
+        logits, target = make(shape)
+        leaf = logits.requires_grad_()
+        before = emulated.launches()
+        loss = functional.cross_entropy(leaf, target)
+        between = emulated.launches()
+        loss.backward()
+        assert [between - before, emulated.launches() - between] == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("bad", [-1, 2**40])
+def test_bad_target_ends_the_kernel(emulator, shape, bad, capfd):
+    logits, target = make(shape)
+    target.view(-1)[-1] = bad
+    with pytest.raises(IndexError):
+        functional.cross_entropy(logits, target)
+    # What the device prints, as its assertion cannot say more.
+    assert f"got {bad} at position {target.numel() - 1}" in capfd.readouterr().out
+
+
+class TestEmulator:
+    """That it notices what it says it notices."""
+
+    def test_a_missing_barrier(self):
+        results = set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            results.add(emulated.library().emulator_sum_of_neighbours(0))
+        emulated.set_seed(0)
+        assert len(results) > 1
+        assert emulated.library().emulator_sum_of_neighbours(1) == 64 * 63 // 2
+
+    def test_a_barrier_that_some_threads_never_reach(self):
+        assert b"barrier" in emulated.error_of("emulator_deadlock")
+
+    def test_a_write_beyond_shared_memory(self):
+        assert b"beyond its 64 bytes" in emulated.error_of("emulator_overflow")
+
+
+# What only a device can show.
+
+
+def on_gpu(shape, dtype=torch.float32):
+    logits, target = make(shape, dtype)
+    return logits.cuda(), target.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+class TestOnGpu:
+    def test_the_host_never_waits(self, shape):
+        logits, target = on_gpu(shape)
+        loss_and_gradient(logits, target)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss_and_gradient(logits, target)
+            loss_and_gradient(logits, target, reduction="sum", label_smoothing=0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_cuda_graph(self, shape):
+        logits, target = on_gpu(shape)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            loss_and_gradient(logits, target)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss, gradient = loss_and_gradient(logits, target)
+        other = torch.randn_like(logits)
+        logits.copy_(other)
+        graph.replay()
+        expected = loss_and_gradient(other, target)
+        assert torch.equal(loss, expected[0])
+        assert torch.equal(gradient, expected[1])
+
+    def test_the_current_stream_is_used(self, shape):
+        logits, target = on_gpu(shape)
+        expected = loss_and_gradient(logits, target)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late = logits.clone()
+            ours = loss_and_gradient(late, target)
+        stream.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+    def test_peak_memory_is_one_gradient(self, shape):
+        logits, target = on_gpu(shape)
+        loss_and_gradient(logits, target)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss_and_gradient(logits, target)
+        extra = torch.cuda.max_memory_allocated() - before
+        assert extra <= logits.numel() * logits.element_size() + (64 << 10)
+
+    def test_deterministic(self, shape):
+        logits, target = on_gpu(shape)
+        results = [loss_and_gradient(logits, target) for _ in range(3)]
+        for again in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits_on_gpu():
+    logits = torch.randn(2**31 // 4096 + 3, 4096, dtype=torch.bfloat16, device="cuda")
+    target = torch.arange(len(logits), device="cuda") % 4096
+    loss = functional.cross_entropy(logits, target, reduction="none")
+    expected = F.cross_entropy(logits[-4:].float(), target[-4:], reduction="none")
+    torch.testing.assert_close(loss[-4:].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_sgd_in_a_training_loop_on_gpu():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
+    models = [model.cuda(), copy.deepcopy(model)]
+    optimizers = [
+        mnist_ext.optim.SGD(models[0].parameters(), lr=0.1, momentum=0.9),
+        torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9),
+    ]
+    input, target = torch.randn(50, 20, device="cuda"), torch.arange(50, device="cuda") % 5
+    for _ in range(20):
+        for each, optimizer, op in zip(
+            models, optimizers, (functional.cross_entropy, F.cross_entropy), strict=True
+        ):
+            optimizer.zero_grad()
+            op(each(input), target).backward()
+            optimizer.step()
+    for ours, torchs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)

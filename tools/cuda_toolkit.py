@@ -1,0 +1,86 @@
+"""Finds the CUDA toolkit that fits a torch; setup.py and the build backend ask."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A folder with bin/nvcc and include/cuda.h, and its version, such as "13.0"."""
+
+    home: Path
+    version: str
+
+    @property
+    def libraries(self) -> Path:
+        """The folder of the static runtime."""
+        folders = [self.home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        return next((f for f in folders if (f / "libcudart_static.a").exists()), folders[0])
+
+
+def wanted(torch_cuda: str | None) -> tuple[bool, str]:
+    """Tell whether CUDA kernels are to be built, and why not; torch_cuda is torch.version.cuda."""
+    if os.environ.get("MNIST_EXT_CUDA", "").strip() == "0":
+        return False, "MNIST_EXT_CUDA=0 left them out when mnist_ext was built"
+    if torch_cuda is None:
+        return False, "mnist_ext was built with a torch without CUDA"
+    return True, ""
+
+
+def find(torch_cuda: str) -> Toolkit | None:
+    """Find the first toolkit of torch's major version (a minor one may differ)."""
+    major = torch_cuda.split(".")[0]
+    for home in _homes(major):
+        toolkit = _at(home)
+        if toolkit is not None and toolkit.version.split(".")[0] == major:
+            return toolkit
+    return None
+
+
+def requirements(torch_cuda: str) -> list[str]:
+    """Name what brings a compiler from PyPI; there is none before CUDA 13."""
+    if int(torch_cuda.split(".")[0]) < 13:
+        return []
+    version = ".".join(torch_cuda.split(".")[:2])
+    packages = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime")
+    return [f"{package}=={version}.*" for package in packages]
+
+
+def _homes(major: str) -> Iterator[Path]:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            yield Path(os.environ[name])
+    if (home := _home_of_compiler()) is not None:
+        yield home
+    yield from map(Path, sorted(glob.glob("/usr/local/cuda*"), reverse=True))
+    yield from (Path(folder) / "nvidia" / f"cu{major}" for folder in sys.path)
+
+
+def _home_of_compiler() -> Path | None:
+    """Ask the nvcc on PATH, which may be a script somewhere else, where its toolkit is."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    process = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", process.stderr, re.MULTILINE)
+    return Path(found[1].strip()).resolve() if found else None
+
+
+def _at(home: Path) -> Toolkit | None:
+    headers = home / "include"
+    if not ((home / "bin" / "nvcc").exists() and (headers / "cuda_runtime.h").exists()):
+        return None
+    found = re.search(r"#define CUDA_VERSION (\d+)", (headers / "cuda.h").read_text())
+    if found is None:
+        return None
+    number = int(found[1])
+    return Toolkit(home, f"{number // 1000}.{number % 1000 // 10}")
