@@ -66,11 +66,12 @@ def test_cross_entropy_values_and_gradients(isa, case, dtype):
     values_and_gradients(isa, case, dtype)
 
 
-# One for each kernel: one block for everything; several blocks of a thread per row, with and
-# without padding; a warp, a block, a cluster per row, with rows that do not begin at multiples of
-# 16 bytes; positions side by side.
+# One for each kernel: one block for everything, with as many rows as threads and with more; several
+# blocks of a thread per row, with and without padding; a warp, a block, a cluster per row, with
+# rows that do not begin at multiples of 16 bytes; positions side by side.
 SHAPES = [
     (64, 10),
+    (700, 10),
     (4000, 10),
     (4000, 32),
     (300, 257),

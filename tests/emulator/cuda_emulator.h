@@ -4,8 +4,8 @@
 // Modelled: grids, blocks and clusters of them; dynamic shared memory, its own for each block, filled with 0xff at
 // first and followed by a guard that must not change; __syncthreads, __syncwarp, the cluster's barrier, shuffles of a
 // whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits.
-// Blocks, and threads between two waits, run in a shuffled order (`emulator::seed`): where a barrier is missing the
-// results change with the seed, and the tests run several.
+// Blocks, and threads between two waits, run in a shuffled order, some warps far ahead of others (`emulator::seed`):
+// where a barrier is missing the results change with the seed, and the tests run several.
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
 // missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, alignment,
@@ -56,6 +56,7 @@ inline int launches = 0;                       // so far
 struct Block;
 
 struct Warp {
+  bool held = false;  // for a while, so that others run ahead
   int arrived = 0, members = 0;
   unsigned round = 0;
   unsigned char values[2][kWarpSize][8];  // shuffled; two rounds, as the slower lanes may still read the last one
@@ -197,9 +198,18 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
   for (Thread& thread : all) order.push_back(&thread);
   while (!order.empty() && !now.error) {
     std::shuffle(order.begin(), order.end(), random);
+    for (Block& block : blocks) {
+      for (Warp& warp : block.warps) {
+        if (random() % 8 == 0) warp.held = !warp.held;
+      }
+    }
     bool moved = false;
     for (Thread* thread : order) {
       if (!thread->can_run()) continue;
+      if (thread->warp->held) {
+        moved = true;  // or will be
+        continue;
+      }
       moved = true;
       thread->waiting_for = nullptr;
       now.thread = thread;
