@@ -29,6 +29,7 @@ struct Work {
   const T* grad_output;  // null: 1
   int64_t grad_output_stride;
   bool unless_one;
+  A every, of_target;    // s / classes, 1 - s, with the label smoothing s
   double* partial_sums;  // [blocks][2]: loss and weight
   unsigned* counter;     // of blocks that are done, 0 at first
 
@@ -79,10 +80,9 @@ struct Row {
   Range classes;
 };
 
-inline constexpr int kPacksInFlight = 4;
-
-// Calls f(class, pack of elements) for all classes of the row, each by one thread of the group.
-template <class T, class Group, class F>
+// Calls f(class, pack of elements) for all classes of the row, each by one thread of the group, which loads so many
+// packs before it uses the first.
+template <int kPacksInFlight, class T, class Group, class F>
 __device__ void for_each_pack(const Row<T>& row, const Group& group, const F& f) {
   const int64_t begin = row.classes.begin, n = row.classes.size();
   const int rank = group.rank(), size = group.size();
@@ -97,8 +97,8 @@ __device__ void for_each_pack(const Row<T>& row, const Group& group, const F& f)
   const int64_t packs = (n - head) / kSize, tail = head + packs * kSize;
   for (int64_t c = rank; c < head; c += size) f(begin + c, load_pack<T, 1>(row.data + c));
   int64_t i = rank;
-  for (; i + (kPacksInFlight - 1) * size < packs; i += kPacksInFlight * size) {
-    Pack<T, kSize> pack[kPacksInFlight];  // loaded before the first is used
+  for (; kPacksInFlight > 1 && i + (kPacksInFlight - 1) * size < packs; i += kPacksInFlight * size) {
+    Pack<T, kSize> pack[kPacksInFlight];
 #pragma unroll
     for (int k = 0; k < kPacksInFlight; ++k) {
       pack[k] = load_pack<T, kSize>(row.data + head + (i + k * size) * kSize);
@@ -112,9 +112,17 @@ __device__ void for_each_pack(const Row<T>& row, const Group& group, const F& f)
   for (int64_t c = tail + rank; c < n; c += size) f(begin + c, load_pack<T, 1>(row.data + c));
 }
 
-template <class T, class Group>
+// What nearly everybody trains with: class indices without label smoothing. Code for the rest is compiled apart, so
+// that this takes fewer registers and more blocks run at once.
+template <class T>
+bool is_plain(const CrossEntropyProblem<T>& p) {
+  return p.kind == TargetKind::indices && p.label_smoothing <= 0;
+}
+
+template <class T, class Group, bool kPlain>
 struct Position {
   using A = ComputeType<T>;
+  static constexpr int kPacksInFlight = kPlain ? 4 : 1;
   // Long chains of additions are in double.
   using Sum = std::conditional_t<std::is_same_v<Group, OneWarp>, A, double>;
 
@@ -132,11 +140,16 @@ struct Position {
 
   A max{}, log_sum{}, inverse_sum{};
 
+  // Whether the target class is not the only one with a coefficient.
+  __device__ bool is_spread() const {
+    return !kPlain && (p.kind == TargetKind::probabilities || p.label_smoothing > 0);
+  }
+
   // q without the term of the target class.
   __device__ A coefficient(int64_t c) const {
-    A q = p.label_smoothing > 0 ? static_cast<A>(p.label_smoothing / static_cast<double>(p.classes)) : A(0);
+    A q = work.every;
     if (p.kind == TargetKind::probabilities) {
-      q += widen(probabilities[c * p.probabilities.class_stride]) * static_cast<A>(1 - p.label_smoothing);
+      q += widen(probabilities[c * p.probabilities.class_stride]) * work.of_target;
     }
     return p.weight ? q * widen(p.weight[c]) : q;
   }
@@ -148,7 +161,7 @@ struct Position {
     Sum own_sum = 0;
     T* kept = stash;
     if (kept) kept += elements_past_alignment(logits.data);  // aligned as the row is
-    for_each_pack(logits, group, [&](int64_t c, const auto& pack) {
+    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, const auto& pack) {
       constexpr int kSize = std::decay_t<decltype(pack)>::size;
       if (kept) store_pack(kept + (c - logits.classes.begin), pack, true);
       A pack_max = pack.at[0];
@@ -177,7 +190,7 @@ struct Position {
   template <class F>
   __device__ A sum_over_classes(const F& f) const {
     Sum sum = 0;
-    for_each_pack(logits, group, [&](int64_t c, const auto& pack) {
+    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, const auto& pack) {
 #pragma unroll
       for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) sum += static_cast<Sum>(f(c + k, pack.at[k]));
     });
@@ -188,12 +201,12 @@ struct Position {
 
   __device__ A loss(int64_t t) const {
     A loss = 0;
-    if (p.kind == TargetKind::probabilities || p.label_smoothing > 0) {
+    if (is_spread()) {
       loss = -sum_over_classes([&](int64_t c, A x) { return coefficient(c) * log_probability(x); });
     }
-    if (p.kind == TargetKind::indices) {
+    if (kPlain || p.kind == TargetKind::indices) {
       const A of_target = -log_probability(widen(all_logits[t * p.logits.class_stride])) * weight_of(p, t);
-      loss = p.label_smoothing > 0 ? static_cast<A>(1 - p.label_smoothing) * of_target + loss : of_target;
+      loss = is_spread() ? work.of_target * of_target + loss : of_target;
     }
     return loss;
   }
@@ -202,7 +215,7 @@ struct Position {
   __device__ void write_gradient(T* gradient, const F& f) const {
     const bool side_by_side = out_stride == 1 && elements_past_alignment(gradient + logits.classes.begin) ==
                                                      elements_past_alignment(logits.data);
-    for_each_pack(logits, group, [&](int64_t c, auto pack) {
+    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, auto pack) {
       f(c, pack);
       if constexpr (std::decay_t<decltype(pack)>::size == 1) {
         narrow(pack.at[0], gradient[c * out_stride]);
@@ -217,8 +230,8 @@ struct Position {
   }
 
   __device__ void gradient_of_index(int64_t t) const {
-    const bool smoothed = p.label_smoothing > 0;
-    const A of_target = scale * static_cast<A>(1 - p.label_smoothing) * weight_of(p, t);
+    const bool smoothed = is_spread();
+    const A of_target = scale * work.of_target * weight_of(p, t);
     A of_all = of_target;
     if (smoothed) of_all += scale * sum_over_classes([&](int64_t c, A) { return coefficient(c); });
     const A factor = of_all * inverse_sum;
@@ -254,7 +267,7 @@ struct Position {
       });
     }
     if (grad_probabilities) {
-      const A factor = -scale * static_cast<A>(1 - p.label_smoothing);
+      const A factor = -scale * work.of_target;
       write_gradient(grad_probabilities, [&](int64_t c, auto& pack) {
         for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) {
           pack.at[k] = factor * log_probability(pack.at[k]) * weight_of(p, c + k);
@@ -265,7 +278,7 @@ struct Position {
 
   // Forward, backward or both. The group's first thread adds to the sums.
   __device__ void run(Sums<T>& sums) {
-    const bool indexed = p.kind == TargetKind::indices;
+    const bool indexed = kPlain || p.kind == TargetKind::indices;
     const int64_t t = indexed ? checked_target(p, index) : 0;
     if (indexed && t == p.ignore_index) {
       if (group.leads() && work.forward) write_forward(A(0), A(0), A(0));
@@ -290,7 +303,9 @@ struct Position {
       inverse_sum = exp(-log_sum);
     }
     if (indexed && grad_logits) gradient_of_index(t);
-    if (!indexed) gradient_of_probabilities();
+    if constexpr (!kPlain) {
+      if (!indexed) gradient_of_probabilities();
+    }
   }
 
   __device__ void write_forward(A position_loss, A position_max, A position_log_sum) const {
@@ -375,27 +390,27 @@ __device__ ComputeType<T> scale_of_all(const Work<T>& work, char* scratch) {
   return (of_all ? widen(*work.grad_output) : A(1)) / divisor;
 }
 
-template <class T, class Group>
-__device__ Position<T, Group> position_of_row(const Work<T>& work, const Group& group, int64_t row,
-                                              ComputeType<T> scale, T* stash) {
+template <bool kPlain, class T, class Group>
+__device__ Position<T, Group, kPlain> position_of_row(const Work<T>& work, const Group& group, int64_t row,
+                                                      ComputeType<T> scale, T* stash) {
   const CrossEntropyProblem<T>& p = work.problem;
   const T* logits = p.logits.data + row * p.logits.batch_stride;
   const Range classes = group.share(p.classes);
   if (p.reduction == Reduction::none && work.grad_output) {
     scale = widen(work.grad_output[row * work.grad_output_stride]);
   }
-  Position<T, Group> position{.work = work,
-                              .p = p,
-                              .group = group,
-                              .index = row,
-                              .logits = {logits + classes.begin, 1, classes},
-                              .all_logits = logits,
-                              .probabilities = p.probabilities.data + row * p.probabilities.batch_stride,
-                              .grad_logits = nullptr,
-                              .grad_probabilities = nullptr,
-                              .out_stride = 1,
-                              .stash = stash,
-                              .scale = scale};
+  Position<T, Group, kPlain> position{.work = work,
+                                      .p = p,
+                                      .group = group,
+                                      .index = row,
+                                      .logits = {logits + classes.begin, 1, classes},
+                                      .all_logits = logits,
+                                      .probabilities = p.probabilities.data + row * p.probabilities.batch_stride,
+                                      .grad_logits = nullptr,
+                                      .grad_probabilities = nullptr,
+                                      .out_stride = 1,
+                                      .stash = stash,
+                                      .scale = scale};
   if (work.grad_logits) position.grad_logits = work.grad_logits + row * p.classes;
   if (work.grad_probabilities) position.grad_probabilities = work.grad_probabilities + row * p.classes;
   return position;
@@ -414,8 +429,8 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const Work<T> work
 
 // Rows of a few classes: a thread each. The block's rows travel between memory and shared memory side by side, 16 bytes
 // at a time, however few bytes one row has. pitch: elements between rows in shared memory.
-template <class T>
-__global__ void __launch_bounds__(kShortRowsThreads) short_rows_kernel(const Work<T> work, int pitch) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_kernel(const Work<T> work, int pitch) {
   if (work.has_nothing_to_do()) return;
   const CrossEntropyProblem<T>& p = work.problem;
   char* scratch = shared_memory();
@@ -440,7 +455,7 @@ __global__ void __launch_bounds__(kShortRowsThreads) short_rows_kernel(const Wor
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < rows) {
-      auto position = position_of_row(work, OneThread{}, first + threadIdx.x, scale, static_cast<T*>(nullptr));
+      auto position = position_of_row<kPlain>(work, OneThread{}, first + threadIdx.x, scale, static_cast<T*>(nullptr));
       T* row = tile + threadIdx.x * pitch;
       position.logits.data = position.all_logits = row;
       if (gradient) position.grad_logits = row;  // each element takes the place of its logit
@@ -459,8 +474,9 @@ __global__ void __launch_bounds__(kShortRowsThreads) short_rows_kernel(const Wor
 }
 
 // stash_bytes: shared memory for one row's logits and the alignment before them; 0: rows are read again.
-template <class T>
-__global__ void __launch_bounds__(kWarpRowsThreads) warp_rows_kernel(const Work<T> work, int stash_bytes) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kWarpRowsThreads, kPlain ? 4 : 1)
+    warp_rows_kernel(const Work<T> work, int stash_bytes) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
   const ComputeType<T> scale = scale_of_all(work, scratch);
@@ -469,14 +485,15 @@ __global__ void __launch_bounds__(kWarpRowsThreads) warp_rows_kernel(const Work<
   Sums<T> sums;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp; row < work.problem.batch;
        row += static_cast<int64_t>(gridDim.x) * warps) {
-    position_of_row(work, OneWarp{}, row, scale, stash).run(sums);
+    position_of_row<kPlain>(work, OneWarp{}, row, scale, stash).run(sums);
     __syncwarp();  // before the next row takes the stash
   }
   finish_forward(work, sums, scratch);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kBlockRowsThreads) block_rows_kernel(const Work<T> work, int stash_bytes) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kBlockRowsThreads, kPlain ? 2 : 1)
+    block_rows_kernel(const Work<T> work, int stash_bytes) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
   const OneBlock block{scratch};
@@ -484,14 +501,15 @@ __global__ void __launch_bounds__(kBlockRowsThreads) block_rows_kernel(const Wor
   T* stash = stash_bytes ? reinterpret_cast<T*>(scratch + OneBlock::kScratchBytes) : nullptr;
   Sums<T> sums;
   for (int64_t row = blockIdx.x; row < work.problem.batch; row += gridDim.x) {
-    position_of_row(work, block, row, scale, stash).run(sums);
+    position_of_row<kPlain>(work, block, row, scale, stash).run(sums);
     __syncthreads();  // before the next row takes the stash
   }
   finish_forward(work, sums, scratch);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kClusterThreads) cluster_rows_kernel(const Work<T> work, int stash_bytes) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kClusterThreads, kPlain ? 2 : 1)
+    cluster_rows_kernel(const Work<T> work, int stash_bytes) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
   const OneCluster cluster{scratch};
@@ -499,15 +517,15 @@ __global__ void __launch_bounds__(kClusterThreads) cluster_rows_kernel(const Wor
   T* stash = stash_bytes ? reinterpret_cast<T*>(scratch + 2 * OneBlock::kScratchBytes) : nullptr;
   Sums<T> sums;
   for (int64_t row = blockIdx.x / cluster_size(); row < work.problem.batch; row += gridDim.x / cluster_size()) {
-    position_of_row(work, cluster, row, scale, stash).run(sums);
+    position_of_row<kPlain>(work, cluster, row, scale, stash).run(sums);
     __syncthreads();  // before the next row takes the stash
   }
   finish_forward(work, sums, scratch);
 }
 
 // Classes that do not lie side by side: a thread per position, so that neighbours read neighbours.
-template <class T>
-__global__ void __launch_bounds__(kColumnsThreads) columns_kernel(const Work<T> work) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kColumnsThreads, kPlain ? 4 : 1) columns_kernel(const Work<T> work) {
   if (work.has_nothing_to_do()) return;
   const CrossEntropyProblem<T>& p = work.problem;
   char* scratch = shared_memory();
@@ -519,18 +537,19 @@ __global__ void __launch_bounds__(kColumnsThreads) columns_kernel(const Work<T> 
     const int64_t b = i / p.positions, s = i % p.positions;
     const T* logits = p.logits.data + b * p.logits.batch_stride + s;
     const bool none = p.reduction == Reduction::none && work.grad_output;
-    Position<T, OneThread> position{.work = work,
-                                    .p = p,
-                                    .group = thread,
-                                    .index = i,
-                                    .logits = {logits, p.logits.class_stride, {0, p.classes}},
-                                    .all_logits = logits,
-                                    .probabilities = p.probabilities.data + b * p.probabilities.batch_stride + s,
-                                    .grad_logits = nullptr,
-                                    .grad_probabilities = nullptr,
-                                    .out_stride = p.positions,
-                                    .stash = nullptr,
-                                    .scale = none ? widen(work.grad_output[i * work.grad_output_stride]) : scale};
+    Position<T, OneThread, kPlain> position{
+        .work = work,
+        .p = p,
+        .group = thread,
+        .index = i,
+        .logits = {logits, p.logits.class_stride, {0, p.classes}},
+        .all_logits = logits,
+        .probabilities = p.probabilities.data + b * p.probabilities.batch_stride + s,
+        .grad_logits = nullptr,
+        .grad_probabilities = nullptr,
+        .out_stride = p.positions,
+        .stash = nullptr,
+        .scale = none ? widen(work.grad_output[i * work.grad_output_stride]) : scale};
     const int64_t out = b * p.classes * p.positions + s;
     if (work.grad_logits) position.grad_logits = work.grad_logits + out;
     if (work.grad_probabilities) position.grad_probabilities = work.grad_probabilities + out;

@@ -22,16 +22,19 @@ inline int64_t with_room_for_alignment(int64_t bytes) {
 
 template <class T>
 void launch_short_rows(const Work<T>& work, bool one_block, cudaStream_t stream) {
+  const bool plain = is_plain(work.problem);
   const int classes = static_cast<int>(work.problem.classes);
   // Rows that are a multiple of 16 bytes apart would share a few of the memory's banks.
   const int pitch = classes % 4 == 0 ? classes + 1 : classes;
   const Shape shape = {blocks_for(work.problem.batch, kShortRowsThreads, one_block), kShortRowsThreads, 1,
                        OneBlock::kScratchBytes + static_cast<int64_t>(kShortRowsThreads * pitch * sizeof(T))};
-  launch("cross_entropy short_rows", short_rows_kernel<T>, shape, stream, work, pitch);
+  launch("cross_entropy short_rows", (plain ? short_rows_kernel<T, true> : short_rows_kernel<T, false>), shape, stream,
+         work, pitch);
 }
 
 template <class T>
 void launch_warp_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
+  const bool plain = is_plain(work.problem);
   const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
   constexpr int64_t kWarps = 4, kStashesBytes = 40 << 10;
   int64_t warps = kWarps;
@@ -40,11 +43,13 @@ void launch_warp_rows(const Work<T>& work, bool one_block, bool read_twice, cuda
   if (stash_bytes * warps > kStashesBytes) stash_bytes = 0;
   const Shape shape = {blocks_for(rows, warps, one_block), static_cast<unsigned>(warps * kWarp), 1,
                        OneBlock::kScratchBytes + warps * stash_bytes};
-  launch("cross_entropy warp_rows", warp_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+  launch("cross_entropy warp_rows", (plain ? warp_rows_kernel<T, true> : warp_rows_kernel<T, false>), shape, stream,
+         work, static_cast<int>(stash_bytes));
 }
 
 template <class T>
 void launch_long_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
+  const bool plain = is_plain(work.problem);
   const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
   constexpr int64_t kClusterScratchBytes = 2 * OneBlock::kScratchBytes;
   constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
@@ -59,32 +64,39 @@ void launch_long_rows(const Work<T>& work, bool one_block, bool read_twice, cuda
     const int64_t clusters = rows < kMaxBlocks / cluster ? rows : kMaxBlocks / cluster;
     const Shape shape = {static_cast<unsigned>((clusters < 1 ? 1 : clusters) * cluster), kClusterThreads, cluster,
                          kClusterScratchBytes + stash_bytes};
-    launch("cross_entropy cluster_rows", cluster_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+    launch("cross_entropy cluster_rows", (plain ? cluster_rows_kernel<T, true> : cluster_rows_kernel<T, false>), shape,
+           stream, work, static_cast<int>(stash_bytes));
     return;
   }
   int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
   if (stash_bytes > room) stash_bytes = 0;
   const unsigned threads = row_bytes <= 16 << 10 ? kBlockRowsThreads / 2 : kBlockRowsThreads;
   const Shape shape = {blocks_for(rows, 1, one_block), threads, 1, OneBlock::kScratchBytes + stash_bytes};
-  launch("cross_entropy block_rows", block_rows_kernel<T>, shape, stream, work, static_cast<int>(stash_bytes));
+  launch("cross_entropy block_rows", (plain ? block_rows_kernel<T, true> : block_rows_kernel<T, false>), shape, stream,
+         work, static_cast<int>(stash_bytes));
 }
 
 template <class T>
 void launch_cross_entropy(const Work<T>& work, bool one_block, cudaStream_t stream) {
   const CrossEntropyProblem<T>& p = work.problem;
-  const bool indexed = p.kind == TargetKind::indices;
-  const bool read_twice = work.forward && (work.grad_logits || !indexed || p.label_smoothing > 0);
+  const bool plain = is_plain(p);
+  const bool read_twice = work.forward && (work.grad_logits || !plain);
   if (p.positions != 1) {
     const unsigned threads = kColumnsThreads;
     const Shape shape = {blocks_for(p.batch * p.positions, threads, one_block), threads, 1, OneBlock::kScratchBytes};
-    launch("cross_entropy columns", columns_kernel<T>, shape, stream, work);
-  } else if (indexed && p.classes <= kShortRowClasses) {
+    launch("cross_entropy columns", (plain ? columns_kernel<T, true> : columns_kernel<T, false>), shape, stream, work);
+  } else if (p.kind == TargetKind::indices && p.classes <= kShortRowClasses) {
     launch_short_rows(work, one_block, stream);
   } else if (p.classes * static_cast<int64_t>(sizeof(T)) <= kWarpRowBytes) {
     launch_warp_rows(work, one_block, read_twice, stream);
   } else {
     launch_long_rows(work, one_block, read_twice, stream);
   }
+}
+
+template <class T>
+ComputeType<T> smoothing_of_each(const CrossEntropyProblem<T>& p) {
+  return p.label_smoothing > 0 ? static_cast<ComputeType<T>>(p.label_smoothing / static_cast<double>(p.classes)) : 0;
 }
 
 template <class T>
@@ -105,6 +117,8 @@ void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output
                   .grad_output = grad_output,
                   .grad_output_stride = 0,
                   .unless_one = unless_one,
+                  .every = smoothing_of_each(p),
+                  .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
                   .partial_sums = nullptr,
                   .counter = nullptr};
   if (one_block) return launch_cross_entropy(work, true, stream);
@@ -142,6 +156,8 @@ void cross_entropy_backward(const CrossEntropyBackward<T>& x, cudaStream_t strea
                            .grad_output = x.grad_output,
                            .grad_output_stride = x.grad_output_stride,
                            .unless_one = false,
+                           .every = smoothing_of_each(p),
+                           .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
                            .partial_sums = nullptr,
                            .counter = nullptr},
                           one_block_is_enough(p.batch * p.positions, p.classes), stream);
