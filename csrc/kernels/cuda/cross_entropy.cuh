@@ -163,7 +163,7 @@ struct Position {
     if (kept) kept += elements_past_alignment(logits.data);  // aligned as the row is
     for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, const auto& pack) {
       constexpr int kSize = std::decay_t<decltype(pack)>::size;
-      if (kept) store_pack(kept + (c - logits.classes.begin), pack, true);
+      if (kept) store_pack(kept + (c - logits.classes.begin), pack);
       A pack_max = pack.at[0];
 #pragma unroll
       for (int k = 1; k < kSize; ++k) pack_max = Max()(pack_max, pack.at[k]);
@@ -220,7 +220,7 @@ struct Position {
       if constexpr (std::decay_t<decltype(pack)>::size == 1) {
         narrow(pack.at[0], gradient[c * out_stride]);
       } else if (out_stride == 1) {
-        store_pack(gradient + c, pack, side_by_side);
+        store_pack_global(gradient + c, pack, side_by_side);
       } else {
         for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) {
           narrow(pack.at[k], gradient[(c + k) * out_stride]);

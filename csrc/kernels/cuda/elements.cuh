@@ -107,19 +107,71 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return pack;
 }
 
+// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
+__device__ inline uint32_t word_of(const Pack<BFloat16, 8>& pack, int i) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+  return word;
+#else
+  BFloat16 low, high;
+  narrow(pack.at[2 * i], low);
+  narrow(pack.at[2 * i + 1], high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+#endif
+}
+__device__ inline uint32_t word_of(const Pack<Float16, 8>& pack, int i) {
+#ifdef __CUDA_ARCH__
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+  return word;
+#else
+  Float16 low, high;
+  narrow(pack.at[2 * i], low);
+  narrow(pack.at[2 * i + 1], high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+#endif
+}
+__device__ inline uint32_t word_of(const Pack<float, 4>& pack, int i) {
+  uint32_t word;
+  memcpy(&word, &pack.at[i], sizeof word);
+  return word;
+}
+__device__ inline uint32_t word_of(const Pack<double, 2>& pack, int i) {
+  uint64_t bits;
+  memcpy(&bits, &pack.at[i / 2], sizeof bits);
+  return static_cast<uint32_t>(i % 2 ? bits >> 32 : bits);
+}
+
+// p is aligned to 16 bytes for whole packs.
 template <class T, int N>
-__device__ void store_pack(T* p, const Pack<T, N>& pack, bool aligned) {
-  T elements[N];
-  for (int k = 0; k < N; ++k) narrow(pack.at[k], elements[k]);
+__device__ void store_pack(T* p, const Pack<T, N>& pack) {
+  if constexpr (N == kPack<T> && N > 1) {
+    *reinterpret_cast<uint4*>(p) = uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)};
+  } else {
+    for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
+  }
+}
+
+// To global memory, whether p is aligned to 16 bytes or not. Left to itself the compiler merges the two branches into
+// narrower stores for both.
+template <class T, int N>
+__device__ void store_pack_global(T* p, const Pack<T, N>& pack, bool aligned) {
   if constexpr (N == kPack<T> && N > 1) {
     if (aligned) {
-      uint4 bits;
-      memcpy(&bits, elements, sizeof bits);
-      *reinterpret_cast<uint4*>(p) = bits;
+#ifdef __CUDA_ARCH__
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(__cvta_generic_to_global(p)), "r"(word_of(pack, 0)), "r"(word_of(pack, 1)),
+                     "r"(word_of(pack, 2)), "r"(word_of(pack, 3))
+                   : "memory");
+#else
+      store_pack(p, pack);
+#endif
       return;
     }
   }
-  for (int k = 0; k < N; ++k) p[k] = elements[k];
+  for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
 }
 
 }  // namespace mnist_ext::cuda

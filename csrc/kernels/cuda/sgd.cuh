@@ -48,8 +48,8 @@ __device__ void sgd_at(const SgdTensor<T>& t, const SgdOptions& options, int64_t
   const bool momentum = t.momentum_buffer != nullptr;
   if (momentum && !options.first_step) buffer = load_pack<T, N>(t.momentum_buffer + i);
   sgd_elements<T, N>(options, p, load_pack<T, N>(t.grad + i), momentum ? &buffer : nullptr);
-  if (momentum) store_pack(t.momentum_buffer + i, buffer, true);
-  store_pack(t.param + i, p, true);
+  if (momentum) store_pack(t.momentum_buffer + i, buffer);
+  store_pack(t.param + i, p);
 }
 
 template <class T>

@@ -1,0 +1,119 @@
+// The CUDA kernels without torch, on small sizes, for compute-sanitizer: `make gpu` builds and runs this.
+//
+//   nvcc -std=c++20 -arch=native -lineinfo tests/sanitizer/kernels.cu -o kernels
+//   compute-sanitizer --tool memcheck ./kernels     (and racecheck, initcheck)
+//
+// Every buffer is exactly as large as the kernels are told, so that an access beyond it is one beyond the allocation.
+// The losses are compared with a plain loop in double.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "../../csrc/kernels/cuda/cross_entropy_launch.cuh"
+#include "../../csrc/kernels/cuda/sgd.cuh"
+
+using namespace mnist_ext;
+using mnist_ext::cuda::check;
+
+namespace {
+
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(int64_t size) {
+    check(cudaMalloc(&data_, static_cast<size_t>(size > 0 ? size : 1) * sizeof(T)), "cudaMalloc");
+  }
+  explicit DeviceArray(const std::vector<T>& host) : DeviceArray(static_cast<int64_t>(host.size())) {
+    check(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* get() const { return static_cast<T*>(data_); }
+  std::vector<T> host(int64_t size) const {
+    std::vector<T> values(static_cast<size_t>(size));
+    check(cudaMemcpy(values.data(), data_, values.size() * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return values;
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Loss and gradient of a mean over [batch, classes, positions]; false if the loss is wrong.
+bool run(int64_t batch, int64_t classes, int64_t positions) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 2);
+  const int64_t count = batch * positions, size = count * classes;
+  std::vector<float> logits(static_cast<size_t>(size));
+  std::vector<int64_t> target(static_cast<size_t>(count));
+  for (float& x : logits) x = normal(random);
+  for (int64_t& t : target) t = static_cast<int64_t>(random() % static_cast<unsigned>(classes));
+
+  double truth = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i / positions * classes * positions + i % positions;
+    double sum = 0;
+    for (int64_t c = 0; c < classes; ++c) sum += std::exp(static_cast<double>(logits[first + c * positions]));
+    truth += std::log(sum) - static_cast<double>(logits[first + target[i] * positions]);
+  }
+  truth /= static_cast<double>(count);
+
+  const DeviceArray<float> x(logits), gradient(size), loss(1), grad_output(std::vector<float>{0.5f});
+  const DeviceArray<int64_t> t(target);
+  const DeviceArray<char> workspace(cuda::cross_entropy_workspace_bytes(batch, classes, positions));
+  const CrossEntropyForward<float> forward = {.problem = {.batch = batch,
+                                                          .classes = classes,
+                                                          .positions = positions,
+                                                          .logits = {x.get(), classes * positions, positions},
+                                                          .kind = TargetKind::indices,
+                                                          .target = {t.get(), ClassIndices::Type::int64},
+                                                          .probabilities = {},
+                                                          .weight = nullptr,
+                                                          .ignore_index = -100,
+                                                          .label_smoothing = 0,
+                                                          .reduction = Reduction::mean},
+                                              .position_loss = nullptr,
+                                              .position_max = nullptr,
+                                              .position_log_sum = nullptr,
+                                              .total_weight = nullptr,
+                                              .grad_logits = gradient.get(),
+                                              .loss = loss.get()};
+  cuda::cross_entropy_forward<float>(forward, nullptr, false, workspace.get(), nullptr);
+  cuda::cross_entropy_forward<float>(forward, grad_output.get(), true, workspace.get(), nullptr);
+  check(cudaDeviceSynchronize(), "cross_entropy");
+  const double ours = static_cast<double>(loss.host(1)[0]);
+  double sum = 0;
+  for (float g : gradient.host(size)) sum += static_cast<double>(g);
+  const bool right = std::abs(ours - truth) < 1e-5 * truth && std::abs(sum) < 1e-4;
+  std::printf("cross_entropy %lld x %lld x %lld: loss %.7f, expected %.7f, sum of the gradient %.1e%s\n",
+              static_cast<long long>(batch), static_cast<long long>(classes), static_cast<long long>(positions), ours,
+              truth, sum, right ? "" : "  WRONG");
+  return right;
+}
+
+bool run_sgd() {
+  bool right = true;
+  for (int64_t size : {1, 3, 257, 40'000}) {
+    const std::vector<float> ones(static_cast<size_t>(size), 1.0f);
+    const DeviceArray<float> param(ones), grad(ones), buffer(ones);
+    const SgdTensor<float> tensor = {size, param.get(), grad.get(), buffer.get()};
+    cuda::sgd_step<float>(&tensor, 1, {0.5, 0.5, 0, 0, false, false, false}, nullptr);
+    check(cudaDeviceSynchronize(), "sgd_step");
+    for (float p : param.host(size)) right = right && p == 0.25f;
+  }
+  std::printf("sgd_step%s\n", right ? "" : "  WRONG");
+  return right;
+}
+
+}  // namespace
+
+int main() {
+  bool right = run_sgd();
+  const int64_t shapes[][3] = {{1, 1, 1},     {64, 10, 1},    {700, 10, 1},    {5000, 32, 1}, {300, 257, 1},
+                               {40, 5003, 1}, {3, 33'001, 1}, {2, 140'001, 1}, {3, 11, 1000}};
+  for (const auto& shape : shapes) right = run(shape[0], shape[1], shape[2]) && right;
+  return right ? 0 : 1;
+}
