@@ -483,7 +483,7 @@ double multiply_adds(const TrainSteps<T>& x) {
     weights += static_cast<double>(x.layers[l].in_features) * static_cast<double>(x.layers[l].out_features);
   }
   const int64_t rows = x.batch_size < x.examples ? x.batch_size : x.examples;
-  return 3 * weights * static_cast<double>(rows + 4);  // a batch of one still passes all weights through the core
+  return 3 * weights * static_cast<double>(rows);
 }
 
 // Copies the targets, in order, and returns the first that is neither ignored nor a class, or -1.
