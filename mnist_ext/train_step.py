@@ -211,7 +211,7 @@ class TrainStep:
                 lr,
                 self._scale,
                 self._shift,
-                criterion.weight,
+                criterion._buffers["weight"],
                 criterion.ignore_index,
                 criterion.label_smoothing,
                 self._reduction,
@@ -256,19 +256,15 @@ class TrainStep:
         return [float(g[name]) for g in self._optimizer.param_groups for name in _OPTIONS]
 
     def _check_images(self, images: Tensor) -> None:
-        if images.dtype is torch.uint8 and self._normalizes:
-            expected = True
-        else:
-            expected = images.dtype is self._params[0].dtype and not self._normalizes
-        if not expected:
+        dtype, dims = images.dtype, images.dim()
+        if dtype is not (torch.uint8 if self._normalizes else self._params[0].dtype):
             dtypes = "uint8, as normalize is given" if self._normalizes else self._params[0].dtype
             hint = "" if self._normalizes else "; for uint8 give TrainStep normalize=(mean, std)"
-            _refuse(f"images: expected {dtypes}, got {images.dtype}{hint}")
-        dims = images.dim()
+            _refuse(f"images: expected {dtypes}, got {dtype}{hint}")
         if dims != 2 and not (self._flattens and dims > 2):
             shape = "[n, ...]" if self._flattens else "[n, in_features], as model does not flatten"
             _refuse(f"images: expected {shape}, got {list(images.shape)}")
-        if images.device.type != "cpu" or type(images) is not Tensor or images.requires_grad:
+        if not images.is_cpu or type(images) is not Tensor or images.requires_grad:
             _refuse(
                 "images: expected a plain tensor on the CPU that needs no gradient: call "
                 "images.detach().cpu()"
