@@ -65,7 +65,7 @@ def main() -> None:
     accuracies, times = zip(*runs, strict=True)
     print(
         f"mean of {len(runs)} seeds: {statistics.mean(accuracies):.2f} %, "
-        f"{statistics.mean(times):.2f} s of training"
+        f"{statistics.median(times):.2f} s of training (median)"
     )
 
 
