@@ -5,10 +5,12 @@
 
 Step: zero_grad, forward, criterion, backward, step of the 784-128-64-10 model on batches that lie
 ready in memory. Contestants: PyTorch eager; the same with model and loss under torch.compile, also
-with max-autotune; JAX, a whole run of steps jit-compiled with lax.scan, its fastest form; and the
-model after `mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`. All start from the same weights and see
-the same batches; their losses are compared before anything is timed. They take turns; each turn
-gives one ratio.
+with max-autotune; JAX, a whole run of steps jit-compiled with lax.scan, its fastest form; the
+model after `mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`; and `mnist_ext.TrainStep`, one native
+call per step, or with `epoch` one for many. All start from the same weights and see the same
+batches; their losses are compared before anything is timed. They take turns; each turn gives one
+ratio to the swapped model and one to TrainStep. The share of the limit: the step's arithmetic
+against that of PyTorch's product of two 1024x1024 matrices, in the same turns.
 
 Parts: where the time of a step goes, in eager and in ours; and in our kernels alone, called as ops
 without modules, autograd and optimizer around them.
@@ -56,6 +58,8 @@ STEP_COLUMNS = {
     "ratio": ">7.2f",
     "ratio_p20": ">9.2f",
     "ratio_p80": ">9.2f",
+    "to_one_call": ">11.2f",
+    "of_limit": ">8.0%",
 }
 
 
@@ -86,6 +90,46 @@ class Loop:
         return losses
 
 
+class OneCall:
+    """The same with `TrainStep`: a call per step, or `epoch` for all."""
+
+    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: bool):
+        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        self.step = mnist_ext.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+        self.batches = list(zip(images, labels, strict=True))
+        self.images, self.labels = images.flatten(0, 1), labels.flatten()
+        self.epoch = epoch
+
+    def run(self, steps: int) -> list[torch.Tensor] | None:
+        number = len(self.batches)
+        if not self.epoch:
+            return [self.step(*self.batches[i % number]) for i in range(steps)]
+        size = len(self.labels) // number
+        while steps > 0:
+            images = min(steps, number) * size
+            self.step.epoch(self.images[:images], self.labels[:images], size)
+            steps -= number
+        return None
+
+
+def arithmetic(batch_size: int) -> float:
+    """Return the floating-point operations of one step: no gradient of the images."""
+    weights = [784 * 128, 128 * 64, 64 * 10]
+    return 2.0 * batch_size * (3 * sum(weights) - weights[0])
+
+
+class MatrixProduct:
+    """What PyTorch reaches on matrices large enough: the limit."""
+
+    side = 1024
+
+    def __init__(self) -> None:
+        self.a, self.b = torch.randn(2, self.side, self.side)
+
+    def run(self, steps: int) -> None:
+        torch.mm(self.a, self.b)
+
+
 def time_step(table: Table, batch_size: int, activation: str) -> None:
     torch.manual_seed(0)
     model = mlp(activation=activation)
@@ -111,10 +155,13 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
         "compile max-autotune": loop(torch.optim.SGD, compiled={"mode": "max-autotune"}),
         **jax_peers.training(model, images, labels, LEARNING_RATE),
         "ours": loop(mnist_ext.optim.SGD, swapped=True),
+        "ours TrainStep": OneCall(copy.deepcopy(model), images, labels, epoch=False),
+        "ours epoch": OneCall(copy.deepcopy(model), images, labels, epoch=True),
+        "matrix product": MatrixProduct(),
     }
     expected = torch.tensor(contestants["torch"].run(30))
     for name, contestant in contestants.items():
-        if name != "torch":
+        if name not in ("torch", "ours epoch", "matrix product"):
             found = torch.tensor([float(loss) for loss in contestant.run(30)])
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -122,7 +169,10 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
     steps = max(1, round(SECONDS_PER_TURN / per_step))
     runs = {name: lambda c=c: c.run(steps) for name, c in contestants.items()}
     times = take_turns(runs, TURNS, seconds_per_turn=0)  # one call is a turn's worth
+    products = steps * arithmetic(batch_size) / (2 * MatrixProduct.side**3)
     for name in contestants:
+        if name == "matrix product":
+            continue
         low, middle, high = (value / steps * 1e6 for value in times.percentiles(name))
         ratio = times.ratio(name, "ours")
         table.add(
@@ -136,6 +186,8 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
             ratio=ratio[1],
             ratio_p20=ratio[0],
             ratio_p80=ratio[2],
+            to_one_call=times.ratio(name, "ours TrainStep")[1],
+            of_limit=products * times.ratio("matrix product", name)[1],
         )
 
 

@@ -293,6 +293,12 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
         choices=IMPLEMENTATIONS,
         help=f"operators of this package, or PyTorch's for comparison (default: {default.impl})",
     )
+    add(
+        "--one-call",
+        action="store_true",
+        help="run many training steps per native call (mnist_ext.TrainStep); only with --impl ext "
+        "on the CPU",
+    )
     add("--device", metavar="DEVICE", help=f"cpu, cuda or cuda:N (default: {default.device})")
     add(
         "--seed",
@@ -333,6 +339,8 @@ def _train_config(args: argparse.Namespace) -> TrainConfig:
     config = TrainConfig(**{**RECIPES[recipe], **given})
     if config.nesterov and config.momentum == 0:
         raise UserError("--nesterov needs a --momentum above 0; add one or --no-nesterov")
+    if config.one_call and (config.impl != "ext" or config.device != "cpu"):
+        raise UserError("--one-call needs --impl ext and --device cpu; leave it out")
     return config
 
 

@@ -13,6 +13,7 @@ from mnist_ext.data import Dataset, Split, batches
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
 from mnist_ext.nn import swap
+from mnist_ext.train_step import TrainStep
 
 IMPLEMENTATIONS = ("ext", "torch")
 SCHEDULERS = ("none", "onecycle")
@@ -43,6 +44,7 @@ class TrainConfig:
         activation: one of ``mnist_ext.models.ACTIVATIONS``.
         hidden: the width of each hidden layer.
         impl: ``ext`` for the operators of this package, ``torch`` for PyTorch's.
+        one_call: run many steps per native call, with ``mnist_ext.TrainStep``; needs ``ext``.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         seed: determines the initial weights and the order of the images.
         threads: CPU threads; None leaves PyTorch's choice.
@@ -64,6 +66,7 @@ class TrainConfig:
     activation: str = "none"
     hidden: tuple[int, ...] = (128, 64)
     impl: str = "ext"
+    one_call: bool = False
     device: str = "cpu"
     seed: int = 0
     threads: int | None = None
@@ -169,6 +172,19 @@ def build(config: TrainConfig, device: torch.device) -> tuple[nn.Module, nn.Modu
     return model, criterion
 
 
+class _Rates:
+    """The learning rates of an epoch: steps the scheduler, if any; keeps the last step's rate."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.last = 0.0
+
+    def step(self) -> None:
+        self.last = self._optimizer.param_groups[0]["lr"]
+        if self._scheduler is not None:
+            self._scheduler.step()
+
+
 def train(
     model: nn.Module,
     criterion: nn.Module,
@@ -183,7 +199,7 @@ def train(
         criterion: maps logits and int64 labels [n] to the mean loss of the batch.
         config: the settings.
         dataset: the training and test set.
-        progress: wraps the batches of an epoch to show progress.
+        progress: wraps the batches of an epoch to show progress; not with ``one_call``.
 
     Yields:
         The metrics of each epoch, as soon as it is over.
@@ -206,28 +222,39 @@ def train(
             optimizer, config.lr, total_steps=steps * config.epochs, cycle_momentum=False
         )
     generator = torch.Generator().manual_seed(config.seed)
+    normalize = dataset.mean, dataset.std
+    step = TrainStep(model, criterion, optimizer, normalize=normalize) if config.one_call else None
 
     for epoch in range(1, config.epochs + 1):
         started = time.perf_counter()
-        epoch_batches: Iterable[Batch] = batches(
-            train_split, config.batch_size, dataset.mean, dataset.std, generator
-        )
-        if progress is not None:
-            epoch_batches = progress(epoch_batches, epoch, steps)
-
         model.train()
-        # Summed up on the device: reading every loss would make a GPU wait at every step.
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for images, labels in epoch_batches:
-            optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            loss_sum.add_(loss.detach(), alpha=len(labels))
-        train_loss = loss_sum.item() / len(train_split)
+        if step is not None:
+            # The order that `batches` would draw.
+            order = torch.randperm(len(train_split), generator=generator)
+            rates = _Rates(optimizer, scheduler)
+            train_loss = step.epoch(
+                train_split.images, train_split.labels, config.batch_size, order, rates
+            )
+            lr = rates.last
+        else:
+            epoch_batches: Iterable[Batch] = batches(
+                train_split, config.batch_size, dataset.mean, dataset.std, generator
+            )
+            if progress is not None:
+                epoch_batches = progress(epoch_batches, epoch, steps)
+
+            # Summed up on the device: reading every loss would make a GPU wait at every step.
+            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+            for images, labels in epoch_batches:
+                optimizer.zero_grad()
+                loss = criterion(model(images), labels)
+                loss.backward()
+                lr = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+                loss_sum.add_(loss.detach(), alpha=len(labels))
+            train_loss = loss_sum.item() / len(train_split)
         trained = time.perf_counter()
 
         test_loss, test_accuracy = evaluate(model, criterion, test_split, dataset.mean, dataset.std)

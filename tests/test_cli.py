@@ -208,6 +208,7 @@ class TestWrongUse:
             (["train", "--momentum", "1.5"], ["--momentum", "'1.5'"]),
             (["train", "--weight-decay", "-1"], ["--weight-decay", "'-1'"]),
             (["train", "--nesterov"], ["--nesterov", "--momentum"]),
+            (["train", "--one-call", "--impl", "torch"], ["--one-call", "--impl ext"]),
             (["train", "--hidden", "128,,64"], ["--hidden", "'128,,64'"]),
             (["train", "--hidden", "0"], ["--hidden", "'0'"]),
             (["train", "--hidden", "2000000000,2000000000"], ["--hidden"]),

@@ -48,7 +48,8 @@ def test_nothing_that_counts_is_spilled():
     In float64 the common case may spill a little: it is held to two blocks at once as the others
     are, with registers of twice the size.
     """
-    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump("-res-usage"))
+    line = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
+    usage = re.findall(line, dump("-res-usage"))
     assert len(usage) >= 12
     for kernel, registers, stack, local in usage:
         limit = 160 if "kernelId" in kernel else 80

@@ -180,3 +180,15 @@ def test_best_recipe_on_mnist(mnist):
     last = run(TrainConfig(**RECIPES["best"]), mnist)[-1]
     assert last.epoch <= 10
     assert last.test_accuracy >= 98.3
+
+
+class TestOneCall:
+    @pytest.mark.parametrize("recipe", ["tutorial", "best"])
+    def test_same_run(self, digits, recipe):
+        """The same batches in the same order: losses and accuracies of the ordinary loop."""
+        config = TrainConfig(**{**RECIPES[recipe], "epochs": 3})
+        ordinary = run(config, digits)
+        for ours, theirs in zip(run(replace(config, one_call=True), digits), ordinary, strict=True):
+            assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
+            assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-3)
+            assert ours.lr == theirs.lr

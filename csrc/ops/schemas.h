@@ -47,6 +47,17 @@ void define_ops(Library& m) {
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
+
+  // Steps of SGD on a multilayer perceptron; returns their losses [steps]. The examples are those that `order` names,
+  // or all, batch_size to a step. params: the weight of each layer, followed by its bias where it has one;
+  // momentum_buffers: none at all, or one for each (empty for those without). layers: 1 (has a bias) + 2 (ReLU).
+  // groups: for each parameter its group, -1 if it is frozen, and 1 if its buffer holds nothing yet, else 0. options:
+  // momentum, dampening, weight_decay, nesterov, maximize of each group. lr: of each step, of each group. A number of
+  // uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. A wrong call changes nothing.
+  m.def(
+      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, Tensor(a!)[] params, "
+      "Tensor(b!)[] momentum_buffers, int[] layers, int[] groups, float[] options, float[] lr, float scale, "
+      "float shift, Tensor? class_weight, int ignore_index, float label_smoothing, int reduction) -> Tensor");
 }
 
 }  // namespace mnist_ext::ops

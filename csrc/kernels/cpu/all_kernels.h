@@ -6,16 +6,22 @@
 #include "linear_half.h"
 #include "linear_impl.h"
 #include "sgd_impl.h"
+#include "train_step_impl.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
 template <class T>
 constexpr KernelsOf<T> kernels_of() {
   if constexpr (is_half<T>) {
-    return {linear_forward_half<T>, linear_backward_half<T>, cross_entropy_forward<T>, cross_entropy_backward<T>,
-            sgd_step<T>};
+    return {linear_forward_half<T>,
+            linear_backward_half<T>,
+            cross_entropy_forward<T>,
+            cross_entropy_backward<T>,
+            sgd_step<T>,
+            nullptr};
   } else {
-    return {linear_forward<T>, linear_backward<T>, cross_entropy_forward<T>, cross_entropy_backward<T>, sgd_step<T>};
+    return {linear_forward<T>,         linear_backward<T>, cross_entropy_forward<T>,
+            cross_entropy_backward<T>, sgd_step<T>,        train_steps<T>};
   }
 }
 

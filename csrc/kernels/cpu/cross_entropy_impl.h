@@ -8,26 +8,38 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
-// Forward, backward, or one after the other for each part of the problem; either may be null.
+// Matrices of logits are divided among threads in pieces of so many rows.
+template <class T>
+int64_t rows_together(const CrossEntropyProblem<T>& p) {
+  const bool together = p.kind == TargetKind::indices && p.classes <= kShortRow<T> && p.batch >= kShortRowsFrom;
+  return together ? Register<T>::width : 1;
+}
+
+// This thread's share: forward, backward, or one after the other for each part of it.
+template <class T>
+void cross_entropy_part(const StripWork<T>& work, int thread, int count) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  if (p.positions != 1) {
+    do_columns(work, thread, count);
+  } else if (rows_together(p) > 1) {
+    do_short_rows(work, thread, count);
+  } else {
+    const Range rows = split(p.batch, 1, thread, count);
+    for (int64_t row = rows.begin; row < rows.end; ++row) do_row(work.forward, work.backward, work.q, work.scales, row);
+  }
+}
+
+// Forward, backward, or both; either may be null.
 template <class T>
 void cross_entropy(const CrossEntropyProblem<T>& p, const CrossEntropyForward<T>* forward,
                    const CrossEntropyBackward<T>* backward, int threads) {
   const Coefficients<T> q(p);
   const GradientScale<T> scales(backward);
-  const bool indexed = p.kind == TargetKind::indices;
   const StripWork<T> work = {forward, backward, p, q, scales};
   const double logits =
       static_cast<double>(p.batch) * static_cast<double>(p.classes) * static_cast<double>(p.positions);
-  parallel(threads_for(logits, kCrossEntropyGrain, threads), [&](int thread, int count) {
-    if (p.positions != 1) {
-      do_columns(work, thread, count);
-    } else if (indexed && p.classes <= kShortRow<T> && p.batch >= kShortRowsFrom) {
-      do_short_rows(work, thread, count);
-    } else {
-      const Range rows = split(p.batch, 1, thread, count);
-      for (int64_t row = rows.begin; row < rows.end; ++row) do_row(forward, backward, q, scales, row);
-    }
-  });
+  parallel(threads_for(logits, kCrossEntropyGrain, threads),
+           [&](int thread, int count) { cross_entropy_part(work, thread, count); });
 }
 
 template <class T>

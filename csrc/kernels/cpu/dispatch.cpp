@@ -102,6 +102,11 @@ void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& opti
   kernels<T>().sgd_step(tensors, count, options, threads);
 }
 
+template <class T>
+int64_t train_steps(const TrainSteps<T>& args, int threads) {
+  return kernels<T>().train_steps(args, threads);
+}
+
 template void linear_forward(const LinearForward<float>&, int);
 template void linear_forward(const LinearForward<double>&, int);
 template void linear_forward(const LinearForward<BFloat16>&, int);
@@ -122,5 +127,7 @@ template void sgd_step(const SgdTensor<float>*, int64_t, const SgdOptions&, int)
 template void sgd_step(const SgdTensor<double>*, int64_t, const SgdOptions&, int);
 template void sgd_step(const SgdTensor<BFloat16>*, int64_t, const SgdOptions&, int);
 template void sgd_step(const SgdTensor<Float16>*, int64_t, const SgdOptions&, int);
+template int64_t train_steps(const TrainSteps<float>&, int);
+template int64_t train_steps(const TrainSteps<double>&, int);
 
 }  // namespace mnist_ext

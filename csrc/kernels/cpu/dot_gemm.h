@@ -98,29 +98,59 @@ template <class T>
 inline constexpr int64_t kDotDepth = 8192 / sizeof(T);
 inline constexpr double kDotGrain = 250e3;  // multiply-adds that are worth a thread of their own
 
+// Asks for the part-th of `parts` pieces of these rows.
+template <class T>
+void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const Range share = split(depth, line, part, parts);
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t p = share.begin; p < share.end; p += line) __builtin_prefetch(rows + r * stride + p);
+  }
+}
+
+// All rows of C by the given columns, on the calling thread.
+template <class T>
+void dot_gemm_part(const DotGemm<T>& g, Range columns) {
+  const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
+  const int64_t column_tiles = (columns.size() + kDotColumns - 1) / kDotColumns;
+  const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
+  for (int64_t part = 0; part < parts; ++part) {
+    const Range depth = split(g.depth, Vec<T>::width, part, parts);
+    const auto tile = [&](Range r, int64_t column) {
+      const int64_t rest = columns.end - column;
+      dot_tile(g, r.begin, r.size(), column, rest < kDotColumns ? rest : kDotColumns, depth);
+    };
+    const int64_t row_bytes = (depth.size() < 1 ? 1 : depth.size()) * static_cast<int64_t>(sizeof(T));
+    if (columns.size() * row_bytes <= kDotBlockBytes) {
+      // The rows of W stay in the second-level cache. Each tile of X is read from memory once, while the one before it
+      // is multiplied.
+      for (int64_t i = 0; i < row_tiles; ++i) {
+        const Range r = split(g.rows, 1, i, row_tiles), next = split(g.rows, 1, i + 1, row_tiles);
+        for (int64_t j = 0; j < column_tiles; ++j) {
+          if (i + 1 < row_tiles) {
+            prefetch_rows(g.x + next.begin * g.x_row + depth.begin, g.x_row, next.size(), depth.size(), j,
+                          column_tiles);
+          }
+          tile(r, columns.begin + j * kDotColumns);
+        }
+      }
+      continue;
+    }
+    const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = fitting < 1 ? 1 : fitting;
+    for (int64_t begin = 0; begin < row_tiles; begin += block) {
+      const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
+      for (int64_t j = 0; j < column_tiles; ++j) {
+        for (int64_t i = begin; i < end; ++i) tile(split(g.rows, 1, i, row_tiles), columns.begin + j * kDotColumns);
+      }
+    }
+  }
+}
+
 template <class T>
 void dot_gemm(const DotGemm<T>& g, int threads) {
   const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
-  parallel(threads_for(work, kDotGrain, threads), [&](int thread, int count) {
-    const Range columns = split(g.columns, kDotColumns, thread, count);
-    const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
-    const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
-    for (int64_t part = 0; part < parts; ++part) {
-      const Range depth = split(g.depth, Vec<T>::width, part, parts);
-      const int64_t row_bytes = (depth.size() < 1 ? 1 : depth.size()) * static_cast<int64_t>(sizeof(T));
-      const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = fitting < 1 ? 1 : fitting;
-      for (int64_t begin = 0; begin < row_tiles; begin += block) {
-        const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
-        for (int64_t column = columns.begin; column < columns.end; column += kDotColumns) {
-          const int64_t n = columns.end - column < kDotColumns ? columns.end - column : kDotColumns;
-          for (int64_t i = begin; i < end; ++i) {
-            const Range r = split(g.rows, 1, i, row_tiles);
-            dot_tile(g, r.begin, r.size(), column, n, depth);
-          }
-        }
-      }
-    }
-  });
+  parallel(threads_for(work, kDotGrain, threads),
+           [&](int thread, int count) { dot_gemm_part(g, split(g.columns, kDotColumns, thread, count)); });
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -67,9 +67,8 @@ MNIST_EXT_INLINE Vec<T> load_column(const T* row, int v, int last) {
 }
 
 template <class T, int R, int N, bool partial>
-void compute_tile(const Tile<T>& t) {
+MNIST_EXT_INLINE void accumulate_tile(const Tile<T>& t, Vec<T> (&acc)[R][N]) {
   using V = Vec<T>;
-  V acc[R][N] = {};
   const T* a[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = t.a + r * t.a_row;
@@ -86,6 +85,13 @@ void compute_tile(const Tile<T>& t) {
     }
     b += t.b_depth;
   }
+}
+
+template <class T, int R, int N, bool partial>
+void compute_tile(const Tile<T>& t) {
+  using V = Vec<T>;
+  V acc[R][N] = {};
+  accumulate_tile<T, R, N, partial>(t, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
@@ -103,35 +109,49 @@ void compute_tile(const Tile<T>& t) {
   }
 }
 
-template <class T, int R, int N>
-void compute_tile_of(const Tile<T>& t) {
-  if (t.last == Vec<T>::width) {
-    compute_tile<T, R, N, false>(t);
-  } else {
-    compute_tile<T, R, N, true>(t);
+// The shape of a tile, known to the compiler.
+template <int R, int N, bool partial>
+struct TileShape {
+  static constexpr int rows = R, vectors = N;
+  static constexpr bool is_partial = partial;
+};
+
+// Calls body(TileShape) for a tile of so many rows and vectors, the last of which has `last` lanes.
+template <class T, int R, class Body>
+MNIST_EXT_INLINE void with_tile_vectors(int vectors, int last, const Body& body) {
+  const auto with = [&](auto n) __attribute__((always_inline)) {
+    constexpr int N = decltype(n)::value;
+    if (last == Vec<T>::width) {
+      body(TileShape<R, N, false>{});
+    } else {
+      body(TileShape<R, N, true>{});
+    }
+  };
+  if constexpr (kTileVectors == 4) {
+    if (vectors == 4) return with(std::integral_constant<int, 4>{});
+    if (vectors == 3) return with(std::integral_constant<int, 3>{});
   }
+  if (vectors == 2) return with(std::integral_constant<int, 2>{});
+  with(std::integral_constant<int, 1>{});
 }
 
-template <class T, int R>
-void compute_tile_rows(const Tile<T>& t, int vectors) {
-  if constexpr (kTileVectors == 4) {
-    if (vectors == 4) return compute_tile_of<T, R, 4>(t);
-    if (vectors == 3) return compute_tile_of<T, R, 3>(t);
+template <class T, class Body>
+MNIST_EXT_INLINE void with_tile_shape(int rows, int vectors, int last, const Body& body) {
+  switch (rows) {
+    case 1: return with_tile_vectors<T, 1>(vectors, last, body);
+    case 2: return with_tile_vectors<T, 2>(vectors, last, body);
+    case 3: return with_tile_vectors<T, 3>(vectors, last, body);
+    case 4: return with_tile_vectors<T, 4>(vectors, last, body);
+    case 5: return with_tile_vectors<T, 5>(vectors, last, body);
+    default: return with_tile_vectors<T, 6>(vectors, last, body);
   }
-  if (vectors == 2) return compute_tile_of<T, R, 2>(t);
-  compute_tile_of<T, R, 1>(t);
 }
 
 template <class T>
 void compute_tile(const Tile<T>& t, int rows, int vectors) {
-  switch (rows) {
-    case 1: return compute_tile_rows<T, 1>(t, vectors);
-    case 2: return compute_tile_rows<T, 2>(t, vectors);
-    case 3: return compute_tile_rows<T, 3>(t, vectors);
-    case 4: return compute_tile_rows<T, 4>(t, vectors);
-    case 5: return compute_tile_rows<T, 5>(t, vectors);
-    default: return compute_tile_rows<T, 6>(t, vectors);
-  }
+  with_tile_shape<T>(rows, vectors, t.last, [&](auto s) __attribute__((always_inline)) {
+    compute_tile<T, s.rows, s.vectors, s.is_partial>(t);
+  });
 }
 
 // A vector's width of columns, of which `columns` exist, each contiguous along `depth`: into [depth][kTileColumns], in

@@ -5,6 +5,7 @@
 #include "../cross_entropy.h"
 #include "../linear.h"
 #include "../sgd.h"
+#include "../train_step.h"
 
 namespace mnist_ext {
 
@@ -15,6 +16,7 @@ struct KernelsOf {
   int64_t (*cross_entropy_forward)(const CrossEntropyForward<T>&, int threads);
   int64_t (*cross_entropy_backward)(const CrossEntropyBackward<T>&, int threads);
   void (*sgd_step)(const SgdTensor<T>*, int64_t count, const SgdOptions&, int threads);
+  int64_t (*train_steps)(const TrainSteps<T>&, int threads);  // null for bfloat16 and float16
 };
 
 struct KernelTable : KernelsOf<float>, KernelsOf<double>, KernelsOf<BFloat16>, KernelsOf<Float16> {};

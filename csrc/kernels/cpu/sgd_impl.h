@@ -20,34 +20,53 @@ MNIST_EXT_INLINE Register<T> rounded(Register<T> x) {
   }
 }
 
+// The update of a vector of parameters.
 template <class T>
-void sgd_range(const SgdTensor<T>& t, const SgdOptions& options, Range range) {
+struct SgdUpdate {
   using A = ComputeType<T>;
   using V = Register<T>;
+
+  const SgdOptions& options;
+  V minus_lr, weight_decay, of_gradient, nesterov, momentum;
+
+  explicit SgdUpdate(const SgdOptions& o)
+      : options(o),
+        minus_lr(alpha(-o.lr)),
+        weight_decay(alpha(o.weight_decay)),
+        of_gradient(alpha(1 - o.dampening)),
+        nesterov(alpha(o.momentum)),
+        momentum(V::broadcast(static_cast<A>(o.momentum))) {}
+
   // PyTorch's add rounds its alpha to T, its mul does not round its factor.
-  const auto alpha = [](double x) {
+  static V alpha(double x) {
     T rounded_alpha;
     store_one(&rounded_alpha, static_cast<A>(x));
     return V::broadcast(load_one(&rounded_alpha));
-  };
-  const V minus_lr = alpha(-options.lr), weight_decay = alpha(options.weight_decay);
-  const V of_gradient = alpha(1 - options.dampening), nesterov = alpha(options.momentum);
-  const V momentum = V::broadcast(static_cast<A>(options.momentum));
-  T* param = t.param + range.begin;
-  const T* grad = t.grad + range.begin;
-  T* buffer = t.momentum_buffer ? t.momentum_buffer + range.begin : nullptr;
-  for_each_vector<T>(range.size(), [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V p = load(param + i, lanes);
-    V g = load(grad + i, lanes);
+  }
+
+  // The first `lanes` of param and buffer, which may be null, from their gradient.
+  MNIST_EXT_INLINE void operator()(T* param, V g, T* buffer, int lanes) const {
+    const V p = load(param, lanes);
     if (options.maximize) g = g * V::broadcast(A(-1));
     if (options.weight_decay != 0) g = rounded<T>(fma(p, weight_decay, g));
     if (buffer) {
       V b = g;
-      if (!options.first_step) b = rounded<T>(fma(g, of_gradient, rounded<T>(load(buffer + i, lanes) * momentum)));
-      store(buffer + i, b, lanes);
+      if (!options.first_step) b = rounded<T>(fma(g, of_gradient, rounded<T>(load(buffer, lanes) * momentum)));
+      store(buffer, b, lanes);
       g = options.nesterov ? rounded<T>(fma(b, nesterov, g)) : b;
     }
-    store(param + i, fma(g, minus_lr, p), lanes);
+    store(param, fma(g, minus_lr, p), lanes);
+  }
+};
+
+template <class T>
+void sgd_range(const SgdTensor<T>& t, const SgdOptions& options, Range range) {
+  const SgdUpdate<T> update(options);
+  T* param = t.param + range.begin;
+  const T* grad = t.grad + range.begin;
+  T* buffer = t.momentum_buffer ? t.momentum_buffer + range.begin : nullptr;
+  for_each_vector<T>(range.size(), [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    update(param + i, load(grad + i, lanes), buffer ? buffer + i : nullptr, lanes);
   });
 }
 

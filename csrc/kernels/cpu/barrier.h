@@ -1,0 +1,41 @@
+// Where the threads of one parallel region wait for each other.
+#pragma once
+
+#include <sched.h>
+
+#include "vec.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+// Spins, as the phases of a training step last microseconds; after a while it lets other processes have the core, which
+// may be what the last thread waits for. (Not std::atomic, whose functions the linker could take from another
+// instruction set's file.)
+class SpinBarrier {
+ public:
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == threads) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
+      if (spins < kSpins) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      } else {
+        sched_yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 4096;
+
+  alignas(64) int arrived_ = 0;
+  alignas(64) int phase_ = 0;
+};
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,0 +1,479 @@
+"""A training step of a multilayer perceptron in one native call."""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _global_hooks
+from torch.optim import optimizer as _global_optimizer_hooks
+
+from mnist_ext import nn as _ours
+from mnist_ext import optim
+
+_train_steps = torch.ops.mnist_ext.train_steps.default
+_set_grad_enabled = torch._C._set_grad_enabled
+_increment_version = torch.autograd.graph.increment_version
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_options_of = operator.itemgetter(*_OPTIONS)
+_LINEARS = (nn.Linear, _ours.Linear)
+_CRITERIA = (nn.CrossEntropyLoss, _ours.CrossEntropyLoss)
+_OPTIMIZERS = (torch.optim.SGD, optim.SGD)
+_BIAS, _RELU = 1, 2  # of a layer, as the op takes them
+_FROZEN = -1  # in place of a group
+# Signals are seen between native calls. An epoch consists of calls of about this many seconds.
+_SECONDS_PER_CALL = 0.03
+
+
+class Scheduler(Protocol):
+    """What `TrainStep.epoch` wants of a learning rate scheduler."""
+
+    def step(self) -> None:
+        """Set the optimizer's learning rates for the next step."""
+
+
+class TrainStep:
+    """One step of the ordinary training loop in one native call.
+
+    ``loss = step(images, labels)`` does what these lines do, with the same numbers up to rounding::
+
+        optimizer.zero_grad()
+        loss = criterion(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    There is no autograd graph and no ``.grad``; parameters and momentum buffers are updated in
+    place, in the tensors that model and optimizer hold. State dicts, evaluation and checkpoints
+    between steps see them, and one may go on with the ordinary loop at any step. The optimizer's
+    settings are read at each step. Frozen parameters, and those that the optimizer does not hold,
+    stay as they are.
+
+    Args:
+        model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
+            or ours), each optionally followed by ``ReLU``. A ``Sequential``, or a module whose
+            forward consists of such calls. Parameters of float32 or of float64, on the CPU.
+        criterion: ``CrossEntropyLoss`` (PyTorch's or ours), reduction ``"mean"`` or ``"sum"``.
+        optimizer: ``torch.optim.SGD`` or ``mnist_ext.optim.SGD``, over parameters of model.
+        normalize: (mean, std) of the pixels on the scale 0 to 1, for images of uint8: they count as
+            ``(images / 255 - mean) / std``.
+
+    Raises:
+        ValueError: model, criterion or optimizer is none that it takes, or does more than the step
+            would do, such as hooks; the message names it. Checked again whenever it has changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        normalize: tuple[float, float] | None = None,
+    ) -> None:
+        self._model, self._criterion, self._optimizer = model, criterion, optimizer
+        self._scale, self._shift = 1.0, 0.0
+        if normalize is not None:
+            mean, std = map(float, normalize)
+            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+                _refuse(f"normalize: expected a finite mean and std > 0, got {normalize}")
+            self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._normalizes = normalize is not None
+        self._build()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train on one batch.
+
+        Args:
+            images: [n, ...] of the parameters' dtype, or of uint8 with ``normalize``; without a
+                Flatten in the model [n, in_features]. Any strides. n may differ from call to call.
+            labels: class indices [n] of int64, int32 or uint8.
+
+        Returns:
+            The loss before the update, detached.
+
+        Raises:
+            IndexError: a label is neither a class nor ``ignore_index``; nothing has been updated.
+            ValueError: the shapes or dtypes do not fit, or the model is not as it was and cannot be
+                taken any more; nothing has been updated.
+        """
+        self._check()
+        self._check_images(images)
+        return self._run(images, labels, None, 0, [float(g["lr"]) for g in self._groups])
+
+    def epoch(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        permutation: Tensor | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> float:
+        """Train on all images once, many batches to a native call.
+
+        Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer.
+
+        Args:
+            images: [n, ...], as for a step.
+            labels: class indices [n].
+            batch_size: images per step; the last step may have fewer.
+            permutation: indices of images, int64: the order in which they come; None: as they lie.
+            scheduler: its ``step`` is called after each batch. It may be ahead of the training by
+                the batches of one native call while they run.
+
+        Returns:
+            The mean loss over the images, each as it was trained on.
+
+        Raises:
+            IndexError: a label or an index is out of range; nothing has been updated.
+            ValueError: as for a step, or batch_size is not positive.
+        """
+        self._check()
+        self._check_images(images)
+        if batch_size < 1:
+            _refuse(f"epoch: batch_size: expected at least 1, got {batch_size}")
+        images = images.flatten(1)
+        self._check_labels(images, labels, permutation)
+        examples = len(images) if permutation is None else len(permutation)
+        if examples == 0:
+            return math.nan
+        total, begin, steps = 0.0, 0, 1
+        while begin < examples:
+            lrs = list(self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size))))
+            end = min(begin + len(lrs) * batch_size, examples)
+            rates = [rate for of_step in lrs for rate in of_step]
+            started = time.perf_counter()
+            if permutation is None:
+                losses = self._run(images[begin:end], labels[begin:end], None, batch_size, rates)
+            else:
+                losses = self._run(images, labels, permutation[begin:end], batch_size, rates)
+            steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
+            if self._reduction == 1:
+                losses = losses.double()
+                losses[:-1] *= batch_size
+                losses[-1] *= end - begin - (len(lrs) - 1) * batch_size
+            total += losses.sum(dtype=torch.float64).item()
+            begin = end
+            self._check()
+        return total / examples
+
+    def _schedule(self, scheduler: Scheduler | None, steps: int) -> Iterator[list[float]]:
+        """Yield the learning rates of each of so many steps, or of fewer if other options change.
+
+        The options are those of the first step: `_run` uses them.
+        """
+        for _ in range(steps):
+            yield [float(g["lr"]) for g in self._groups]
+            if scheduler is None:
+                continue
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+            scheduler.step()
+            if self._read_options() != self._options:
+                return
+
+    def _run(
+        self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, lr: list[float]
+    ) -> Tensor:
+        params, buffers, groups = self._params, self._no_buffers, self._groups_of_params
+        new: list[tuple[Tensor, Tensor]] = []
+        if self._has_momentum:
+            buffers, groups = [], groups.copy()
+            for i, param in enumerate(params):
+                group = groups[2 * i]
+                if group == _FROZEN or not self._options[len(_OPTIONS) * group]:
+                    buffers.append(self._empty)
+                    continue
+                buffer = self._optimizer.state[param].get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.empty_like(param)
+                    new.append((param, buffer))
+                    groups[2 * i + 1] = 1
+                buffers.append(buffer)
+        criterion = self._criterion
+        recording = torch.is_grad_enabled()
+        _set_grad_enabled(False)  # a quarter of what no_grad() costs
+        try:
+            loss = _train_steps(
+                images,
+                labels,
+                order,
+                batch_size,
+                params,
+                buffers,
+                self._layers,
+                groups,
+                self._options,
+                lr,
+                self._scale,
+                self._shift,
+                criterion._buffers["weight"],
+                criterion.ignore_index,
+                criterion.label_smoothing,
+                self._reduction,
+            )
+        finally:
+            _set_grad_enabled(recording)
+        for owner, buffer in new:
+            self._optimizer.state[owner]["momentum_buffer"] = buffer
+        _increment_version(self._trained + buffers)
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for LRScheduler
+        return loss
+
+    # What follows is checked at each step, and cheaply: tests of what changes nothing but what is
+    # computed, and a comparison with what the model was when it was parsed.
+
+    def _check(self) -> None:
+        if self._state() != self._parsed_state:
+            self._build()
+        self._groups = self._optimizer.param_groups
+        if any(self._hooks) or torch.is_autocast_enabled("cpu"):
+            self._refuse_hooks()
+
+    def _state(self) -> list[Any]:
+        groups = self._optimizer.param_groups
+        return [
+            *map(type, self._modules),
+            *map(len, self._dicts),  # a forward or step of the instance's own
+            *[id(child) for children in self._children for child in children.values()],
+            *[id(param) for params in self._param_dicts for param in params.values()],
+            *[p.requires_grad for p in self._params],
+            # Hooks of tensors have no dict before the first one.
+            *[p._backward_hooks or p._post_accumulate_grad_hooks for p in self._params],
+            *[linear.activation for linear in self._fused],
+            self._model.training,
+            self._criterion.reduction,
+            self._optimizer.__dict__.get("step"),
+            *[value for group in groups for value in _options_of(group)],
+            *[id(param) for group in groups for param in group["params"]],
+        ]
+
+    def _read_options(self) -> list[float]:
+        return [float(g[name]) for g in self._optimizer.param_groups for name in _OPTIONS]
+
+    def _check_images(self, images: Tensor) -> None:
+        dtype, dims = images.dtype, images.dim()
+        if dtype is not (torch.uint8 if self._normalizes else self._params[0].dtype):
+            dtypes = "uint8, as normalize is given" if self._normalizes else self._params[0].dtype
+            hint = "" if self._normalizes else "; for uint8 give TrainStep normalize=(mean, std)"
+            _refuse(f"images: expected {dtypes}, got {dtype}{hint}")
+        if dims != 2 and not (self._flattens and dims > 2):
+            shape = "[n, ...]" if self._flattens else "[n, in_features], as model does not flatten"
+            _refuse(f"images: expected {shape}, got {list(images.shape)}")
+        if not images.is_cpu or type(images) is not Tensor or images.requires_grad:
+            _refuse(
+                "images: expected a plain tensor on the CPU that needs no gradient: call "
+                "images.detach().cpu()"
+            )
+
+    def _check_labels(self, images: Tensor, labels: Tensor, permutation: Tensor | None) -> None:
+        """Refuse what is wrong anywhere in the epoch, before its first step."""
+        if labels.shape != images.shape[:1]:
+            _refuse(f"labels: expected shape {[len(images)]}, got {list(labels.shape)}")
+        chosen = labels
+        if permutation is not None:
+            if permutation.dtype is not torch.int64 or permutation.dim() != 1:
+                _refuse(
+                    "permutation: expected indices of int64 [examples], got "
+                    f"{permutation.dtype} {list(permutation.shape)}"
+                )
+            wrong = (permutation < 0) | (permutation >= len(images))
+            if wrong.any():
+                raise IndexError(
+                    f"mnist_ext.TrainStep: permutation: expected indices of {len(images)} images, "
+                    f"got {permutation[wrong][0].item()}"
+                )
+            chosen = labels[permutation]
+        classes = self._linears[-1].out_features
+        wrong = (chosen < 0) | (chosen >= classes)
+        wrong &= chosen != self._criterion.ignore_index
+        if wrong.any():
+            raise IndexError(
+                f"mnist_ext.TrainStep: labels: expected class indices in [0, {classes}) or "
+                f"ignore_index {self._criterion.ignore_index}, got {chosen[wrong][0].item()}"
+            )
+
+    def _build(self) -> None:
+        """Parse model, criterion and optimizer, or refuse them."""
+        self._modules = [*self._model.modules(), self._criterion]
+        names = {m: name or "model" for name, m in self._model.named_modules()}
+        self._names = {**names, self._criterion: "criterion"}
+        self._dicts = [m.__dict__ for m in self._modules]
+        self._children = [m._modules for m in self._modules if m._modules]
+        self._hooks: list[Any] = [
+            attributes[hooks] for attributes in self._dicts for hooks in _HOOKS
+        ]
+        self._hooks += [getattr(_global_hooks, f"_global{hooks}") for hooks in _HOOKS]
+        self._hooks += [
+            self._optimizer._optimizer_step_pre_hooks,
+            self._optimizer._optimizer_step_post_hooks,
+            _global_optimizer_hooks._global_optimizer_pre_hooks,
+            _global_optimizer_hooks._global_optimizer_post_hooks,
+        ]
+        if any(self._hooks):
+            self._refuse_hooks()
+        self._check_criterion()
+        self._parse_model()
+        self._parse_optimizer()
+        self._empty = torch.empty(0)
+        self._no_buffers: list[Tensor] = []
+        self._param_dicts = [linear._parameters for linear in self._linears]
+        self._fused = [m for m in self._linears if isinstance(m, _ours.Linear)]
+        self._parsed_state = self._state()
+
+    def _refuse_hooks(self) -> NoReturn:
+        for module in self._modules:
+            for hooks in _HOOKS:
+                if getattr(module, hooks):
+                    _refuse(
+                        f"{self._names[module]} ({type(module).__name__}) has {hooks[1:]}, which "
+                        "would not run: remove them, or train with the ordinary loop"
+                    )
+        if torch.is_autocast_enabled("cpu"):
+            _refuse("autocast is on, which would change the dtypes: leave it for TrainStep")
+        _refuse(
+            "optimizer has step hooks, or hooks of all modules or optimizers are registered, which "
+            "would not run: remove them, or train with the ordinary loop"
+        )
+
+    def _check_criterion(self) -> None:
+        criterion = self._criterion
+        if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
+            _refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
+        if criterion.reduction not in ("mean", "sum"):
+            _refuse(f'criterion: expected reduction "mean" or "sum", got {criterion.reduction!r}')
+        self._reduction = 1 if criterion.reduction == "mean" else 2
+
+    def _parse_model(self) -> None:
+        self._flattens = False
+        self._linears: list[nn.Linear] = []
+        relus: list[bool] = []
+        for module in _called_modules(self._model, self._names):
+            where = f"{self._names[module]} ({type(module).__name__})"
+            if "forward" in module.__dict__:
+                _refuse(f"{where}: its forward was replaced: restore it")
+            if type(module) is nn.Flatten and not self._linears:
+                if (module.start_dim, module.end_dim) != (1, -1):
+                    _refuse(f"{where}: expected Flatten(start_dim=1, end_dim=-1), got {module}")
+                self._flattens = True
+            elif isinstance(module, nn.Linear) and type(module) in _LINEARS:
+                self._linears.append(module)
+                relus.append(getattr(module, "activation", "none") == "relu")
+            elif type(module) is nn.ReLU and self._linears:
+                relus[-1] = True
+            elif type(module) is not nn.Identity:
+                hint = "remove it, or train with the ordinary loop"
+                if torch.nn.utils.parametrize.is_parametrized(module):
+                    hint = "it is parametrized: call remove_parametrizations first"
+                _refuse(f"{where}: expected Flatten first, then Linear and ReLU; {hint}")
+        if not self._linears:
+            _refuse("model: expected at least one Linear, got none")
+        self._params: list[nn.Parameter] = []
+        self._layers = []
+        for i, linear in enumerate(self._linears):
+            for name in ("weight", "bias"):
+                self._add_parameter(linear, name)
+            if i > 0 and linear.in_features != self._linears[i - 1].out_features:
+                _refuse(
+                    f"{self._names[linear]}: expected in_features to be the layer's before, "
+                    f"{self._linears[i - 1].out_features}, got {linear.in_features}"
+                )
+            self._layers.append((linear.bias is not None) * _BIAS + relus[i] * _RELU)
+
+    def _add_parameter(self, linear: nn.Linear, name: str) -> None:
+        where = f"{self._names[linear]}.{name}"
+        param = linear._parameters.get(name, False)
+        if param is None and name == "bias":
+            return
+        if type(param) is not nn.Parameter:
+            _refuse(f"{where}: expected a torch.nn.Parameter, got {type(param).__name__}")
+        if any(param is other for other in self._params):
+            _refuse(f"{where} is shared with another layer: give each layer its own")
+        first = self._params[0] if self._params else param
+        if (
+            param.device.type != "cpu"
+            or param.dtype not in (torch.float32, torch.float64)
+            or param.dtype is not first.dtype
+            or not param.is_contiguous()
+            or param.numel() == 0
+        ):
+            _refuse(
+                f"{where}: expected a contiguous tensor on the CPU, not empty, of float32 or of "
+                f"float64 as all others, got {list(param.shape)} {param.dtype} on {param.device}"
+            )
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            _refuse(f"{where} has hooks, which would not run: remove them")
+        self._params.append(param)
+
+    def _parse_optimizer(self) -> None:
+        optimizer = self._optimizer
+        step = optimizer.__dict__.get("step")
+        if type(optimizer) not in _OPTIMIZERS:
+            _refuse(f"optimizer: expected torch.optim.SGD, got {type(optimizer).__name__}")
+        if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
+            _refuse("optimizer: its step was replaced: restore it")
+        self._groups = optimizer.param_groups
+        group_of: dict[int, int] = {}
+        known = {id(p) for p in self._params}
+        for number, group in enumerate(self._groups):
+            if group["differentiable"]:
+                _refuse(f"optimizer: group {number} is differentiable: leave that off")
+            for i, param in enumerate(group["params"]):
+                group_of[id(param)] = number
+                if id(param) not in known:
+                    _refuse(
+                        f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
+                        "to no layer of model: give the optimizer model.parameters()"
+                    )
+        self._options = self._read_options()
+        self._has_momentum = any(group["momentum"] for group in self._groups)
+        self._groups_of_params: list[int] = []
+        self._trained: list[Tensor] = []
+        for param in self._params:
+            of_param = group_of.get(id(param), _FROZEN) if param.requires_grad else _FROZEN
+            self._groups_of_params += [of_param, 0]
+            if of_param != _FROZEN:
+                self._trained.append(param)
+        if not self._trained:
+            _refuse("model: every parameter is frozen or unknown to the optimizer")
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in _LINEARS or super().is_leaf_module(m, module_qualified_name)
+
+
+def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:
+    """Return the modules that model calls, one after the other, or refuse it."""
+    for module, name in names.items():
+        if isinstance(module, nn.Sequential) and "forward" in module.__dict__:
+            _refuse(f"{name} ({type(module).__name__}): its forward was replaced: restore it")
+    if type(model) in (*_LINEARS, nn.Flatten, nn.ReLU):
+        return [model]
+    try:
+        nodes = list(_Tracer().trace(model).nodes)
+    except Exception as error:
+        raise ValueError(
+            f"mnist_ext.TrainStep: model ({type(model).__name__}): expected a forward that calls "
+            f"Flatten, Linear and ReLU modules one after the other; following it failed: {error}"
+        ) from error
+    modules = []
+    before = nodes[0]
+    for node in nodes[1:]:
+        if node.kwargs or node.args != (before,) or node.op not in ("call_module", "output"):
+            _refuse(
+                f"model ({type(model).__name__}): expected a forward that calls Flatten, Linear "
+                f"and ReLU modules one after the other, and does nothing else, found {node}"
+            )
+        if node.op == "call_module":
+            modules.append(model.get_submodule(str(node.target)))
+        before = node
+    return modules
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"mnist_ext.TrainStep: {message}")
