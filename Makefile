@@ -7,7 +7,7 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest bench bench-kernels lint format clean
+.PHONY: help install train test test-oldest bench bench-kernels gpu lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,24 @@ bench: install  ## time training, ours against PyTorch
 
 bench-kernels: install  ## time each kernel, ours against PyTorch
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
+
+# With the Python at hand instead of .venv, so that it works on a GPU machine without a network; that Python has torch,
+# setuptools, ninja, pybind11, numpy, pytest, expecttest, safetensors and tqdm.
+SANITIZER := build/sanitizer
+RESULTS := benchmarks/results/$(shell date +%F)-gpu
+
+gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
+	MNIST_EXT_CUDA_ARCH=$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")') \
+		$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+	mkdir -p $(SANITIZER)
+	nvcc -std=c++20 -arch=native -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels
+	@if command -v compute-sanitizer >/dev/null; then \
+		for tool in memcheck racecheck initcheck; do \
+			echo $$tool; compute-sanitizer --tool $$tool --error-exitcode 3 $(SANITIZER)/kernels || exit 1; \
+		done; \
+	else echo "compute-sanitizer is not here: kernels alone"; $(SANITIZER)/kernels; fi
+	$(PYTHON) benchmarks/gpu.py --csv $(RESULTS).csv | tee $(RESULTS).txt
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .

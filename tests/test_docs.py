@@ -25,7 +25,7 @@ def test_every_behaviour_names_a_test():
     assert len(rows) > 40
     assert [row.split("|")[1].strip() for row in without] == [
         "`torch.jit.script` (deprecated)",
-        'CUDA tensors, `torch.autocast("cuda")`',
+        "linear of CUDA tensors; GPUs older than compute capability 8.0",
     ]
 
 

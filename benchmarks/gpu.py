@@ -1,0 +1,235 @@
+"""The CUDA kernels against PyTorch eager and torch.compile, on a GPU.
+
+    python benchmarks/gpu.py [--quick] [--csv FILE]
+
+Every contestant's result is compared with float64 before anything is timed. What is timed is the
+replay of a CUDA graph, so that Python and launches weigh on nobody; each graph goes through as many
+inputs as no cache can hold. Contestants take turns. Times are medians in microseconds; "ratio" is
+how many times as long a contestant takes as ours, the median of the ratio of each turn. "rate"
+counts one read and one write of the logits, whatever a contestant really moves; "limit" is its
+share of the rate of a large copy in the same run. "memory" is what a call needs beyond its inputs,
+in sizes of the logits. SGD counts what it must read and write.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from provenance import describe, fields
+from timing import Table, take_turns
+
+import mnist_ext
+from mnist_ext import functional
+
+SHAPES = [
+    *((8192, n) for n in (4096, 8192, 32_000, 65_536, 128_256)),
+    (4096, 262_144),
+    (1_000_000, 10),
+    (200_000, 256),
+    (65_536, 1000),
+    (64, 10),
+]
+QUICK = [(8192, 32_000), (1_000_000, 10), (65_536, 1000), (64, 10)]
+DTYPES = [torch.bfloat16, torch.float32]
+COPY_BYTES = 4 << 30
+MICROSECONDS_PER_GRAPH = 2000  # at least: a replay costs the host some ten
+
+COLUMNS = {
+    "what": "<28",
+    "shape": "<16",
+    "dtype": "<9",
+    "contestant": "<16",
+    "us": ">10.1f",
+    "p20": ">10.1f",
+    "p80": ">10.1f",
+    "ratio": ">7.2f",
+    "rate": ">8.1f",
+    "unit": "<6",
+    "limit": ">6.2f",
+    "memory": ">7.2f",
+}
+
+
+def graph_of(calls: list[Callable[[], object]], repeats: int) -> Callable[[], object]:
+    """Capture all calls, so often, into one graph; return what replays it and waits."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+def extra_memory(call: Callable[[], object]) -> int:
+    """Return the bytes that a call needs at most beyond what is allocated before it."""
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_rate() -> float:
+    """Return the bytes read and written per second by a large copy."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = take_turns({"copy": graph_of([lambda: target.copy_(source)], 1)})
+    return 2 * COPY_BYTES / times.percentiles("copy")[1]
+
+
+def forward_backward(op: Callable[..., torch.Tensor]) -> Callable[..., tuple]:
+    def run(logits: torch.Tensor, target: torch.Tensor) -> tuple:
+        loss = op(logits, target)
+        return loss, *torch.autograd.grad(loss, logits)
+
+    return run
+
+
+def check(name: str, result: tuple, logits: torch.Tensor, target: torch.Tensor) -> None:
+    rows = slice(0, 64)  # of the gradient; the loss needs every row, a part at a time
+    part = max(1, 2**25 // logits.shape[1])
+    loss = sum(
+        F.cross_entropy(x.detach().double(), t, reduction="sum")
+        for x, t in zip(logits.split(part), target.split(part), strict=True)
+    ) / len(target)
+    probabilities = logits[rows].detach().double().softmax(1)
+    gradient = probabilities - F.one_hot(target[rows], logits.shape[1])
+    expected = loss, gradient / len(target)
+    tolerance = 2 * torch.finfo(logits.dtype).eps
+    for found, true in zip((result[0], result[1][rows]), expected, strict=True):
+        error = ((found.double() - true).abs().max() / true.abs().max()).item()
+        # Eager rounds the log-probabilities to the dtype, and is allowed that.
+        allowed = tolerance if name == "ours" else 32 * tolerance
+        if not error <= max(allowed, 1e-5):
+            raise SystemExit(f"{name} is wrong at {list(logits.shape)}: relative error {error:.3g}")
+
+
+def cross_entropy(table: Table, shape: tuple[int, int], dtype: torch.dtype, copy: float) -> None:
+    rows, classes = shape
+    size = rows * classes * dtype.itemsize
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    free = torch.cuda.mem_get_info()[0]
+    count = max(1, min(math.ceil(2 * cache / size), int(free * 0.2 // size), 64))
+    inputs = [
+        (
+            (torch.randn(shape, device="cuda") * 2).to(dtype).requires_grad_(),
+            torch.randint(0, classes, (rows,), device="cuda"),
+        )
+        for _ in range(count)
+    ]
+    for what in ("cross_entropy forward", "cross_entropy fwd+bwd"):
+        peers: dict[str, Callable[..., tuple]] = {}
+        for name, op in (("ours", functional.cross_entropy), ("eager", F.cross_entropy)):
+            peers[name] = forward_backward(op) if "bwd" in what else op
+        torch._dynamo.reset()
+        peers["torch.compile"] = torch.compile(peers["eager"], dynamic=False)
+        calls = {}
+        memory = {}
+        for name, peer in peers.items():
+            if "bwd" in what:
+                check(name, peer(*inputs[0]), *inputs[0])
+                calls[name] = [lambda p=peer, i=i: p(*i) for i in inputs]
+            else:
+                calls[name] = [lambda p=peer, i=i: p(i[0].detach(), i[1]) for i in inputs]
+            memory[name] = extra_memory(calls[name][0]) / size
+        estimate = count * (2 * size / copy * 1e6 + 3)
+        repeats = max(1, math.ceil(MICROSECONDS_PER_GRAPH / estimate))
+        moved = (2 if "bwd" in what else 1) * size
+        add_rows(
+            table,
+            {name: graph_of(c, repeats) for name, c in calls.items()},
+            count * repeats,
+            moved,
+            copy,
+            memory,
+            {"what": what, "shape": f"{rows}x{classes}", "dtype": str(dtype).split(".")[1]},
+        )
+
+
+def sgd(table: Table, copy: float) -> None:
+    """One step with momentum over the MNIST model, and over one large layer."""
+    for sizes in ([100_352, 128, 8192, 64, 640, 10], [2**26]):
+        calls = {}
+        for name, optimizer_class, options in (
+            ("ours", mnist_ext.optim.SGD, {}),
+            ("eager foreach", torch.optim.SGD, {"foreach": True}),
+            ("eager fused", torch.optim.SGD, {"fused": True}),
+        ):
+            params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in sizes]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer = optimizer_class(params, lr=0.01, momentum=0.9, **options)
+            optimizer.step()
+            calls[name] = optimizer.step
+        moved = 5 * 4 * sum(sizes)
+        repeats = max(1, math.ceil(MICROSECONDS_PER_GRAPH / (moved / copy * 1e6 + 3)))
+        graphs = {name: graph_of([call], repeats) for name, call in calls.items()}
+        row = {"what": "SGD with momentum", "shape": str(sum(sizes)), "dtype": "float32"}
+        add_rows(table, graphs, repeats, moved, copy, {}, row)
+
+
+def add_rows(table, graphs, calls, moved, copy, memory, row) -> None:
+    times = take_turns(graphs, table.turns)
+    for name in graphs:
+        p20, median, p80 = (t / calls * 1e6 for t in times.percentiles(name))
+        rate = moved / median * 1e6
+        table.add(
+            **row,
+            contestant=name,
+            us=median,
+            p20=p20,
+            p80=p80,
+            ratio=times.ratio(name, to="ours")[1],
+            rate=rate / 1e9,
+            unit="GB/s",
+            limit=rate / copy,
+            memory=memory.get(name),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the CUDA kernels against PyTorch.")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows there too")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu.py: no CUDA device: run it on a machine with one (make gpu)")
+    if mnist_ext.build_info()["cuda"] is None:
+        raise SystemExit(f"gpu.py: {mnist_ext.build_info()['cuda_reason']}")
+    gpu = {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "built_with": mnist_ext.build_info()["cuda_reason"],
+    }
+    print(describe())
+    print(", ".join(map(str, gpu.values())))
+    copy = copy_rate()
+    print(f"copy of {COPY_BYTES >> 30} GiB: {copy / 1e9:.0f} GB/s read + written\n")
+    table = Table(COLUMNS, {**fields(), **gpu}, turns=7 if args.quick else 15)
+    table.header()
+    for dtype in DTYPES:
+        for shape in QUICK if args.quick else SHAPES:
+            cross_entropy(table, shape, dtype, copy)
+            torch.cuda.empty_cache()
+    sgd(table, copy)
+    if args.csv:
+        table.write(args.csv)
+
+
+if __name__ == "__main__":
+    main()
