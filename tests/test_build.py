@@ -1,0 +1,88 @@
+"""How the build finds a CUDA compiler, or asks for one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import build_backend
+import cuda_toolkit
+
+
+def make_toolkit(home: Path, number: int) -> Path:
+    for folder in ("bin", "include", "lib"):
+        (home / folder).mkdir(parents=True)
+    (home / "bin" / "nvcc").touch()
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "include" / "cuda.h").write_text(f"#define CUDA_VERSION {number}\n")
+    (home / "lib" / "libcudart_static.a").touch()
+    return home
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch, tmp_path):
+    """Hide every toolkit that this machine may have."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "MNIST_EXT_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(cuda_toolkit.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(sys, "path", [])
+
+
+def test_nothing_there():
+    assert cuda_toolkit.find("13.0") is None
+
+
+def test_environment_comes_first(monkeypatch, tmp_path):
+    first, second = (make_toolkit(tmp_path / name, 13000) for name in "ab")
+    monkeypatch.setattr(cuda_toolkit.glob, "glob", lambda pattern: [str(second)])
+    assert cuda_toolkit.find("13.0").home == second
+    monkeypatch.setenv("CUDA_HOME", str(first))
+    assert cuda_toolkit.find("13.0").home == first
+
+
+def test_another_major_version_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "old", 12080)))
+    assert cuda_toolkit.find("13.0") is None
+    monkeypatch.setenv("CUDA_PATH", str(make_toolkit(tmp_path / "new", 13020)))
+    toolkit = cuda_toolkit.find("13.0")
+    assert (toolkit.home, toolkit.version) == (tmp_path / "new", "13.2")
+    assert toolkit.libraries == tmp_path / "new" / "lib"
+
+
+def test_a_folder_without_the_compiler_is_passed_over(monkeypatch, tmp_path):
+    """The headers come with torch itself, to where the compiler from PyPI would lie."""
+    home = make_toolkit(tmp_path / "site" / "nvidia" / "cu13", 13000)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert cuda_toolkit.find("13.0").home == home
+    (home / "bin" / "nvcc").unlink()
+    assert cuda_toolkit.find("13.0") is None
+
+
+def test_compiler_on_path_that_is_a_script_elsewhere(tmp_path):
+    home = make_toolkit(tmp_path / "toolkit", 13000)
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\necho '#$ TOP={home}/bin/..' >&2\n")
+    script.chmod(0o755)
+    assert cuda_toolkit.find("13.0").home == home
+
+
+def test_what_pip_is_asked_for(monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(build_backend.build_meta, "get_requires_for_build_wheel", lambda _: [])
+    ask = build_backend.get_requires_for_build_wheel
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "nvidia-cuda-nvcc==13.0.*" in ask()
+    monkeypatch.setenv("MNIST_EXT_CUDA", "0")
+    assert ask() == []
+    monkeypatch.delenv("MNIST_EXT_CUDA")
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "toolkit", 13000)))
+    assert ask() == []
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(torch.version, "cuda", None)  # a CPU-only torch brings no compiler along
+    assert ask() == []
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # for which PyPI has none
+    assert ask() == []
