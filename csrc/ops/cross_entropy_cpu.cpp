@@ -76,41 +76,13 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
                                                   const Tensor& total_weight, int64_t ignore_index,
                                                   double label_smoothing, int64_t reduction, bool need_logits,
                                                   bool need_target) {
-  check_operands(kBackward, logits, target, weight, ignore_index, label_smoothing, reduction);
-  const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
-  check_grad_output(kBackward, grad_output, logits, operands.reduction);
-  check_statistics(kBackward, logits, stats, total_weight);
-  check(!need_target || operands.probabilities, kBackward,
-        ": need_target: expected false, as target holds class indices, got true");
-
-  Tensor grad_logits, grad_target;  // undefined where not needed
-  if (need_logits) grad_logits = operands.layout.gradient(logits);
-  if (need_target) grad_target = operands.layout.gradient(logits);
-  Tensor dy = grad_output;
-  std::optional<int64_t> dy_stride = merged_stride(dy, 0, dy.dim());
-  if (!dy_stride) {
-    dy = torch::stable::contiguous(dy);
-    dy_stride = 1;
-  }
-  const Tensor s = torch::stable::contiguous(stats);
+  const BackwardOperands b(kBackward, grad_output, logits, target, weight, stats, total_weight, ignore_index,
+                           label_smoothing, reduction, need_logits, need_target);
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
-    using A = ComputeType<T>;
-    const A* position_max = static_cast<const A*>(s.const_data_ptr());
-    const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
-    const int64_t bad_position =
-        mnist_ext::cross_entropy_backward<T>({.problem = operands.problem<T>(),
-                                              .grad_output = static_cast<const T*>(dy.const_data_ptr()),
-                                              .grad_output_stride = *dy_stride,
-                                              .position_max = position_max,
-                                              .position_log_sum = position_max + s.numel() / 2,
-                                              .total_weight = static_cast<const A*>(total_weight.const_data_ptr()),
-                                              .grad_logits = out(grad_logits),
-                                              .grad_probabilities = out(grad_target)},
-                                             threads());
-    operands.check_class(kBackward, bad_position);
+    b.operands.check_class(kBackward, mnist_ext::cross_entropy_backward<T>(b.arguments<T>(), threads()));
   });
-  return {grad_logits, grad_target};
+  return {b.grad_logits, b.grad_target};
 }
 
 }  // namespace

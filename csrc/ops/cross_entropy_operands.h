@@ -249,4 +249,51 @@ struct Operands {
   }
 };
 
+// The arguments of cross_entropy_backward, and its results.
+struct BackwardOperands {
+  Operands operands;
+  Tensor grad_output, stats;  // the tensors themselves, or contiguous copies where their strides cannot be expressed
+  const Tensor& total_weight;
+  int64_t grad_output_stride = 1;
+  Tensor grad_logits, grad_target;  // undefined where not needed
+
+  BackwardOperands(const char* op, const Tensor& dy, const Tensor& logits, const Tensor& target,
+                   const std::optional<Tensor>& weight, const Tensor& statistics, const Tensor& total,
+                   int64_t ignore_index, double label_smoothing, int64_t reduction, bool need_logits, bool need_target)
+      // Checked before they are taken apart.
+      : operands((check_operands(op, logits, target, weight, ignore_index, label_smoothing, reduction), logits), target,
+                 weight, ignore_index, label_smoothing, reduction),
+        grad_output(dy),
+        stats(statistics),
+        total_weight(total) {
+    check_grad_output(op, dy, logits, operands.reduction);
+    check_statistics(op, logits, stats, total_weight);
+    check(!need_target || operands.probabilities, op,
+          ": need_target: expected false, as target holds class indices, got true");
+    if (need_logits) grad_logits = operands.layout.gradient(logits);
+    if (need_target) grad_target = operands.layout.gradient(logits);
+    if (const std::optional<int64_t> stride = merged_stride(dy, 0, dy.dim())) {
+      grad_output_stride = *stride;
+    } else {
+      grad_output = torch::stable::contiguous(dy);
+    }
+    stats = torch::stable::contiguous(stats);
+  }
+
+  template <class T>
+  CrossEntropyBackward<T> arguments() const {
+    using A = ComputeType<T>;
+    const A* position_max = static_cast<const A*>(stats.const_data_ptr());
+    const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
+    return {.problem = operands.problem<T>(),
+            .grad_output = static_cast<const T*>(grad_output.const_data_ptr()),
+            .grad_output_stride = grad_output_stride,
+            .position_max = position_max,
+            .position_log_sum = position_max + stats.numel() / 2,
+            .total_weight = static_cast<const A*>(total_weight.const_data_ptr()),
+            .grad_logits = out(grad_logits),
+            .grad_probabilities = out(grad_target)};
+  }
+};
+
 }  // namespace mnist_ext::ops

@@ -180,9 +180,9 @@ struct Position {
     });
     max = group.reduce(own_max, Max());
     if (own_max < max) own_sum *= static_cast<Sum>(exp_for<T>(own_max - max));
-    const Sum sum = group.reduce(own_sum, Add());
-    log_sum = static_cast<A>(log(sum));
-    inverse_sum = static_cast<A>(1 / sum);
+    const A sum = static_cast<A>(group.reduce(own_sum, Add()));
+    log_sum = log(sum);
+    inverse_sum = 1 / sum;
     if (kept) logits = {kept, 1, logits.classes};
     group.sync();
   }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "../dtypes.h"
 #include "device.cuh"
@@ -108,25 +109,18 @@ __device__ Pack<T, N> load_pack(const T* p) {
 }
 
 // One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
-__device__ inline uint32_t word_of(const Pack<BFloat16, 8>& pack, int i) {
+template <class Half>
+__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
 #ifdef __CUDA_ARCH__
   uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+  if constexpr (std::is_same_v<Half, BFloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+  }
   return word;
 #else
-  BFloat16 low, high;
-  narrow(pack.at[2 * i], low);
-  narrow(pack.at[2 * i + 1], high);
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
-#endif
-}
-__device__ inline uint32_t word_of(const Pack<Float16, 8>& pack, int i) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
-  return word;
-#else
-  Float16 low, high;
+  Half low, high;
   narrow(pack.at[2 * i], low);
   narrow(pack.at[2 * i + 1], high);
   return low.bits | static_cast<uint32_t>(high.bits) << 16;

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include "device.h"
 #include "ops.h"
@@ -25,13 +24,7 @@ CUstream_st* OnDeviceOf::stream() const {
   return static_cast<CUstream_st*>(stream);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cuda::cross_entropy));
-  m.impl("cross_entropy_with_gradient", TORCH_BOX(&cuda::cross_entropy_with_gradient));
-  m.impl("cross_entropy_gradient_", TORCH_BOX(&cuda::cross_entropy_gradient_));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cuda::cross_entropy_backward));
-  m.impl("sgd_step", TORCH_BOX(&cuda::sgd_step));
-}
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) { cuda::implement_ops(m); }
 
 }  // namespace mnist_ext::ops
 

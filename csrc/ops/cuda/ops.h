@@ -1,6 +1,8 @@
 // The ops that have CUDA kernels. ../schemas.h says what they do.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -30,5 +32,15 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
 int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                  const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first_step);
+
+// Registers them all.
+template <class Library>
+void implement_ops(Library& m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
+  m.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient_));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("sgd_step", TORCH_BOX(&sgd_step));
+}
 
 }  // namespace mnist_ext::ops::cuda
