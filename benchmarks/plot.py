@@ -27,6 +27,8 @@ NAMES = {
     "jax scan": "JAX, lax.scan",
     "ours": "mnist_ext",
     "our kernels alone": "our kernels alone",
+    "ours TrainStep": "mnist_ext.TrainStep",
+    "ours epoch": "TrainStep.epoch",
 }
 Rows = list[dict[str, str]]
 
@@ -46,7 +48,7 @@ def source(row: dict[str, str]) -> str:
 def draw_step(rows: Rows, path: Path, batch: str = "64", activation: str = "relu") -> None:
     rows = [r for r in rows if r["batch"] == batch and r["activation"] == activation]
     names = [name for name in NAMES if any(r["contestant"] == name for r in rows)]
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for y, name in enumerate(names):
         us = {r["part"]: float(r["us"]) for r in rows if r["contestant"] == name}
         left = 0.0
