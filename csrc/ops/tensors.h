@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../kernels/dtypes.h"
+#include "huge_pages.h"
 
 namespace mnist_ext::ops {
 
@@ -181,7 +182,12 @@ inline Device device_of(const Tensor& t) {
 inline Tensor empty_strided(Device device, int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
-  return Tensor(handle);
+  const Tensor t(handle);
+  if (device.type == aoti_torch_device_type_cpu()) {
+    const std::size_t bytes = static_cast<std::size_t>(t.numel()) * t.element_size();
+    if (bytes >= kHugePagesFrom) advise_huge_pages(t.mutable_data_ptr(), bytes);
+  }
+  return t;
 }
 
 inline Tensor empty(Device device, int32_t dtype, const int64_t* sizes, int64_t dims) {
