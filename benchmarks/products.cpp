@@ -91,7 +91,8 @@ int main(int argc, char** argv) {
                                          {256, 256},
                                          {512, 512},
                                          {1024, 1024},
-                                         {789, 333}}) {
+                                         {789, 333},
+                                         {4096, 1024}}) {
       compare(rows, depth, columns, threads);
     }
   }

@@ -4,11 +4,11 @@
 // runs: per step it loads its vectors of B once, broadcasts one element of A per row, and does rows * vectors
 // multiply-adds. Around it: blocks of kDepthBlock steps, so that a tile's share of A stays in the first-level cache,
 // and blocks of kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its
-// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked or its row sums
-// are wanted.
+// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked or transposed.
 #pragma once
 
 #include "../linear.h"
+#include "column_sums.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "transpose.h"
@@ -29,11 +29,13 @@ struct Gemm {
   bool relu = false;
   const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
   int64_t gate_row = 0, gate_depth = 0;
-  double* row_sums = nullptr;  // [rows], zeroed; with a_transposed only: += the sums of (gated) A over depth
+  double* row_sums = nullptr;  // [rows]; with a_transposed only: the sums of (gated) A over depth
 };
 
 inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
+// Of a single row, which needs more of them at once: each multiply-add waits for the one before it in its vector.
+inline constexpr int kRowVectors = 8;
 inline constexpr int64_t kDepthBlock = 256;
 template <class T>
 inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
@@ -116,39 +118,38 @@ struct TileShape {
   static constexpr bool is_partial = partial;
 };
 
-// Calls body(TileShape) for a tile of so many rows and vectors, the last of which has `last` lanes.
-template <class T, int R, class Body>
+// Calls body(TileShape) for a tile of R rows and so many vectors, at most `most`, the last of which has `last` lanes.
+template <class T, int R, int most, class Body>
 MNIST_EXT_INLINE void with_tile_vectors(int vectors, int last, const Body& body) {
-  const auto with = [&](auto n) __attribute__((always_inline)) {
-    constexpr int N = decltype(n)::value;
-    if (last == Vec<T>::width) {
-      body(TileShape<R, N, false>{});
-    } else {
-      body(TileShape<R, N, true>{});
-    }
-  };
-  if constexpr (kTileVectors == 4) {
-    if (vectors == 4) return with(std::integral_constant<int, 4>{});
-    if (vectors == 3) return with(std::integral_constant<int, 3>{});
+  if constexpr (most > 1) {
+    if (vectors < most) return with_tile_vectors<T, R, most - 1>(vectors, last, body);
   }
-  if (vectors == 2) return with(std::integral_constant<int, 2>{});
-  with(std::integral_constant<int, 1>{});
+  if (last == Vec<T>::width) {
+    body(TileShape<R, most, false>{});
+  } else {
+    body(TileShape<R, most, true>{});
+  }
 }
 
 template <class T, class Body>
 MNIST_EXT_INLINE void with_tile_shape(int rows, int vectors, int last, const Body& body) {
   switch (rows) {
-    case 1: return with_tile_vectors<T, 1>(vectors, last, body);
-    case 2: return with_tile_vectors<T, 2>(vectors, last, body);
-    case 3: return with_tile_vectors<T, 3>(vectors, last, body);
-    case 4: return with_tile_vectors<T, 4>(vectors, last, body);
-    case 5: return with_tile_vectors<T, 5>(vectors, last, body);
-    default: return with_tile_vectors<T, 6>(vectors, last, body);
+    case 1: return with_tile_vectors<T, 1, kTileVectors>(vectors, last, body);
+    case 2: return with_tile_vectors<T, 2, kTileVectors>(vectors, last, body);
+    case 3: return with_tile_vectors<T, 3, kTileVectors>(vectors, last, body);
+    case 4: return with_tile_vectors<T, 4, kTileVectors>(vectors, last, body);
+    case 5: return with_tile_vectors<T, 5, kTileVectors>(vectors, last, body);
+    default: return with_tile_vectors<T, 6, kTileVectors>(vectors, last, body);
   }
 }
 
 template <class T>
 void compute_tile(const Tile<T>& t, int rows, int vectors) {
+  if (vectors > kTileVectors) {
+    return with_tile_vectors<T, 1, kRowVectors>(vectors, t.last, [&](auto s) __attribute__((always_inline)) {
+      compute_tile<T, 1, s.vectors, s.is_partial>(t);
+    });
+  }
   with_tile_shape<T>(rows, vectors, t.last, [&](auto s) __attribute__((always_inline)) {
     compute_tile<T, s.rows, s.vectors, s.is_partial>(t);
   });
@@ -211,33 +212,46 @@ void pack_a_rows(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed
   }
 }
 
-// (Gated) A(row.., depth) for a tile, if it is transposed: [depth][kTileRows]. Adds its sums over
-// depth to `sums`, if that is given: in vectors over kSumChain steps at a time, then in double. Stores whole vectors,
-// what lies beyond the tile's rows to be overwritten by the next step.
-inline constexpr int64_t kSumChain = 32;
-
+// (Gated) A(row.., depth) for a tile, if it is transposed: [depth][kTileRows]. Stores whole vectors, what lies beyond
+// the tile's rows to be overwritten by the next step.
 template <class T>
-void pack_a_columns(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed, double* sums) {
+void pack_a_columns(const Gemm<T>& g, int64_t row, int rows, Range depth, T* packed) {
   using V = Vec<T>;
   constexpr int vectors = (kTileRows + V::width - 1) / V::width;
-  for (int64_t begin = depth.begin; begin < depth.end; begin += kSumChain) {
-    const int64_t end = depth.end - begin < kSumChain ? depth.end : begin + kSumChain;
-    V sum[vectors] = {};
-    for (int64_t p = begin; p < end; ++p, packed += kTileRows) {
+  for (int64_t p = depth.begin; p < depth.end; ++p, packed += kTileRows) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        const int lanes = rows - v * V::width < V::width ? rows - v * V::width : V::width;
-        if (lanes <= 0) break;
-        V x = V::load_partial(g.a + row + v * V::width + p * g.a_depth, lanes);
-        if (g.a_gate) {
-          x = where_positive(V::load_partial(g.a_gate + row + v * V::width + p * g.gate_depth, lanes), x);
-        }
-        x.store(packed + v * V::width);
-        sum[v] = sum[v] + x;
+    for (int v = 0; v < vectors; ++v) {
+      const int lanes = rows - v * V::width < V::width ? rows - v * V::width : V::width;
+      if (lanes <= 0) break;
+      V x = V::load_partial(g.a + row + v * V::width + p * g.a_depth, lanes);
+      if (g.a_gate) {
+        x = where_positive(V::load_partial(g.a_gate + row + v * V::width + p * g.gate_depth, lanes), x);
       }
+      x.store(packed + v * V::width);
     }
-    if (sums) {
-      for (int r = 0; r < rows; ++r) sums[r] += static_cast<double>(sum[r / V::width].raw[r % V::width]);
+  }
+}
+
+// Whose column sums are the row sums of (gated) A, if it is transposed.
+template <class T>
+GatedRows<T> row_sums_of(const Gemm<T>& g) {
+  return {g.depth, g.a, g.a_depth, g.a_gate, g.gate_depth};
+}
+
+// That part of the product for a depth of 1, without bias or ReLU: one row of C after the other, which is all that
+// there is to it.
+template <class T>
+void outer_product(const Gemm<T>& g, Range rows, Range columns) {
+  using V = Vec<T>;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const T a = g.a_gate && g.a_gate[row * g.gate_row] <= T(0) ? T(0) : g.a[row * g.a_row];
+    const V factor = V::broadcast(a);
+    T* c = g.c + row * g.columns;
+    int64_t i = columns.begin;
+    for (; i + V::width <= columns.end; i += V::width) fma(factor, V::load(g.b + i), V{}).store(c + i);
+    if (i < columns.end) {
+      const int rest = static_cast<int>(columns.end - i);
+      fma(factor, V::load_partial(g.b + i, rest), V{}).store_partial(c + i, rest);
     }
   }
 }
@@ -245,9 +259,10 @@ void pack_a_columns(const Gemm<T>& g, int64_t row, int rows, Range depth, T* pac
 // The part of C in `rows` x `columns`, on the calling thread.
 template <class T>
 void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
+  if (g.depth == 1 && g.b_column == 1 && !g.bias && !g.relu) return outer_product(g, rows, columns);
   constexpr int64_t panel = kTileColumns<T>;
   const int64_t row_tiles = (rows.size() + kTileRows - 1) / kTileRows;
-  const bool packs_a = g.a_gate || g.row_sums;
+  const bool packs_a = g.a_gate || g.a_transposed;
   const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
   T* a_tile =
       packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T) + kVectorBytes)) : nullptr;
@@ -272,8 +287,7 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
         if (packs_a) {
           t.a = a_tile;
           if (g.a_transposed) {
-            // Every part of the row sums is added once: with the first columns.
-            pack_a_columns(g, row, tile_size, depth, a_tile, g.row_sums && block == 0 ? g.row_sums + row : nullptr);
+            pack_a_columns(g, row, tile_size, depth, a_tile);
             t.a_row = 1;
             t.a_depth = kTileRows;
           } else {
@@ -286,9 +300,10 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
           t.a_row = g.a_row;
           t.a_depth = g.a_depth;
         }
+        const int64_t width = tile_size == 1 && !packs_b ? kRowVectors * Vec<T>::width : panel;
         const T* packed = b_block;
-        for (int64_t column = block; column < block_end; column += panel, packed += depth.size() * panel) {
-          const int64_t n = block_end - column < panel ? block_end - column : panel;
+        for (int64_t column = block; column < block_end; column += width, packed += depth.size() * panel) {
+          const int64_t n = block_end - column < width ? block_end - column : width;
           const int vectors = static_cast<int>((n + Vec<T>::width - 1) / Vec<T>::width);
           t.b = packs_b ? packed : g.b + depth.begin * g.b_depth + column;
           t.b_depth = packs_b ? panel : g.b_depth;
@@ -307,18 +322,18 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
 // Multiply-adds that are worth a thread of their own.
 inline constexpr double kGemmGrain = 250e3;
 
-// How many of `threads` to give to the rows of C, the rest to its columns: the choice that leaves the busiest thread
-// the least to do; in doubt the rows.
+// How many of `threads` to give to the rows of C, the rest to its columns: the rows, unless the busiest thread has a
+// tenth less to do otherwise. Threads that share the rows of C write side by side, and each reads all of A.
 template <class T>
 int row_threads(const Gemm<T>& g, int threads) {
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   int best = threads;
-  int64_t best_cost = INT64_MAX;
+  double best_cost = 0;
   for (int by_row = threads; by_row >= 1; --by_row) {
     if (threads % by_row != 0) continue;
-    const int64_t cost =
-        tiles(tiles(g.rows, kTileRows), by_row) * tiles(tiles(g.columns, Vec<T>::width), threads / by_row);
-    if (cost < best_cost) {
+    const double cost = static_cast<double>(tiles(tiles(g.rows, kTileRows), by_row)) *
+                        static_cast<double>(tiles(tiles(g.columns, Vec<T>::width), threads / by_row));
+    if (by_row == threads || cost < 0.9 * best_cost) {
       best = by_row;
       best_cost = cost;
     }
@@ -335,6 +350,7 @@ void gemm(const Gemm<T>& g, int threads) {
     const Range rows = split(g.rows, kTileRows, thread / by_column, by_row);
     const Range columns = split(g.columns, Vec<T>::width, thread % by_column, by_column);
     if (rows.size() > 0 && columns.size() > 0) gemm_part(g, rows, columns);
+    if (g.row_sums && columns.begin == 0) column_sums(row_sums_of(g), rows, g.row_sums + rows.begin);
   });
 }
 

@@ -8,15 +8,17 @@
 namespace mnist_ext::MNIST_EXT_ISA {
 
 // Which product is faster, measured by benchmarks/products.py. Dot products save the packing, which few rows do not pay
-// back, and pay with sums over lanes, which a short depth does not pay back; of few columns, outer products leave part
-// of a tile empty. With vectors of 128 bits an outer product's broadcasts are no loads, and cost more than the sums.
+// back, and pay with sums over lanes, which a short depth does not pay back, and with reading a weight that fits in no
+// cache more often; of few columns, outer products leave part of a tile empty. With vectors of 128 bits an outer
+// product's broadcasts are no loads, and cost more than the sums.
 template <class T>
 bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
   constexpr bool large_tiles = kVectorRegisters == 32;
+  constexpr int64_t large_weight = int64_t{8} << 20;  // bytes
   if (kVectorBytes == 16) return true;
   if (columns < 2 * Vec<T>::width) return rows <= 512 || depth > 128;
   if (depth <= 16 * Vec<T>::width) return rows < (large_tiles ? 128 : 64);
-  return !large_tiles || rows <= 256;
+  return rows <= (depth * columns * static_cast<int64_t>(sizeof(T)) < large_weight ? 256 : 96);
 }
 
 template <class T>
@@ -52,16 +54,6 @@ void linear_forward(const LinearForward<T>& x, int threads) {
   }
 }
 
-// Column sums of the gated grad_output alone, for a layer whose weight is frozen and whose bias is not.
-template <class T>
-void column_sums(const LinearBackward<T>& x, double* sums) {
-  for (int64_t m = 0; m < x.rows; ++m) {
-    const T* dy = x.grad_output + m * x.grad_output_stride;
-    const T* gate = x.output ? x.output + m * x.output_stride : nullptr;
-    for (int64_t n = 0; n < x.out_features; ++n) sums[n] += gate && gate[n] <= T(0) ? T(0) : dy[n];
-  }
-}
-
 template <class T>
 void linear_backward(const LinearBackward<T>& x, int threads) {
   if (x.grad_input) {
@@ -83,9 +75,7 @@ void linear_backward(const LinearBackward<T>& x, int threads) {
   }
   double* sums = nullptr;
   if (x.grad_bias) {
-    const std::size_t bytes = x.out_features * sizeof(double);
-    sums = static_cast<double*>(scratch(Scratch::row_sums, bytes));
-    std::memset(sums, 0, bytes);
+    sums = static_cast<double*>(scratch(Scratch::row_sums, x.out_features * sizeof(double)));
   }
   if (x.grad_weight) {
     gemm<T>({.rows = x.out_features,
@@ -102,11 +92,14 @@ void linear_backward(const LinearBackward<T>& x, int threads) {
              .a_gate = x.output,
              .gate_row = 1,
              .gate_depth = x.output_stride,
-             .row_sums = x.in_features > 0 ? sums : nullptr},
+             .row_sums = sums},
             threads);
   }
   if (sums) {
-    if (!x.grad_weight || x.in_features == 0) column_sums(x, sums);  // no GEMM has read grad_output
+    if (!x.grad_weight || x.in_features == 0) {  // no GEMM has run
+      column_sums<T>({x.rows, x.grad_output, x.grad_output_stride, x.output, x.output_stride}, {0, x.out_features},
+                     sums);
+    }
     for (int64_t n = 0; n < x.out_features; ++n) x.grad_bias[n] = static_cast<T>(sums[n]);
   }
 }

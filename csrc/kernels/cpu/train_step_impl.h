@@ -364,7 +364,7 @@ class StepOfThread {
     for (int64_t tile = 0; tile < row_tiles; ++tile) {
       const Range rows = split(share.neurons.size(), 1, tile, row_tiles);
       pack_a_columns<T>(g, share.neurons.begin + rows.begin, static_cast<int>(rows.size()), {0, rows_},
-                        packed + tile * packed_tile, nullptr);
+                        packed + tile * packed_tile);
     }
     for (int64_t column = share.columns.begin; column < share.columns.end; column += kTileColumns<T>) {
       const int64_t rest = share.columns.end - column, n = rest < kTileColumns<T> ? rest : kTileColumns<T>;
@@ -427,27 +427,23 @@ class StepOfThread {
     }
   }
 
-  // Column sums as linear_backward's: in vectors over kSumChain rows at a time, then in double.
   void update_bias(int64_t l, Range columns) const {
     const TrainedParameter<T>& bias = x.layers[l].bias;
     const int64_t stride = x.layers[l].out_features;
     const SgdOptions o = options(bias);
     const SgdUpdate<T> sgd(o);
-    for_each_vector<T>(columns.size(), [&](int64_t i, int lanes) {
-      const int64_t column = columns.begin + i;
-      double sums[V::width] = {};
-      for (int64_t begin = 0; begin < rows_; begin += kSumChain) {
-        const int64_t end = rows_ - begin < kSumChain ? rows_ : begin + kSumChain;
-        V sum{};
-        for (int64_t row = begin; row < end; ++row) {
-          sum = sum + load(at.layers[l].grad_output + row * stride + column, lanes);
-        }
-        for (int j = 0; j < V::width; ++j) sums[j] += static_cast<double>(sum.raw[j]);
-      }
-      V gradient{};
-      for (int j = 0; j < V::width; ++j) gradient.raw[j] = static_cast<T>(sums[j]);
-      sgd(bias.data + column, gradient, bias.momentum_buffer ? bias.momentum_buffer + column : nullptr, lanes);
-    });
+    const GatedRows<T> grad_output = {rows_, at.layers[l].grad_output, stride, nullptr, 0};
+    double sums[kSummedColumns<T>];
+    for (int64_t begin = columns.begin; begin < columns.end; begin += kSummedColumns<T>) {
+      const int64_t end = columns.end - begin < kSummedColumns<T> ? columns.end : begin + kSummedColumns<T>;
+      column_sums(grad_output, {begin, end}, sums);
+      for_each_vector<T>(end - begin, [&](int64_t i, int lanes) {
+        V gradient{};
+        for (int j = 0; j < lanes; ++j) gradient.raw[j] = static_cast<T>(sums[i + j]);
+        const int64_t column = begin + i;
+        sgd(bias.data + column, gradient, bias.momentum_buffer ? bias.momentum_buffer + column : nullptr, lanes);
+      });
+    }
   }
 
  public:
