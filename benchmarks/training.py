@@ -13,7 +13,8 @@ ratio to the swapped model and one to TrainStep. The share of the limit: the ste
 against that of PyTorch's product of two 1024x1024 matrices, in the same turns.
 
 Parts: where the time of a step goes, in eager and in ours; and in our kernels alone, called as ops
-without modules, autograd and optimizer around them.
+without modules, autograd and optimizer around them. Kernels: all of these together on one thread
+against all threads, which is what "ratio" compares there.
 
 Epoch: the tutorial's way (torchvision transforms in a DataLoader, eager ops) against
 `mnist-ext train`, each with its evaluation of the test set, on MNIST, or on the embedded digits
@@ -297,6 +298,41 @@ def time_parts(table: Table, batch_size: int, activation: str) -> None:
         )
 
 
+def time_threads(table: Table, batch_size: int, activation: str) -> None:
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+    parts = kernel_parts(batch_size, activation)
+
+    def on_threads(number: int) -> Callable[[], None]:
+        def run() -> None:
+            torch.set_num_threads(number)
+            for _, function in parts:
+                function()
+
+        return run
+
+    all_threads = f"kernels, {threads} threads"
+    runs = {"kernels, 1 thread": on_threads(1), all_threads: on_threads(threads)}
+    times = take_turns(runs, TURNS)
+    torch.set_num_threads(threads)
+    for name in runs:
+        low, middle, high = (value * 1e6 for value in times.percentiles(name))
+        ratio = times.ratio(name, all_threads)
+        table.add(
+            batch=batch_size,
+            activation=activation,
+            contestant=name,
+            part="kernels",
+            us=middle,
+            p20=low,
+            p80=high,
+            ratio=ratio[1],
+            ratio_p20=ratio[0],
+            ratio_p80=ratio[2],
+        )
+
+
 class TutorialDataset(torch.utils.data.Dataset):
     """Item by item what torchvision's MNIST does: a PIL image, then the transforms.
 
@@ -399,6 +435,7 @@ def main() -> None:
         for activation in args.activation:
             time_step(table, batch_size, activation)
             time_parts(table, batch_size, activation)
+            time_threads(table, batch_size, activation)
     if args.csv:
         table.write(args.csv)
     if args.no_epoch:
