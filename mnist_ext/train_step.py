@@ -21,7 +21,7 @@ _set_grad_enabled = torch._C._set_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-_options_of = operator.itemgetter(*_OPTIONS)
+_settings_of = operator.itemgetter(*_OPTIONS, "differentiable")
 _LINEARS = (nn.Linear, _ours.Linear)
 _CRITERIA = (nn.CrossEntropyLoss, _ours.CrossEntropyLoss)
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
@@ -248,7 +248,7 @@ class TrainStep:
             self._model.training,
             self._criterion.reduction,
             self._optimizer.__dict__.get("step"),
-            *[value for group in groups for value in _options_of(group)],
+            *[float(value) for group in groups for value in _settings_of(group)],
             *[id(param) for group in groups for param in group["params"]],
         ]
 

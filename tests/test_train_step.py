@@ -490,6 +490,7 @@ class TestRefused:
             (lambda m, c, o: m.bfloat16(), r"1\.weight: expected|images: expected torch.bfloat16"),
             (lambda m, c, o: setattr(c, "reduction", "none"), "reduction"),
             (lambda m, c, o: setattr(o, "step", lambda: None), "step was replaced"),
+            (lambda m, c, o: o.param_groups[0].update(differentiable=True), "is differentiable"),
             (
                 lambda m, c, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
                 "parameter 0 of group 1",
@@ -653,6 +654,18 @@ class TestTheUsersTensors:
             for optimizer in (step._optimizer, loop[2]):
                 optimizer.param_groups[0].update(lr=0.1 / (i + 1), momentum=0.3 * (i > 1))
             assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        assert_same_bits(model, loop[0])
+
+    def test_weight_decay_that_is_a_tensor_written_in_between(self):
+        model = mlp((20,), "relu")
+        decays = torch.tensor(0.1), torch.tensor(0.1)
+        step, loop = pair(model)
+        for decay, optimizer in zip(decays, (step._optimizer, loop[2]), strict=True):
+            optimizer.param_groups[0]["weight_decay"] = decay
+        for x, y in zip(*batches(3, 16), strict=True):
+            assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+            for decay in decays:
+                decay.mul_(3)
         assert_same_bits(model, loop[0])
 
     def test_parameters_count_as_modified(self):
