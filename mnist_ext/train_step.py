@@ -288,6 +288,7 @@ class TrainStep:
                     f"got {permutation[wrong][0].item()}"
                 )
             chosen = labels[permutation]
+        chosen = chosen.long()  # a number beyond the labels' own dtype would wrap around
         classes = self._linears[-1].out_features
         wrong = (chosen < 0) | (chosen >= classes)
         wrong &= chosen != self._criterion.ignore_index

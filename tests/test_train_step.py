@@ -779,6 +779,24 @@ class TestEpoch:
             pair(model)[0].epoch(images, labels, 64, order)
         assert_same_bits(model, before)
 
+    def test_uint8_labels_among_more_classes_than_uint8_has(self):
+        images, labels = (t[0] for t in batches(1, 300, 20, classes=256))
+        models = [nn.Linear(20, 300) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        for model, y in zip(models, (labels.to(torch.uint8), labels), strict=True):
+            pair(model)[0].epoch(images, y, 64)
+        assert_same_bits(*models)
+
+    def test_bad_uint8_label_that_ignore_index_would_wrap_to(self):
+        """-100 is 156 modulo 256."""
+        model = mlp((20,))
+        before = copy.deepcopy(model)
+        images, labels = (t[0] for t in batches(1, 300))
+        labels[-1] = 156
+        with pytest.raises(IndexError, match="got 156"):
+            pair(model)[0].epoch(images, labels.to(torch.uint8), 64)
+        assert_same_bits(model, before)
+
     def test_the_op_checks_indices_itself(self):
         step, _ = pair(mlp((20,)))
         images, labels = (t[0] for t in batches(1, 10))
