@@ -451,8 +451,13 @@ class _Tracer(torch.fx.Tracer):
 def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:
     """Return the modules that model calls, one after the other, or refuse it."""
     for module, name in names.items():
-        if isinstance(module, nn.Sequential) and "forward" in module.__dict__:
-            _refuse(f"{name} ({type(module).__name__}): its forward was replaced: restore it")
+        where = f"{name} ({type(module).__name__})"
+        # Tracing follows the class's forward of model, and no forward of a Sequential.
+        traced_past = module is model or isinstance(module, nn.Sequential)
+        if traced_past and "forward" in module.__dict__:
+            _refuse(f"{where}: its forward was replaced: restore it")
+        if type(module).__call__ is not nn.Module.__call__:
+            _refuse(f"{where}: its class has a __call__ of its own: leave that to forward")
     if type(model) in (*_LINEARS, nn.Flatten, nn.ReLU):
         return [model]
     try:

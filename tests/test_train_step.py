@@ -343,6 +343,17 @@ def hooked(register):
     return model
 
 
+def quickstart_with_a_forward_of_its_own():
+    model = Quickstart()
+    model.forward = lambda x: model.stack(model.flatten(2 * x))
+    return model
+
+
+class Called(Quickstart):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
 class Skip(nn.Module):
     def __init__(self):
         super().__init__()
@@ -389,6 +400,11 @@ REFUSED_MODELS = {
     "shared module": (shared, r"2?0\.weight is shared|weight is shared"),
     "tied weight": (tied, r"1\.weight is shared"),
     "replaced forward": (replaced_forward, r"1 \(Linear\): its forward was replaced"),
+    "replaced forward of a module": (
+        quickstart_with_a_forward_of_its_own,
+        r"model \(Quickstart\): its forward was replaced",
+    ),
+    "replaced call": (Called, r"model \(Called\): its class has a __call__"),
     "skip connection": (Skip, r"model \(Skip\).*nothing else, found add"),
     "branch": (Branch, r"model \(Branch\).*following it failed"),
     "parametrized": (
