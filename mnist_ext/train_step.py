@@ -233,6 +233,8 @@ class TrainStep:
         self._groups = self._optimizer.param_groups
         if any(self._hooks) or torch.is_autocast_enabled("cpu"):
             self._refuse_hooks()
+        if torch.is_inference_mode_enabled():
+            _refuse("inference_mode is on, where nothing can be trained: leave it for TrainStep")
 
     def _state(self) -> list[Any]:
         groups = self._optimizer.param_groups

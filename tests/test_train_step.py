@@ -547,6 +547,16 @@ class TestRefused:
         ):
             step(images[0], labels[0])
 
+    def test_inference_mode(self):
+        """Momentum buffers made there could not be written by the ordinary loop afterwards."""
+        model = mlp((20,))
+        step, _ = pair(model, sgd={"momentum": 0.9})
+        before = copy.deepcopy(model)
+        images, labels = batches(1, 8)
+        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+            step(images[0], labels[0])
+        assert_same_bits(model, before)
+
     def test_tensors_that_share_memory(self):
         model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
         model[1].weight.data = model[0].weight.data
