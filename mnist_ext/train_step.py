@@ -241,6 +241,7 @@ class TrainStep:
         return [
             *map(type, self._modules),
             *map(len, self._dicts),  # a forward or step of the instance's own
+            len(self._criterion._parameters),
             *[id(child) for children in self._children for child in children.values()],
             *[id(param) for params in self._param_dicts for param in params.values()],
             *[p.requires_grad for p in self._params],
@@ -349,6 +350,9 @@ class TrainStep:
             _refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
         if criterion.reduction not in ("mean", "sum"):
             _refuse(f'criterion: expected reduction "mean" or "sum", got {criterion.reduction!r}')
+        weight = criterion.weight
+        if "weight" not in criterion._buffers or (weight is not None and weight.requires_grad):
+            _refuse("criterion: expected a weight that needs no gradient: call weight.detach()")
         self._reduction = 1 if criterion.reduction == "mean" else 2
 
     def _parse_model(self) -> None:

@@ -459,6 +459,7 @@ class TestRefused:
         [
             (nn.MSELoss(), "criterion: expected torch.nn.CrossEntropyLoss, got MSELoss"),
             (nn.CrossEntropyLoss(reduction="none"), r'"mean" or "sum", got \'none\''),
+            (nn.CrossEntropyLoss(torch.ones(10, requires_grad=True)), "weight that needs no grad"),
         ],
     )
     def test_criteria(self, criterion, message):
@@ -506,6 +507,10 @@ class TestRefused:
             (lambda m, c, o: m.bfloat16(), r"1\.weight: expected|images: expected torch.bfloat16"),
             (lambda m, c, o: setattr(c, "reduction", "none"), "reduction"),
             (lambda m, c, o: setattr(o, "step", lambda: None), "step was replaced"),
+            (
+                lambda m, c, o: setattr(c, "weight", nn.Parameter(torch.ones(10))),
+                "criterion: expected a weight that needs no gradient",
+            ),
             (lambda m, c, o: o.param_groups[0].update(differentiable=True), "is differentiable"),
             (
                 lambda m, c, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
