@@ -99,11 +99,12 @@ class TrainStep:
 
         Raises:
             IndexError: a label is neither a class nor ``ignore_index``; nothing has been updated.
+            TypeError: images or labels are no plain dense tensor.
             ValueError: the shapes or dtypes do not fit, or the model is not as it was and cannot be
                 taken any more; nothing has been updated.
         """
         self._check()
-        self._check_images(images)
+        self._check_images(images, labels)
         return self._run(images, labels, None, 0, [float(g["lr"]) for g in self._groups])
 
     def epoch(
@@ -131,17 +132,18 @@ class TrainStep:
 
         Raises:
             IndexError: a label or an index is out of range; nothing has been updated.
-            ValueError: as for a step, or batch_size is not positive.
+            TypeError, ValueError: as for a step, or batch_size is no positive integer.
         """
         self._check()
-        self._check_images(images)
-        if batch_size < 1:
-            _refuse(f"epoch: batch_size: expected at least 1, got {batch_size}")
+        self._check_images(images, labels)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            _refuse(f"epoch: batch_size: expected an integer of at least 1, got {batch_size}")
         images = images.flatten(1)
         self._check_labels(images, labels, permutation)
         examples = len(images) if permutation is None else len(permutation)
         if examples == 0:
             return math.nan
+        batch_size = min(batch_size, examples)
         total, begin, steps = 0.0, 0, 1
         while begin < examples:
             lrs = list(self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size))))
@@ -258,7 +260,10 @@ class TrainStep:
     def _read_options(self) -> list[float]:
         return [float(g[name]) for g in self._optimizer.param_groups for name in _OPTIONS]
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor, labels: Tensor) -> None:
+        for name, tensor in (("images", images), ("labels", labels)):
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                _expect_tensor(name, tensor)
         dtype, dims = images.dtype, images.dim()
         if dtype is not (torch.uint8 if self._normalizes else self._params[0].dtype):
             dtypes = "uint8, as normalize is given" if self._normalizes else self._params[0].dtype
@@ -267,11 +272,13 @@ class TrainStep:
         if dims != 2 and not (self._flattens and dims > 2):
             shape = "[n, ...]" if self._flattens else "[n, in_features], as model does not flatten"
             _refuse(f"images: expected {shape}, got {list(images.shape)}")
-        if not images.is_cpu or type(images) is not Tensor or images.requires_grad:
+        if not images.is_cpu or images.requires_grad:
             _refuse(
-                "images: expected a plain tensor on the CPU that needs no gradient: call "
+                "images: expected a tensor on the CPU that needs no gradient: call "
                 "images.detach().cpu()"
             )
+        if not labels.is_cpu:
+            _refuse(f"labels: expected a tensor on the CPU, got one on {labels.device}")
 
     def _check_labels(self, images: Tensor, labels: Tensor, permutation: Tensor | None) -> None:
         """Refuse what is wrong anywhere in the epoch, before its first step."""
@@ -279,6 +286,7 @@ class TrainStep:
             _refuse(f"labels: expected shape {[len(images)]}, got {list(labels.shape)}")
         chosen = labels
         if permutation is not None:
+            _expect_tensor("permutation", permutation)
             if permutation.dtype is not torch.int64 or permutation.dim() != 1:
                 _refuse(
                     "permutation: expected indices of int64 [examples], got "
@@ -485,6 +493,13 @@ def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Mo
             modules.append(model.get_submodule(str(node.target)))
         before = node
     return modules
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if type(value) is Tensor and value.layout is torch.strided:
+        return
+    got = f"one of layout {value.layout}" if type(value) is Tensor else type(value).__name__
+    raise TypeError(f"mnist_ext.TrainStep: {name}: expected a plain dense torch.Tensor, got {got}")
 
 
 def _refuse(message: str) -> NoReturn:

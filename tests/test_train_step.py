@@ -580,6 +580,10 @@ class TestRefused:
             (torch.zeros(4, 784).double(), torch.arange(4), ValueError, "images: expected torch.f"),
             (torch.zeros(4, 784, requires_grad=True), torch.arange(4), ValueError, "detach"),
             (torch.zeros(4, 784, device="meta"), torch.arange(4), ValueError, "on the CPU"),
+            (torch.zeros(4, 784), torch.arange(4, device="meta"), ValueError, "labels.*on meta"),
+            (torch.zeros(4, 784).numpy(), torch.arange(4), TypeError, "images.*got ndarray"),
+            (torch.zeros(4, 784), [0, 1, 2, 3], TypeError, "labels: expected.*got list"),
+            (torch.zeros(4, 784).to_sparse(), torch.arange(4), TypeError, "layout torch.sparse_co"),
         ],
     )
     def test_calls(self, images, labels, error, message):
@@ -842,12 +846,23 @@ class TestEpoch:
         step, _ = pair(mlp((20,)))
         images, labels = (t[0] for t in batches(1, 10))
         for arguments, message in (
-            ((images, labels, 0), "batch_size: expected at least 1, got 0"),
+            ((images, labels, 0), "batch_size: expected an integer of at least 1, got 0"),
+            ((images, labels, 2.0), "batch_size: expected an integer of at least 1, got 2.0"),
             ((images, labels[:9], 4), r"labels: expected shape \[10\], got \[9\]"),
             ((images, labels, 4, torch.arange(10).int()), "permutation: expected indices of int64"),
         ):
             with pytest.raises(ValueError, match=message):
                 step.epoch(*arguments)
+        with pytest.raises(TypeError, match="permutation: expected a plain dense.*got list"):
+            step.epoch(images, labels, 4, [0, 1])
+
+    def test_batches_larger_than_anything(self):
+        models = [mlp((20,)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        images, labels = (t[0] for t in batches(1, 10))
+        pair(models[0])[0].epoch(images, labels, 2**64)
+        pair(models[1])[0](images, labels)
+        assert_same_bits(*models)
 
     def test_interrupt_comes_between_native_calls(self):
         """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
