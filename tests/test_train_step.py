@@ -853,7 +853,7 @@ class TestEpoch:
         ):
             with pytest.raises(ValueError, match=message):
                 step.epoch(*arguments)
-        with pytest.raises(TypeError, match="permutation: expected a plain dense.*got list"):
+        with pytest.raises(TypeError, match=r"permutation: expected a plain dense.*got list"):
             step.epoch(images, labels, 4, [0, 1])
 
     def test_batches_larger_than_anything(self):
