@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
@@ -117,15 +120,17 @@ class TrainStep:
     ) -> float:
         """Train on all images once, many batches to a native call.
 
-        Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer.
+        Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer. Then
+        parameters, momentum and scheduler are as the ordinary loop leaves them after a batch; so
+        they are where the scheduler raises an exception.
 
         Args:
             images: [n, ...], as for a step.
             labels: class indices [n].
             batch_size: images per step; the last step may have fewer.
             permutation: indices of images, int64: the order in which they come; None: as they lie.
-            scheduler: its ``step`` is called after each batch. It may be ahead of the training by
-                the batches of one native call while they run.
+            scheduler: its ``step`` is called once for each batch, for those of one native call
+                before they run.
 
         Returns:
             The mean loss over the images, each as it was trained on.
@@ -146,14 +151,25 @@ class TrainStep:
         batch_size = min(batch_size, examples)
         total, begin, steps = 0.0, 0, 1
         while begin < examples:
-            lrs = list(self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size))))
-            end = min(begin + len(lrs) * batch_size, examples)
-            rates = [rate for of_step in lrs for rate in of_step]
+            lrs: list[list[float]] = []
+            failure: Exception | None = None
             started = time.perf_counter()
-            if permutation is None:
-                losses = self._run(images[begin:end], labels[begin:end], None, batch_size, rates)
-            else:
-                losses = self._run(images, labels, permutation[begin:end], batch_size, rates)
+            with _interrupts_wait():
+                try:
+                    lrs.extend(
+                        self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size)))
+                    )
+                except Exception as error:  # of the scheduler, after a batch that it has counted
+                    failure = error
+                end = min(begin + len(lrs) * batch_size, examples)
+                rates = [rate for of_step in lrs for rate in of_step]
+                if permutation is None:
+                    chosen = images[begin:end], labels[begin:end], None
+                else:
+                    chosen = images, labels, permutation[begin:end]
+                losses = self._run(*chosen, batch_size, rates)
+            if failure is not None:
+                raise failure
             steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
             if self._reduction == 1:
                 losses = losses.double()
@@ -455,6 +471,24 @@ class TrainStep:
                 self._trained.append(param)
         if not self._trained:
             _refuse("model: every parameter is frozen or unknown to the optimizer")
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C come at the end: what has been scheduled is trained, and momentum is kept."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is None or not in_main_thread:  # no handler of Python's, or not of this thread's
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Tracer(torch.fx.Tracer):

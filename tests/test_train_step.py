@@ -803,6 +803,41 @@ class TestEpoch:
         assert_same_bits(model, twin)
         assert results[0][1].last_epoch == results[1][1].last_epoch == 32
 
+    @pytest.mark.parametrize("at", [1, 2, 7])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+    def test_state_where_the_scheduler_is_interrupted_or_fails(self, at, error):
+        """The batches that it has counted have been trained on, momentum included; no others."""
+
+        class Scheduler:
+            steps = 0
+
+            def step(self):
+                self.steps += 1
+                if self.steps != at:
+                    return
+                if error is KeyboardInterrupt:
+                    signal.raise_signal(signal.SIGINT)
+                else:
+                    raise error
+
+        images, labels = (t[0] for t in batches(1, 200))
+        (step, _), (twin, _) = (pair(mlp((20,)), sgd={"momentum": 0.9}) for _ in range(2))
+        twin._model.load_state_dict(step._model.state_dict())
+        scheduler = Scheduler()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(error):
+                step.epoch(images, labels, 10, scheduler=scheduler)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        chosen = slice(10 * scheduler.steps)
+        twin.epoch(images[chosen], labels[chosen], 10)
+        assert_same_bits(step._model, twin._model)
+        buffers = [s._optimizer.state_dict()["state"] for s in (step, twin)]
+        for i, state in buffers[0].items():
+            assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
+
     @pytest.mark.parametrize("bad", [-1, 1000])
     def test_indices_out_of_range(self, bad):
         model = mlp((20,))
@@ -872,9 +907,14 @@ class TestEpoch:
         images, labels = (t[0] for t in batches(1, 1000))
         order = torch.randint(0, 1000, (20_000_000,))
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        class Scheduler:  # steps when all indices have been checked and training begins
+            def step(self):
+                if timer.ident is None:
+                    timer.start()
+
         started = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order)
+            step.epoch(images, labels, 64, order, Scheduler())
         assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
         assert not torch.equal(model[1].weight, before[1].weight)
