@@ -30,6 +30,7 @@ _CRITERIA = (nn.CrossEntropyLoss, _ours.CrossEntropyLoss)
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
 _BIAS, _RELU = 1, 2  # of a layer, as the op takes them
 _FROZEN = -1  # in place of a group
+_Chosen = tuple[Tensor, Tensor, Tensor | None]  # images, labels, their order
 # Signals are seen between native calls. An epoch consists of calls of about this many seconds.
 _SECONDS_PER_CALL = 0.03
 
@@ -164,7 +165,7 @@ class TrainStep:
                 end = min(begin + len(lrs) * batch_size, examples)
                 rates = [rate for of_step in lrs for rate in of_step]
                 if permutation is None:
-                    chosen = images[begin:end], labels[begin:end], None
+                    chosen: _Chosen = images[begin:end], labels[begin:end], None
                 else:
                     chosen = images, labels, permutation[begin:end]
                 losses = self._run(*chosen, batch_size, rates)
