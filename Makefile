@@ -52,6 +52,8 @@ bench-kernels: install  ## time each kernel, ours against PyTorch
 SANITIZER := build/sanitizer
 RESULTS := benchmarks/results/$(shell date +%F)-gpu
 
+gpu: SHELL := /bin/bash
+gpu: .SHELLFLAGS := -o pipefail -c  # tee would hide that the benchmark failed
 gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
 	MNIST_EXT_CUDA_ARCH=$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")') \
 		$(PYTHON) setup.py -q build_ext --inplace

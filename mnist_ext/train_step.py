@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
@@ -21,12 +24,13 @@ _set_grad_enabled = torch._C._set_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-_options_of = operator.itemgetter(*_OPTIONS)
+_settings_of = operator.itemgetter(*_OPTIONS, "differentiable")
 _LINEARS = (nn.Linear, _ours.Linear)
 _CRITERIA = (nn.CrossEntropyLoss, _ours.CrossEntropyLoss)
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
 _BIAS, _RELU = 1, 2  # of a layer, as the op takes them
 _FROZEN = -1  # in place of a group
+_Chosen = tuple[Tensor, Tensor, Tensor | None]  # images, labels, their order
 # Signals are seen between native calls. An epoch consists of calls of about this many seconds.
 _SECONDS_PER_CALL = 0.03
 
@@ -99,11 +103,12 @@ class TrainStep:
 
         Raises:
             IndexError: a label is neither a class nor ``ignore_index``; nothing has been updated.
+            TypeError: images or labels are no plain dense tensor.
             ValueError: the shapes or dtypes do not fit, or the model is not as it was and cannot be
                 taken any more; nothing has been updated.
         """
         self._check()
-        self._check_images(images)
+        self._check_images(images, labels)
         return self._run(images, labels, None, 0, [float(g["lr"]) for g in self._groups])
 
     def epoch(
@@ -116,42 +121,56 @@ class TrainStep:
     ) -> float:
         """Train on all images once, many batches to a native call.
 
-        Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer.
+        Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer. Then
+        parameters, momentum and scheduler are as the ordinary loop leaves them after a batch; so
+        they are where the scheduler raises an exception.
 
         Args:
             images: [n, ...], as for a step.
             labels: class indices [n].
             batch_size: images per step; the last step may have fewer.
             permutation: indices of images, int64: the order in which they come; None: as they lie.
-            scheduler: its ``step`` is called after each batch. It may be ahead of the training by
-                the batches of one native call while they run.
+            scheduler: its ``step`` is called once for each batch, for those of one native call
+                before they run.
 
         Returns:
             The mean loss over the images, each as it was trained on.
 
         Raises:
             IndexError: a label or an index is out of range; nothing has been updated.
-            ValueError: as for a step, or batch_size is not positive.
+            TypeError, ValueError: as for a step, or batch_size is no positive integer.
         """
         self._check()
-        self._check_images(images)
-        if batch_size < 1:
-            _refuse(f"epoch: batch_size: expected at least 1, got {batch_size}")
+        self._check_images(images, labels)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            _refuse(f"epoch: batch_size: expected an integer of at least 1, got {batch_size}")
         images = images.flatten(1)
         self._check_labels(images, labels, permutation)
         examples = len(images) if permutation is None else len(permutation)
         if examples == 0:
             return math.nan
+        batch_size = min(batch_size, examples)
         total, begin, steps = 0.0, 0, 1
         while begin < examples:
-            lrs = list(self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size))))
-            end = min(begin + len(lrs) * batch_size, examples)
-            rates = [rate for of_step in lrs for rate in of_step]
+            lrs: list[list[float]] = []
+            failure: Exception | None = None
             started = time.perf_counter()
-            if permutation is None:
-                losses = self._run(images[begin:end], labels[begin:end], None, batch_size, rates)
-            else:
-                losses = self._run(images, labels, permutation[begin:end], batch_size, rates)
+            with _interrupts_wait():
+                try:
+                    lrs.extend(
+                        self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size)))
+                    )
+                except Exception as error:  # of the scheduler, after a batch that it has counted
+                    failure = error
+                end = min(begin + len(lrs) * batch_size, examples)
+                rates = [rate for of_step in lrs for rate in of_step]
+                if permutation is None:
+                    chosen: _Chosen = images[begin:end], labels[begin:end], None
+                else:
+                    chosen = images, labels, permutation[begin:end]
+                losses = self._run(*chosen, batch_size, rates)
+            if failure is not None:
+                raise failure
             steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
             if self._reduction == 1:
                 losses = losses.double()
@@ -233,12 +252,15 @@ class TrainStep:
         self._groups = self._optimizer.param_groups
         if any(self._hooks) or torch.is_autocast_enabled("cpu"):
             self._refuse_hooks()
+        if torch.is_inference_mode_enabled():
+            _refuse("inference_mode is on, where nothing can be trained: leave it for TrainStep")
 
     def _state(self) -> list[Any]:
         groups = self._optimizer.param_groups
         return [
             *map(type, self._modules),
             *map(len, self._dicts),  # a forward or step of the instance's own
+            len(self._criterion._parameters),
             *[id(child) for children in self._children for child in children.values()],
             *[id(param) for params in self._param_dicts for param in params.values()],
             *[p.requires_grad for p in self._params],
@@ -248,14 +270,17 @@ class TrainStep:
             self._model.training,
             self._criterion.reduction,
             self._optimizer.__dict__.get("step"),
-            *[value for group in groups for value in _options_of(group)],
+            *[float(value) for group in groups for value in _settings_of(group)],
             *[id(param) for group in groups for param in group["params"]],
         ]
 
     def _read_options(self) -> list[float]:
         return [float(g[name]) for g in self._optimizer.param_groups for name in _OPTIONS]
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_images(self, images: Tensor, labels: Tensor) -> None:
+        for name, tensor in (("images", images), ("labels", labels)):
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                _expect_tensor(name, tensor)
         dtype, dims = images.dtype, images.dim()
         if dtype is not (torch.uint8 if self._normalizes else self._params[0].dtype):
             dtypes = "uint8, as normalize is given" if self._normalizes else self._params[0].dtype
@@ -264,11 +289,13 @@ class TrainStep:
         if dims != 2 and not (self._flattens and dims > 2):
             shape = "[n, ...]" if self._flattens else "[n, in_features], as model does not flatten"
             _refuse(f"images: expected {shape}, got {list(images.shape)}")
-        if not images.is_cpu or type(images) is not Tensor or images.requires_grad:
+        if not images.is_cpu or images.requires_grad:
             _refuse(
-                "images: expected a plain tensor on the CPU that needs no gradient: call "
+                "images: expected a tensor on the CPU that needs no gradient: call "
                 "images.detach().cpu()"
             )
+        if not labels.is_cpu:
+            _refuse(f"labels: expected a tensor on the CPU, got one on {labels.device}")
 
     def _check_labels(self, images: Tensor, labels: Tensor, permutation: Tensor | None) -> None:
         """Refuse what is wrong anywhere in the epoch, before its first step."""
@@ -276,6 +303,7 @@ class TrainStep:
             _refuse(f"labels: expected shape {[len(images)]}, got {list(labels.shape)}")
         chosen = labels
         if permutation is not None:
+            _expect_tensor("permutation", permutation)
             if permutation.dtype is not torch.int64 or permutation.dim() != 1:
                 _refuse(
                     "permutation: expected indices of int64 [examples], got "
@@ -288,6 +316,7 @@ class TrainStep:
                     f"got {permutation[wrong][0].item()}"
                 )
             chosen = labels[permutation]
+        chosen = chosen.long()  # a number beyond the labels' own dtype would wrap around
         classes = self._linears[-1].out_features
         wrong = (chosen < 0) | (chosen >= classes)
         wrong &= chosen != self._criterion.ignore_index
@@ -346,6 +375,9 @@ class TrainStep:
             _refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
         if criterion.reduction not in ("mean", "sum"):
             _refuse(f'criterion: expected reduction "mean" or "sum", got {criterion.reduction!r}')
+        weight = criterion.weight
+        if "weight" not in criterion._buffers or (weight is not None and weight.requires_grad):
+            _refuse("criterion: expected a weight that needs no gradient: call weight.detach()")
         self._reduction = 1 if criterion.reduction == "mean" else 2
 
     def _parse_model(self) -> None:
@@ -442,6 +474,24 @@ class TrainStep:
             _refuse("model: every parameter is frozen or unknown to the optimizer")
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C come at the end: what has been scheduled is trained, and momentum is kept."""
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is None or not in_main_thread:  # no handler of Python's, or not of this thread's
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in _LINEARS or super().is_leaf_module(m, module_qualified_name)
@@ -450,8 +500,13 @@ class _Tracer(torch.fx.Tracer):
 def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:
     """Return the modules that model calls, one after the other, or refuse it."""
     for module, name in names.items():
-        if isinstance(module, nn.Sequential) and "forward" in module.__dict__:
-            _refuse(f"{name} ({type(module).__name__}): its forward was replaced: restore it")
+        where = f"{name} ({type(module).__name__})"
+        # Tracing follows the class's forward of model, and no forward of a Sequential.
+        traced_past = module is model or isinstance(module, nn.Sequential)
+        if traced_past and "forward" in module.__dict__:
+            _refuse(f"{where}: its forward was replaced: restore it")
+        if type(module).__call__ is not nn.Module.__call__:
+            _refuse(f"{where}: its class has a __call__ of its own: leave that to forward")
     if type(model) in (*_LINEARS, nn.Flatten, nn.ReLU):
         return [model]
     try:
@@ -473,6 +528,13 @@ def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Mo
             modules.append(model.get_submodule(str(node.target)))
         before = node
     return modules
+
+
+def _expect_tensor(name: str, value: Any) -> None:
+    if type(value) is Tensor and value.layout is torch.strided:
+        return
+    got = f"one of layout {value.layout}" if type(value) is Tensor else type(value).__name__
+    raise TypeError(f"mnist_ext.TrainStep: {name}: expected a plain dense torch.Tensor, got {got}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -343,6 +343,17 @@ def hooked(register):
     return model
 
 
+def quickstart_with_a_forward_of_its_own():
+    model = Quickstart()
+    model.forward = lambda x: model.stack(model.flatten(2 * x))
+    return model
+
+
+class Called(Quickstart):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
 class Skip(nn.Module):
     def __init__(self):
         super().__init__()
@@ -389,6 +400,11 @@ REFUSED_MODELS = {
     "shared module": (shared, r"2?0\.weight is shared|weight is shared"),
     "tied weight": (tied, r"1\.weight is shared"),
     "replaced forward": (replaced_forward, r"1 \(Linear\): its forward was replaced"),
+    "replaced forward of a module": (
+        quickstart_with_a_forward_of_its_own,
+        r"model \(Quickstart\): its forward was replaced",
+    ),
+    "replaced call": (Called, r"model \(Called\): its class has a __call__"),
     "skip connection": (Skip, r"model \(Skip\).*nothing else, found add"),
     "branch": (Branch, r"model \(Branch\).*following it failed"),
     "parametrized": (
@@ -443,6 +459,7 @@ class TestRefused:
         [
             (nn.MSELoss(), "criterion: expected torch.nn.CrossEntropyLoss, got MSELoss"),
             (nn.CrossEntropyLoss(reduction="none"), r'"mean" or "sum", got \'none\''),
+            (nn.CrossEntropyLoss(torch.ones(10, requires_grad=True)), "weight that needs no grad"),
         ],
     )
     def test_criteria(self, criterion, message):
@@ -491,6 +508,11 @@ class TestRefused:
             (lambda m, c, o: setattr(c, "reduction", "none"), "reduction"),
             (lambda m, c, o: setattr(o, "step", lambda: None), "step was replaced"),
             (
+                lambda m, c, o: setattr(c, "weight", nn.Parameter(torch.ones(10))),
+                "criterion: expected a weight that needs no gradient",
+            ),
+            (lambda m, c, o: o.param_groups[0].update(differentiable=True), "is differentiable"),
+            (
                 lambda m, c, o: o.add_param_group({"params": [nn.Parameter(torch.zeros(3))]}),
                 "parameter 0 of group 1",
             ),
@@ -530,6 +552,16 @@ class TestRefused:
         ):
             step(images[0], labels[0])
 
+    def test_inference_mode(self):
+        """Momentum buffers made there could not be written by the ordinary loop afterwards."""
+        model = mlp((20,))
+        step, _ = pair(model, sgd={"momentum": 0.9})
+        before = copy.deepcopy(model)
+        images, labels = batches(1, 8)
+        with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+            step(images[0], labels[0])
+        assert_same_bits(model, before)
+
     def test_tensors_that_share_memory(self):
         model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
         model[1].weight.data = model[0].weight.data
@@ -548,6 +580,10 @@ class TestRefused:
             (torch.zeros(4, 784).double(), torch.arange(4), ValueError, "images: expected torch.f"),
             (torch.zeros(4, 784, requires_grad=True), torch.arange(4), ValueError, "detach"),
             (torch.zeros(4, 784, device="meta"), torch.arange(4), ValueError, "on the CPU"),
+            (torch.zeros(4, 784), torch.arange(4, device="meta"), ValueError, "labels.*on meta"),
+            (torch.zeros(4, 784).numpy(), torch.arange(4), TypeError, "images.*got ndarray"),
+            (torch.zeros(4, 784), [0, 1, 2, 3], TypeError, "labels: expected.*got list"),
+            (torch.zeros(4, 784).to_sparse(), torch.arange(4), TypeError, "layout torch.sparse_co"),
         ],
     )
     def test_calls(self, images, labels, error, message):
@@ -655,6 +691,18 @@ class TestTheUsersTensors:
             assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
         assert_same_bits(model, loop[0])
 
+    def test_weight_decay_that_is_a_tensor_written_in_between(self):
+        model = mlp((20,), "relu")
+        decays = torch.tensor(0.1), torch.tensor(0.1)
+        step, loop = pair(model)
+        for decay, optimizer in zip(decays, (step._optimizer, loop[2]), strict=True):
+            optimizer.param_groups[0]["weight_decay"] = decay
+        for x, y in zip(*batches(3, 16), strict=True):
+            assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+            for decay in decays:
+                decay.mul_(3)
+        assert_same_bits(model, loop[0])
+
     def test_parameters_count_as_modified(self):
         model = mlp((20,))
         images, labels = (t[0] for t in batches(1, 8))
@@ -755,6 +803,41 @@ class TestEpoch:
         assert_same_bits(model, twin)
         assert results[0][1].last_epoch == results[1][1].last_epoch == 32
 
+    @pytest.mark.parametrize("at", [1, 2, 7])
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+    def test_state_where_the_scheduler_is_interrupted_or_fails(self, at, error):
+        """The batches that it has counted have been trained on, momentum included; no others."""
+
+        class Scheduler:
+            steps = 0
+
+            def step(self):
+                self.steps += 1
+                if self.steps != at:
+                    return
+                if error is KeyboardInterrupt:
+                    signal.raise_signal(signal.SIGINT)
+                else:
+                    raise error
+
+        images, labels = (t[0] for t in batches(1, 200))
+        (step, _), (twin, _) = (pair(mlp((20,)), sgd={"momentum": 0.9}) for _ in range(2))
+        twin._model.load_state_dict(step._model.state_dict())
+        scheduler = Scheduler()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(error):
+                step.epoch(images, labels, 10, scheduler=scheduler)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        chosen = slice(10 * scheduler.steps)
+        twin.epoch(images[chosen], labels[chosen], 10)
+        assert_same_bits(step._model, twin._model)
+        buffers = [s._optimizer.state_dict()["state"] for s in (step, twin)]
+        for i, state in buffers[0].items():
+            assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
+
     @pytest.mark.parametrize("bad", [-1, 1000])
     def test_indices_out_of_range(self, bad):
         model = mlp((20,))
@@ -764,6 +847,24 @@ class TestEpoch:
         order[-1] = bad
         with pytest.raises(IndexError, match=f"permutation.*1000 images, got {bad}"):
             pair(model)[0].epoch(images, labels, 64, order)
+        assert_same_bits(model, before)
+
+    def test_uint8_labels_among_more_classes_than_uint8_has(self):
+        images, labels = (t[0] for t in batches(1, 300, 20, classes=256))
+        models = [nn.Linear(20, 300) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        for model, y in zip(models, (labels.to(torch.uint8), labels), strict=True):
+            pair(model)[0].epoch(images, y, 64)
+        assert_same_bits(*models)
+
+    def test_bad_uint8_label_that_ignore_index_would_wrap_to(self):
+        """-100 is 156 modulo 256."""
+        model = mlp((20,))
+        before = copy.deepcopy(model)
+        images, labels = (t[0] for t in batches(1, 300))
+        labels[-1] = 156
+        with pytest.raises(IndexError, match="got 156"):
+            pair(model)[0].epoch(images, labels.to(torch.uint8), 64)
         assert_same_bits(model, before)
 
     def test_the_op_checks_indices_itself(self):
@@ -780,12 +881,23 @@ class TestEpoch:
         step, _ = pair(mlp((20,)))
         images, labels = (t[0] for t in batches(1, 10))
         for arguments, message in (
-            ((images, labels, 0), "batch_size: expected at least 1, got 0"),
+            ((images, labels, 0), "batch_size: expected an integer of at least 1, got 0"),
+            ((images, labels, 2.0), "batch_size: expected an integer of at least 1, got 2.0"),
             ((images, labels[:9], 4), r"labels: expected shape \[10\], got \[9\]"),
             ((images, labels, 4, torch.arange(10).int()), "permutation: expected indices of int64"),
         ):
             with pytest.raises(ValueError, match=message):
                 step.epoch(*arguments)
+        with pytest.raises(TypeError, match=r"permutation: expected a plain dense.*got list"):
+            step.epoch(images, labels, 4, [0, 1])
+
+    def test_batches_larger_than_anything(self):
+        models = [mlp((20,)) for _ in range(2)]
+        models[1].load_state_dict(models[0].state_dict())
+        images, labels = (t[0] for t in batches(1, 10))
+        pair(models[0])[0].epoch(images, labels, 2**64)
+        pair(models[1])[0](images, labels)
+        assert_same_bits(*models)
 
     def test_interrupt_comes_between_native_calls(self):
         """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
@@ -795,9 +907,14 @@ class TestEpoch:
         images, labels = (t[0] for t in batches(1, 1000))
         order = torch.randint(0, 1000, (20_000_000,))
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+
+        class Scheduler:  # steps when all indices have been checked and training begins
+            def step(self):
+                if timer.ident is None:
+                    timer.start()
+
         started = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order)
+            step.epoch(images, labels, 64, order, Scheduler())
         assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
         assert not torch.equal(model[1].weight, before[1].weight)
