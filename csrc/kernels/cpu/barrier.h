@@ -1,17 +1,20 @@
 // Where the threads of one parallel region wait for each other.
 #pragma once
 
+#include <omp.h>
 #include <sched.h>
 
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
-// Spins, as the phases of a training step last microseconds; after a while it lets other processes have the core, which
-// may be what the last thread waits for. (Not std::atomic, whose functions the linker could take from another
-// instruction set's file.)
+// Spins, as the phases of a training step last microseconds; after a while, or at once where there are more threads
+// than cores, it lets others have the core, which may be what the last thread waits for. (Not std::atomic, whose
+// functions the linker could take from another instruction set's file.)
 class SpinBarrier {
  public:
+  explicit SpinBarrier(int threads) : spins_(threads > omp_get_num_procs() ? 0 : 4096) {}
+
   void wait(int threads) {
     if (threads == 1) return;
     const int phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
@@ -21,7 +24,7 @@ class SpinBarrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) {
-      if (spins < kSpins) {
+      if (spins < spins_) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -32,8 +35,7 @@ class SpinBarrier {
   }
 
  private:
-  static constexpr int kSpins = 4096;
-
+  const int spins_;
   alignas(64) int arrived_ = 0;
   alignas(64) int phase_ = 0;
 };

@@ -505,9 +505,10 @@ int64_t train_steps(const TrainSteps<T>& x, int threads) {
   const int64_t bad = copy_targets(x, buffers.target);
   if (bad >= 0) return bad;
 
-  SpinBarrier barrier;
+  const int wanted = threads_for(multiply_adds(x), kTrainStepGrain, threads);
+  SpinBarrier barrier(wanted);
   bool failed = false;
-  parallel(threads_for(multiply_adds(x), kTrainStepGrain, threads), [&](int thread, int count) {
+  parallel(wanted, [&](int thread, int count) {
     try {
       StepOfThread<T>(x, buffers, 0, thread, count).reserve();
     } catch (...) {

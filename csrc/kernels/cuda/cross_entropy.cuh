@@ -439,6 +439,7 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
   const int classes = static_cast<int>(p.classes);
   const bool flat = pitch == classes && p.logits.batch_stride == classes;
   const bool aligned = flat && elements_past_alignment(p.logits.data) == 0;
+  const bool aligned_gradient = pitch == classes && elements_past_alignment(work.grad_logits) == 0;
   Sums<T> sums;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.batch;
        first += static_cast<int64_t>(gridDim.x) * blockDim.x) {
@@ -462,10 +463,10 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
       position.run(sums);
     }
     __syncthreads();
-    for (int i = threadIdx.x; gradient && pitch == classes && i < packs; i += blockDim.x) {
+    for (int i = threadIdx.x; gradient && aligned_gradient && i < packs; i += blockDim.x) {
       reinterpret_cast<uint4*>(gradient)[i] = reinterpret_cast<const uint4*>(tile)[i];
     }
-    for (int i = (pitch == classes ? packs * kPack<T> : 0) + threadIdx.x; gradient && i < elements; i += blockDim.x) {
+    for (int i = (aligned_gradient ? packs * kPack<T> : 0) + threadIdx.x; gradient && i < elements; i += blockDim.x) {
       gradient[i] = tile[i / classes * pitch + i % classes];
     }
     __syncthreads();  // before the next rows
