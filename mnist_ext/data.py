@@ -26,8 +26,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
-
-DATASETS = ("auto", "mnist", "fashion-mnist", "digits")
+from mnist_ext.settings import DATASETS
 
 _TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
 _TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}

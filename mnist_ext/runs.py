@@ -18,7 +18,8 @@ from torch import nn
 from mnist_ext.data import Dataset
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
-from mnist_ext.training import EpochMetrics, TrainConfig
+from mnist_ext.settings import TrainConfig
+from mnist_ext.training import EpochMetrics
 
 
 class Run:

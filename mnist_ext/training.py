@@ -13,10 +13,8 @@ from mnist_ext.data import Dataset, Split, batches
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
 from mnist_ext.nn import swap
+from mnist_ext.settings import TrainConfig
 from mnist_ext.train_step import TrainStep
-
-IMPLEMENTATIONS = ("ext", "torch")
-SCHEDULERS = ("none", "onecycle")
 
 # Images per batch in evaluation. It affects speed and memory only.
 _EVALUATION_BATCH = 1000
@@ -24,82 +22,6 @@ _EVALUATION_BATCH = 1000
 Batch = tuple[Tensor, Tensor]
 # Wraps the batches of one epoch, given also the epoch and their number, to show progress.
 Progress = Callable[[Iterable[Batch], int, int], Iterable[Batch]]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that determines a training run.
-
-    Attributes:
-        dataset: one of ``mnist_ext.data.DATASETS``.
-        data_dir: where to look for the data set first, and to download it to.
-        recipe: the name of the recipe the settings started from; of no effect by itself.
-        epochs: passes over the training set.
-        batch_size: images per step.
-        lr: learning rate; its peak under the ``onecycle`` scheduler.
-        momentum: momentum of SGD.
-        nesterov: use Nesterov momentum; needs a momentum above 0.
-        weight_decay: L2 penalty of SGD.
-        scheduler: ``none`` for a constant learning rate, or ``onecycle``.
-        activation: one of ``mnist_ext.models.ACTIVATIONS``.
-        hidden: the width of each hidden layer.
-        impl: ``ext`` for the operators of this package, ``torch`` for PyTorch's.
-        one_call: run many steps per native call, with ``mnist_ext.TrainStep``; needs ``ext``.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        seed: determines the initial weights and the order of the images.
-        threads: CPU threads; None leaves PyTorch's choice.
-        output_dir: the folder to create the run's folder in.
-        name: name of the run's folder; None derives one from time, data set and implementation.
-        target_accuracy: the test accuracy in percent that the run must reach, if any.
-    """
-
-    dataset: str = "auto"
-    data_dir: str | None = None
-    recipe: str = "tutorial"
-    epochs: int = 5
-    batch_size: int = 64
-    lr: float = 0.01
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    scheduler: str = "none"
-    activation: str = "none"
-    hidden: tuple[int, ...] = (128, 64)
-    impl: str = "ext"
-    one_call: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    threads: int | None = None
-    output_dir: str = "runs"
-    name: str | None = None
-    target_accuracy: float | None = None
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    # What a beginner's tutorial does: a linear model in three layers, plain SGD.
-    "tutorial": {
-        "epochs": 5,
-        "batch_size": 64,
-        "lr": 0.01,
-        "momentum": 0.0,
-        "nesterov": False,
-        "weight_decay": 0.0,
-        "scheduler": "none",
-        "activation": "none",
-    },
-    # For accuracy in ten epochs, without augmented data. A higher learning rate gains nothing on
-    # MNIST and diverges on the embedded digits.
-    "best": {
-        "epochs": 10,
-        "batch_size": 128,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "scheduler": "onecycle",
-        "activation": "relu",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -172,6 +94,19 @@ def build(config: TrainConfig, device: torch.device) -> tuple[nn.Module, nn.Modu
     return model, criterion
 
 
+def make_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return the scheduler asked for, to be stepped after each of so many batches, or None."""
+    if config.scheduler == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.lr, total_steps=steps, cycle_momentum=False
+        )
+    if config.scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return None
+
+
 class _Rates:
     """The learning rates of an epoch: steps the scheduler, if any; keeps the last step's rate."""
 
@@ -216,11 +151,7 @@ def train(
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
-    scheduler = None
-    if config.scheduler == "onecycle":
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, config.lr, total_steps=steps * config.epochs, cycle_momentum=False
-        )
+    scheduler = make_scheduler(config, optimizer, steps * config.epochs)
     generator = torch.Generator().manual_seed(config.seed)
     normalize = dataset.mean, dataset.std
     step = TrainStep(model, criterion, optimizer, normalize=normalize) if config.one_call else None
