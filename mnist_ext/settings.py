@@ -1,4 +1,4 @@
-"""The settings of a training run, and recipes to start from. Free of torch, as --help needs them."""
+"""The settings of a training run, and recipes to start from. --help needs them, without torch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,9 @@ class TrainConfig:
         data_dir: where to look for the data set first, and to download it to.
         recipe: the name of the recipe the settings started from; of no effect by itself.
         epochs: passes over the training set.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
+        limit_batches: batches per epoch of training, and of evaluation; None: all.
+        log_interval: every so many steps, one is written to ``steps.csv``.
         lr: learning rate; its peak under the ``onecycle`` scheduler.
         momentum: momentum of SGD.
         nesterov: use Nesterov momentum; needs a momentum above 0.
@@ -42,6 +44,8 @@ class TrainConfig:
     recipe: str = "tutorial"
     epochs: int = 5
     batch_size: int = 64
+    limit_batches: int | None = None
+    log_interval: int = 100
     lr: float = 0.01
     momentum: float = 0.0
     nesterov: bool = False
