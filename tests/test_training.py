@@ -49,7 +49,9 @@ def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch
         return losses[-1]
 
     with pytest.raises(EnoughStepsError):
-        Trainer(model, recorded, config, dataset).train_epoch()
+        trainer = Trainer(model, recorded, config, dataset)
+        for _ in range(config.epochs):
+            trainer.train_epoch()
     return torch.stack(losses).detach()
 
 
