@@ -48,10 +48,9 @@ def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch
         losses.append(criterion(logits, labels))
         return losses[-1]
 
+    trainer = Trainer(model, recorded, config, dataset)
     with pytest.raises(EnoughStepsError):
-        trainer = Trainer(model, recorded, config, dataset)
-        for _ in range(config.epochs):
-            trainer.train_epoch()
+        _ = [trainer.train_epoch() for _ in range(config.epochs)]
     return torch.stack(losses).detach()
 
 
