@@ -140,6 +140,46 @@ class TrainStep:
             IndexError: a label or an index is out of range; nothing has been updated.
             TypeError, ValueError: as for a step, or batch_size is no positive integer.
         """
+        parts = self.parts(images, labels, batch_size, permutation, scheduler)
+        examples = len(images) if permutation is None else len(permutation)
+        if examples == 0:
+            return math.nan
+        total, begin = 0.0, 0
+        for losses in parts:
+            end = min(begin + len(losses) * batch_size, examples)
+            if self._reduction == 1:
+                losses = losses.double()
+                losses[:-1] *= batch_size
+                losses[-1] *= end - begin - (len(losses) - 1) * batch_size
+            total += losses.sum(dtype=torch.float64).item()
+            begin = end
+        return total / examples
+
+    def parts(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        permutation: Tensor | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> Iterator[Tensor]:
+        """Train as ``epoch`` does, and hand over control after each native call.
+
+        Between two parts model, optimizer and scheduler agree, and one may stop for good.
+
+        Args:
+            images: [n, ...], as for a step.
+            labels: class indices [n].
+            batch_size: images per step; the last step may have fewer.
+            permutation: see ``epoch``.
+            scheduler: see ``epoch``.
+
+        Yields:
+            The loss of each batch of the native call, [steps].
+
+        Raises:
+            IndexError, TypeError, ValueError: as ``epoch``, before the first part.
+        """
         self._check()
         self._check_images(images, labels)
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -147,10 +187,19 @@ class TrainStep:
         images = images.flatten(1)
         self._check_labels(images, labels, permutation)
         examples = len(images) if permutation is None else len(permutation)
-        if examples == 0:
-            return math.nan
-        batch_size = min(batch_size, examples)
-        total, begin, steps = 0.0, 0, 1
+        size = min(batch_size, max(examples, 1))
+        return self._parts(images, labels, size, permutation, scheduler)
+
+    def _parts(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        permutation: Tensor | None,
+        scheduler: Scheduler | None,
+    ) -> Iterator[Tensor]:
+        examples = len(images) if permutation is None else len(permutation)
+        begin, steps = 0, 1
         while begin < examples:
             lrs: list[list[float]] = []
             failure: Exception | None = None
@@ -172,14 +221,9 @@ class TrainStep:
             if failure is not None:
                 raise failure
             steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
-            if self._reduction == 1:
-                losses = losses.double()
-                losses[:-1] *= batch_size
-                losses[-1] *= end - begin - (len(lrs) - 1) * batch_size
-            total += losses.sum(dtype=torch.float64).item()
             begin = end
             self._check()
-        return total / examples
+            yield losses
 
     def _schedule(self, scheduler: Scheduler | None, steps: int) -> Iterator[list[float]]:
         """Yield the learning rates of each of so many steps, or of fewer if other options change.
