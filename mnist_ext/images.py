@@ -87,7 +87,7 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
     return Prepared(torch.from_numpy(placed), size, mode, inverted)
 
 
-def _gray(image: Image.Image) -> NDArray[np.float32]:
+def _gray(image: Image.Image) -> NDArray[np.floating]:
     """Return the brightness, 0 to 1, reduced to at most _LARGEST_SIDE pixels a side."""
     if image.mode.startswith(("I", "F")):
         # Pillow would cut 16 and 32 bits off at 255. Their range is whatever they use, so that
@@ -115,10 +115,10 @@ def _reduced(image: Image.Image) -> Image.Image:
     return image
 
 
-def _ink(gray: NDArray[np.float32]) -> tuple[NDArray[np.float64], bool]:
+def _ink(gray: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
     """Return how far each pixel is from the background, 0 to 1, and whether that is lighter."""
     height, width = gray.shape
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     edge = max(1, round(_BORDER * min(height, width)))
     border = np.ones(gray.shape, dtype=bool)
     border[edge : height - edge, edge : width - edge] = False
@@ -166,6 +166,6 @@ def _place(ink: NDArray[np.float64], box: int, by_mass: bool) -> NDArray[np.uint
     return placed
 
 
-def _middle(mass: NDArray[np.float32]) -> int:
+def _middle(mass: NDArray[np.floating]) -> int:
     """Return the pixel that the centre of mass lies in."""
     return math.floor(float(mass @ (np.arange(len(mass)) + 0.5) / mass.sum()))

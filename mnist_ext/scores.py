@@ -92,7 +92,7 @@ class Scores:
 
     @property
     def precision(self) -> list[float | None]:
-        """Of those taken for a class, those that are of it, in percent; None where there are none."""
+        """Of those taken for a class, those of it, in percent; None where there are none."""
         return _percent(self.confusion.diag(), self.confusion.sum(0))
 
     @property
@@ -104,7 +104,9 @@ class Scores:
         """Return the wrong predictions, the most confident ones first, and no more than so many."""
         confidence, predictions = self.logits.double().softmax(dim=1).max(dim=1)
         confidence = confidence.where(predictions != self.labels, -1.0)
-        order = confidence.argsort(descending=True, stable=True)[: min(most, len(self) - self.right)]
+        order = confidence.argsort(descending=True, stable=True)[
+            : min(most, len(self) - self.right)
+        ]
         return [
             Mistake(i, int(self.labels[i]), int(predictions[i]), float(confidence[i]))
             for i in order.tolist()

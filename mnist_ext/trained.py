@@ -122,10 +122,7 @@ def load_record(run: str | Path) -> Record:
     path = _file(folder, "metrics.csv")
     try:
         rows = list(csv.DictReader(_read(path).splitlines()))
-        epochs = [
-            EpochMetrics(**{f.name: (int if f.name == "epoch" else float)(row[f.name]) for f in _FIELDS})
-            for row in rows
-        ]
+        epochs = [_epoch(row) for row in rows]
         if not epochs:
             raise ValueError("no epochs")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -133,7 +130,9 @@ def load_record(run: str | Path) -> Record:
     return Record(config, epochs)
 
 
-_FIELDS = fields(EpochMetrics)
+def _epoch(row: Mapping[str, str]) -> EpochMetrics:
+    numbers: dict[str, Any] = {f.name: float(row[f.name]) for f in fields(EpochMetrics)}
+    return EpochMetrics(**{**numbers, "epoch": int(row["epoch"])})
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -161,7 +160,9 @@ def _read(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _model(hidden: tuple[int, ...], activation: str, tensors: Mapping[str, Tensor]) -> nn.Sequential:
+def _model(
+    hidden: tuple[int, ...], activation: str, tensors: Mapping[str, Tensor]
+) -> nn.Sequential:
     """Build the model around these tensors; raise ValueError where they do not fit."""
     if len(tensors) != 2 * (len(hidden) + 1):
         raise ValueError(f"it holds {len(tensors)} tensors for {len(hidden) + 1} layers")
