@@ -72,13 +72,14 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
                 size = upright.size
                 gray = _gray(upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"the image is too large ({error})") from error
+        raise UserError(f"is too large ({error})") from error
     # Pillow's decoders raise many kinds of errors on damaged files.
     except Exception as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(f"cannot be read as an image ({reason or type(error).__name__})") from error
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise UserError("is not an image of a format that can be read") from error
+        raise UserError(f"is a damaged image ({str(error) or type(error).__name__})") from error
     if not np.isfinite(gray).all():
-        raise UserError("the image holds values that are not finite")
+        raise UserError("holds values that are not finite")
     ink, inverted = _ink(gray)
     if dataset == "fashion-mnist":
         placed = _place(ink, _SIDE, by_mass=False)
@@ -136,7 +137,7 @@ def _ink(gray: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
     # What the border varies by is background inside, too.
     floor = max(float(np.percentile(np.abs(darker[border][kept]), 95)), 0.0)
     if ink.max() - floor < _LEAST_CONTRAST:
-        raise UserError("the image shows nothing: its pixels are all alike")
+        raise UserError("shows nothing: its pixels are all alike")
     return np.clip((ink - floor) / (ink.max() - floor), 0, 1), inverted
 
 

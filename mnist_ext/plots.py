@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mnist_ext.errors import UserError
-from mnist_ext.scores import Scores
+from mnist_ext.scores import Scores, sure
 from mnist_ext.trained import Trained
 from mnist_ext.training import EpochMetrics
 
@@ -129,8 +129,10 @@ def confusion(scores: Scores, class_names: Sequence[str]) -> "Figure":
                 color = "white" if count > 0.6 * most else "black"
                 axes.text(j, i, str(count), ha="center", va="center", color=color)
     names = [str(name) for name in class_names]
-    slanted = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 2 else {}
-    axes.set_xticks(range(number), names, **slanted)
+    axes.set_xticks(range(number), names)
+    if max(map(len, names)) > 2:
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(number), names)
     axes.set(
         xlabel="taken for",
@@ -165,15 +167,11 @@ def mistakes(scores: Scores, images: Tensor, class_names: Sequence[str]) -> "Fig
         axes.imshow(images[mistake.index].numpy(), cmap="gray_r", interpolation="nearest")
         axes.set_title(
             f"{class_names[mistake.label]}, not {class_names[mistake.prediction]}\n"
-            f"{_sure(mistake.confidence)} sure",
+            f"{sure(mistake.confidence)} sure",
             fontsize=9,
         )
     figure.suptitle("The surest mistakes: what it is, not what the model took it for")
     return figure
-
-
-def _sure(confidence: float) -> str:
-    return ">99.9 %" if confidence >= 0.9995 else f"{100 * confidence:.1f} %"
 
 
 def weights(weight: Tensor) -> "Figure":

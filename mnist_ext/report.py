@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mnist_ext.charts import line_chart, thinned
 from mnist_ext.data import Dataset
-from mnist_ext.scores import Scores, short_names
+from mnist_ext.scores import Scores, short_names, sure
 from mnist_ext.trained import Record, Trained
 from mnist_ext.training import EpochMetrics
 
@@ -182,7 +182,7 @@ def _mistakes(scores: Scores, images: Tensor, names: Sequence[str]) -> str:
         items.append(
             f'<li><figure><img src="{_png(images[mistake.index])}" width="28" height="28" '
             f'alt="test image {mistake.index}: {is_}, taken for {taken}">'
-            f"<figcaption>{is_}, not {taken}<br>{100 * mistake.confidence:.1f} % sure"
+            f"<figcaption>{is_}, not {taken}<br>{escape(sure(mistake.confidence))} sure"
             "</figcaption></figure></li>"
         )
     return (

@@ -117,7 +117,7 @@ class Scores:
         columns = (class_names, self.support, self.precision, self.recall)
         return {
             "images": len(self),
-            "loss": self.loss,
+            "loss": self.loss if math.isfinite(self.loss) else None,
             "accuracy": self.accuracy,
             "accuracy_standard_error": self.standard_error,
             "classes": [
@@ -131,6 +131,11 @@ class Scores:
 def short_names(class_names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names for use in tables: ``7`` where a name is ``7 - seven``."""
     return tuple(name.split(" - ")[0] for name in class_names)
+
+
+def sure(probability: float) -> str:
+    """Return a probability as text; only certainty is 100 %."""
+    return "> 99.9 %" if 0.9995 <= probability < 1 else f"{100 * probability:.1f} %"
 
 
 @dataclass(frozen=True)

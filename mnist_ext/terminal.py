@@ -1,7 +1,7 @@
 """Tables, bars and small pictures as text, in what the terminal can show."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -99,20 +99,23 @@ def _gray(level: int) -> int:
     return 16 if step == 0 else 231 if step == 25 else 231 + step
 
 
-def table(rows: Sequence[Sequence[str]], header: int = 1) -> list[str]:
-    """Align cells: the first column to the left, the others to the right.
+def table(
+    rows: Sequence[Sequence[str]],
+    style: Callable[[int, int, str], str] = lambda row, column, text: text,
+) -> list[str]:
+    """Align cells, the first column to the left, the others to the right, under a header.
 
     Args:
-        rows: equally many cells each.
-        header: so many rows at the top are followed by a line.
+        rows: equally many cells each; the first row is the header.
+        style: returns what to print for the aligned text of a cell, given its row and column.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            style(i, j, cell.rjust(width) if j else cell.ljust(width))
+            for j, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for i, row in enumerate(rows)
     ]
-    lines.insert(header, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return lines

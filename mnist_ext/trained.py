@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mnist_ext.errors import UserError
 from mnist_ext.models import ACTIVATIONS, mlp
+from mnist_ext.nn import swap
 from mnist_ext.training import EpochMetrics
 
 _MODEL = "model.safetensors"
@@ -26,7 +27,8 @@ class Trained:
 
     Attributes:
         path: the folder of its run.
-        model: maps float32 images [n, 1, 28, 28] to logits [n, 10]; in evaluation mode.
+        model: maps float32 images [n, 1, 28, 28] to logits [n, 10], with this package's ops; in
+            evaluation mode.
         hidden: the width of each hidden layer.
         activation: one of ``mnist_ext.models.ACTIVATIONS``.
         dataset: the name of the data set that it was trained on.
@@ -183,7 +185,7 @@ def _model(
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
     model.load_state_dict(tensors, assign=True)
-    return model.eval().requires_grad_(False)
+    return swap(model).eval().requires_grad_(False)
 
 
 def _names(tensors: Mapping[str, Tensor]) -> str:
