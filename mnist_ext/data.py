@@ -26,8 +26,7 @@ from torchvision.datasets import MNIST, FashionMNIST
 
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
-
-DATASETS = ("auto", "mnist", "fashion-mnist", "digits")
+from mnist_ext.settings import DATASETS
 
 _TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
 _TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
@@ -188,13 +187,36 @@ def batches(
         for images, labels in parts:
             yield normalize(images.unsqueeze(1), mean, std), labels
         return
-    # Drawn on the CPU, so that a seed gives the same batches on every device.
-    order = torch.randperm(len(split), generator=generator).to(split.images.device)
-    # Rows of pixels: index_select copies those fastest.
-    rows = split.images.flatten(1)
+    order = draw_order(split, generator)
     for chosen in order.split(batch_size):
-        images = rows.index_select(0, chosen).view(-1, 1, *split.images.shape[1:])
-        yield normalize(images, mean, std), split.labels.index_select(0, chosen)
+        yield take(split, chosen, mean, std)
+
+
+def draw_order(split: Split, generator: torch.Generator) -> Tensor:
+    """Return the indices of all images, int64 [N], in random order, on the device of ``split``.
+
+    Args:
+        split: the images.
+        generator: a CPU generator, so that a seed gives the same order on every device.
+    """
+    return torch.randperm(len(split), generator=generator).to(split.images.device)
+
+
+def take(split: Split, chosen: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
+    """Return the images of one batch, normalized, and their labels.
+
+    Args:
+        split: the images and labels, on any device.
+        chosen: indices of images, int64 [n], on that device.
+        mean: see ``normalize``.
+        std: see ``normalize``.
+
+    Returns:
+        float32 images [n, 1, 28, 28] and int64 labels [n].
+    """
+    # Rows of pixels: index_select copies those fastest.
+    images = split.images.flatten(1).index_select(0, chosen).view(-1, 1, *split.images.shape[1:])
+    return normalize(images, mean, std), split.labels.index_select(0, chosen)
 
 
 def _load_mnist(name: str, data_dir: str | Path | None) -> Dataset:

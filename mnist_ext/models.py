@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-ACTIVATIONS = ("none", "relu")
+from mnist_ext.settings import ACTIVATIONS
 
 
 def mlp(

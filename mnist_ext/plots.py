@@ -4,12 +4,14 @@ Colours are told apart by the colour-blind: blue and vermilion of Okabe and Ito,
 dark, and purple to orange around zero.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mnist_ext.atomic import replace_file
 from mnist_ext.errors import UserError
 from mnist_ext.scores import Scores, sure
 from mnist_ext.trained import Trained
@@ -74,12 +76,18 @@ def draw(
     for name, make in pictures.items():
         path = folder / name
         try:
-            # Without the version and the date, so that the same run gives the same file.
-            make().savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})
+            replace_file(path, _png(make()))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
         paths.append(path)
     return paths
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    # Without matplotlib's version, so that the same run gives the same file.
+    figure.savefig(file, format="png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
+    return file.getvalue()
 
 
 def curves(epochs: Sequence[EpochMetrics]) -> "Figure":

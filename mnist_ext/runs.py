@@ -1,11 +1,11 @@
-"""The folder of a training run: its settings, its metrics and the trained model."""
+"""The folder of a training run: its settings, metrics, model and checkpoint."""
 
 import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -15,21 +15,22 @@ from typing import Any
 from safetensors.torch import save
 from torch import nn
 
+from mnist_ext import checkpoint
+from mnist_ext.atomic import replace_file, sync_file
 from mnist_ext.data import Dataset
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
-from mnist_ext.training import EpochMetrics, TrainConfig
+from mnist_ext.settings import TrainConfig
+from mnist_ext.training import EpochMetrics, StepMetrics, Trainer
+
+# Files that grow; a checkpoint says how long they were.
+LOGS = ("metrics.csv", "steps.csv")
 
 
 class Run:
-    """A new folder that a training run is written to as it goes.
+    """The folder that a training run is written to as it goes; docs/runs.md describes its files.
 
-    - ``config.json``: the settings, the data set and the environment.
-    - ``metrics.csv``: one row per epoch, with the fields of ``EpochMetrics``.
-    - ``model.safetensors``: the parameters after the latest epoch, under the names they have in
-      ``mnist_ext.models.mlp``; the metadata say how to build that model and normalize its input.
-
-    Used as a context manager, it removes the folder again where no epoch was recorded.
+    Used as a context manager, it removes a new folder again where nothing of use was written.
 
     Attributes:
         path: the folder.
@@ -49,9 +50,10 @@ class Run:
         self._config = config
         self._dataset = dataset
         self._parents: list[Path] = []
-        started = datetime.now().astimezone()
+        self._keep = False
+        now = datetime.now().astimezone()
         output_dir = Path(config.output_dir)
-        default_name = f"{started:%Y%m%d-%H%M%S}-{dataset.name}-{config.impl}"
+        default_name = f"{now:%Y%m%d-%H%M%S}-{dataset.name}-{config.impl}"
         with _writing(output_dir):
             self._parents = make_folders(output_dir)
             try:
@@ -59,26 +61,60 @@ class Run:
             except OSError:
                 remove_folders(self._parents)
                 raise
-        self._metrics = self.path / "metrics.csv"
         record = {
-            "started": started.isoformat(timespec="seconds"),
+            "started": now.isoformat(timespec="seconds"),
             "settings": asdict(config),
-            "dataset": {
-                "name": dataset.name,
-                "source": dataset.source,
-                "train_size": len(dataset.train),
-                "test_size": len(dataset.test),
-                "mean": dataset.mean,
-                "std": dataset.std,
-            },
+            "dataset": describe(dataset),
             "environment": environment,
         }
         try:
-            with _writing(self.path):
-                (self.path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            self._replace("config.json", json.dumps(record, indent=2).encode() + b"\n")
         except BaseException:
             self._remove()
             raise
+
+    @classmethod
+    def reopen(
+        cls,
+        path: Path,
+        config: TrainConfig,
+        dataset: Dataset,
+        environment: dict[str, Any],
+        log_sizes: dict[str, int],
+    ) -> "Run":
+        """Continue the run in ``path``: drop what its logs say beyond the checkpoint.
+
+        Args:
+            path: the folder.
+            config: the settings from now on.
+            dataset: the data set of the run.
+            environment: of this process; ``config.json`` lists it under ``resumed``.
+            log_sizes: what ``save_checkpoint`` put into the checkpoint as ``log_sizes``.
+
+        Raises:
+            UserError: a file is missing or damaged, or cannot be written.
+        """
+        run = cls.__new__(cls)
+        run.path, run._config, run._dataset = path, config, dataset
+        run._parents, run._keep = [], True
+        file = path / "config.json"
+        try:
+            record = json.loads(file.read_bytes())
+            resumed = [*record.get("resumed", []), _now_in(environment)]
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
+        for name, size in log_sizes.items():
+            with _writing(path / name):
+                if size > (found := _size(path / name)):
+                    raise UserError(
+                        f"{path / name} is damaged: it has {found:,} bytes, and had {size:,} when "
+                        "the checkpoint was written"
+                    )
+                if found:
+                    os.truncate(path / name, size)
+        record = {**record, "settings": asdict(config), "resumed": resumed}
+        run._replace("config.json", json.dumps(record, indent=2).encode() + b"\n")
+        return run
 
     def __enter__(self) -> "Run":
         """Return the run itself."""
@@ -90,9 +126,18 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Remove the folder where no epoch was recorded."""
-        if not self._metrics.exists():
+        """Remove a new folder where no epoch was recorded and no progress saved."""
+        if not self._keep:
             self._remove()
+
+    def record_steps(self, steps: Sequence[StepMetrics]) -> None:
+        """Append rows to ``steps.csv``.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if steps:
+            self._append("steps.csv", [asdict(step) for step in steps])
 
     def record(self, metrics: EpochMetrics) -> None:
         """Append a row to ``metrics.csv``.
@@ -100,12 +145,8 @@ class Run:
         Raises:
             UserError: the file cannot be written.
         """
-        row = asdict(metrics)
-        with _writing(self._metrics), self._metrics.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        self._append("metrics.csv", [asdict(metrics)])
+        self._keep = True
 
     def save_model(self, model: nn.Module, epoch: int) -> None:
         """Replace ``model.safetensors``, which is whole at every moment, by this state.
@@ -122,20 +163,73 @@ class Run:
             "std": repr(self._dataset.std),
             "epoch": str(epoch),
         }
-        path = self.path / "model.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            with _writing(path):
-                partial.write_bytes(save(tensors, metadata))
-                os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+        self._replace("model.safetensors", save(tensors, metadata))
+
+    def save_checkpoint(
+        self, trainer: Trainer, metrics: EpochMetrics | None, keep: bool = True
+    ) -> None:
+        """Replace ``checkpoint.safetensors``, which is whole at every moment, by this state.
+
+        Args:
+            trainer: what to save.
+            metrics: those of the last whole epoch, if any.
+            keep: whether it is worth keeping the folder for.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = self.path / checkpoint.FILE_NAME
+        with _writing(path):
+            # What the checkpoint says of the logs is on the disk before it.
+            for name in LOGS:
+                sync_file(self.path / name)
+            tensors, values = trainer.state()
+            values["settings"] = asdict(self._config)
+            values["dataset"] = describe(self._dataset)
+            values["metrics"] = None if metrics is None else asdict(metrics)
+            values["log_sizes"] = {name: _size(self.path / name) for name in LOGS}
+            checkpoint.write(path, tensors, values)
+        self._keep = self._keep or keep
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        path = self.path / name
+        with _writing(path), path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(rows)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        with _writing(self.path / name):
+            replace_file(self.path / name, content)
 
     def _remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         remove_folders(self._parents)
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Return what identifies a data set, as JSON values."""
+    return {
+        "name": dataset.name,
+        "source": dataset.source,
+        "train_size": len(dataset.train),
+        "test_size": len(dataset.test),
+        "mean": dataset.mean,
+        "std": dataset.std,
+    }
+
+
+def _now_in(environment: dict[str, Any]) -> dict[str, Any]:
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"started": now, "environment": environment}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _make_unused_folder(parent: Path, name: str) -> Path:

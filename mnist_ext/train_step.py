@@ -133,6 +133,45 @@ class TrainStep:
             IndexError: a label or an index is out of range; nothing has been updated.
             ValueError: as for a step, or batch_size is not positive.
         """
+        examples = len(images) if permutation is None else len(permutation)
+        if examples == 0:
+            return math.nan
+        total, begin = 0.0, 0
+        for losses in self.parts(images, labels, batch_size, permutation, scheduler):
+            end = min(begin + len(losses) * batch_size, examples)
+            if self._reduction == 1:
+                losses = losses.double()
+                losses[:-1] *= batch_size
+                losses[-1] *= end - begin - (len(losses) - 1) * batch_size
+            total += losses.sum(dtype=torch.float64).item()
+            begin = end
+        return total / examples
+
+    def parts(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        permutation: Tensor | None = None,
+        scheduler: Scheduler | None = None,
+    ) -> Iterator[Tensor]:
+        """Train as ``epoch`` does, and hand over control after each native call.
+
+        Between two parts model, optimizer and scheduler agree, and one may stop for good.
+
+        Args:
+            images: [n, ...], as for a step.
+            labels: class indices [n].
+            batch_size: images per step; the last step may have fewer.
+            permutation: see ``epoch``.
+            scheduler: see ``epoch``.
+
+        Yields:
+            The loss of each batch of the native call, [steps].
+
+        Raises:
+            IndexError, ValueError: as ``epoch``, when the first part is asked for.
+        """
         self._check()
         self._check_images(images)
         if batch_size < 1:
@@ -140,9 +179,7 @@ class TrainStep:
         images = images.flatten(1)
         self._check_labels(images, labels, permutation)
         examples = len(images) if permutation is None else len(permutation)
-        if examples == 0:
-            return math.nan
-        total, begin, steps = 0.0, 0, 1
+        begin, steps = 0, 1
         while begin < examples:
             lrs = list(self._schedule(scheduler, min(steps, -(-(examples - begin) // batch_size))))
             end = min(begin + len(lrs) * batch_size, examples)
@@ -153,14 +190,9 @@ class TrainStep:
             else:
                 losses = self._run(images, labels, permutation[begin:end], batch_size, rates)
             steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
-            if self._reduction == 1:
-                losses = losses.double()
-                losses[:-1] *= batch_size
-                losses[-1] *= end - begin - (len(lrs) - 1) * batch_size
-            total += losses.sum(dtype=torch.float64).item()
             begin = end
             self._check()
-        return total / examples
+            yield losses
 
     def _schedule(self, scheduler: Scheduler | None, steps: int) -> Iterator[list[float]]:
         """Yield the learning rates of each of so many steps, or of fewer if other options change.

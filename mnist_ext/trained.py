@@ -18,7 +18,7 @@ from mnist_ext.nn import swap
 from mnist_ext.training import EpochMetrics
 
 _MODEL = "model.safetensors"
-_EXPECTED = f"expected a folder that 'mnist-ext train' has written, with {_MODEL} in it"
+_EXPECTED = "expected a folder that 'mnist-ext train' has written"
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +152,9 @@ def _file(folder: Path, name: str) -> Path:
     if runs:
         newest = max(runs, key=lambda path: (path / name).stat().st_mtime)
         raise UserError(f"{folder} holds runs, but is none itself; its newest one is {newest}")
-    raise UserError(f"{folder} has no {name}: {_EXPECTED}")
+    raise UserError(
+        f"{folder} has no {name}: {_EXPECTED} and not stopped before its first epoch was over"
+    )
 
 
 def _read(path: Path) -> str:

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from torchvision.datasets import MNIST
 
 from mnist_ext import cli, data, training
+from mnist_ext.commands import train_run
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
 from mnist_ext.runs import Run
-from mnist_ext.training import EpochMetrics, TrainConfig
+from mnist_ext.settings import RECIPES, TrainConfig
+from mnist_ext.training import EpochMetrics
 
 DIGITS = ["train", "--dataset", "digits", "--epochs", "2", "--lr", "0.1"]
 FILES_OF_A_RUN = ["config.json", "metrics.csv", "model.safetensors"]
@@ -164,7 +166,7 @@ class TestTrain:
         argv = ["train", "--dataset", "digits", "--recipe", "best", "--epochs", "1"]
         assert cli.main([*argv, "--no-nesterov", "--momentum", "0"]) == 0
         settings = read_settings(the_run())
-        expected = {**training.RECIPES["best"], "epochs": 1, "nesterov": False, "momentum": 0}
+        expected = {**RECIPES["best"], "epochs": 1, "nesterov": False, "momentum": 0}
         assert {name: settings[name] for name in expected} == expected
 
     def test_without_a_network_auto_uses_the_digits(self, capsys):
@@ -358,7 +360,7 @@ class TestInterrupt:
             assert the_run().exists()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(cli, "train", interrupted)
+        monkeypatch.setattr(train_run, "train", interrupted)
         assert cli.main(DIGITS) == 130
         assert capsys.readouterr().err == "mnist-ext: interrupted\n"
         assert list(Path().iterdir()) == []

@@ -10,7 +10,8 @@ from torch import nn
 from mnist_ext import data, training
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
-from mnist_ext.training import RECIPES, EpochMetrics, TrainConfig
+from mnist_ext.settings import RECIPES, TrainConfig
+from mnist_ext.training import EpochMetrics
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
 CPU = torch.device("cpu")

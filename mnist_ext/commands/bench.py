@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mnist_ext.commands.options import integer
+from mnist_ext.commands.options import MOST_THREADS, integer
 
 if TYPE_CHECKING:
     from mnist_ext.benchmark import Limits, Result
@@ -32,7 +32,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--threads",
-        type=integer(1, 1024),
+        type=integer(1, MOST_THREADS),
         metavar="N",
         help="CPU threads (default: PyTorch's choice)",
     )

@@ -1,10 +1,9 @@
 """``mnist-ext report``: a run as one HTML page."""
 
 import argparse
-import os
-from contextlib import suppress
 from pathlib import Path
 
+from mnist_ext.atomic import replace_file
 from mnist_ext.commands.scoring import add_data_options, add_run, score
 from mnist_ext.errors import UserError
 
@@ -34,21 +33,9 @@ def run(args: argparse.Namespace) -> int:
     record = trained.load_record(args.run_folder)
     model, dataset, scores = score(args)
     path = Path(args.output) if args.output else model.path / "report.html"
-    _write(path, report.page(model, record, dataset, scores))
-    print(f"written to {path}")
-    return 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Write all of the file or nothing."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
+        replace_file(path, report.page(model, record, dataset, scores).encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; use --output") from error
+    print(f"written to {path}")
+    return 0

@@ -1,0 +1,371 @@
+"""What ``mnist-ext train`` does, once its options are known."""
+
+import math
+import os
+import shlex
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from mnist_ext import __version__, build_info, checkpoint, data, distributed
+from mnist_ext.commands.train_config import resumed_config
+from mnist_ext.commands.train_output import Json, Lines, Output
+from mnist_ext.distributed import Processes
+from mnist_ext.errors import UserError
+from mnist_ext.interrupts import StopRequest
+from mnist_ext.runs import Run, describe
+from mnist_ext.settings import TrainConfig
+from mnist_ext.training import EpochMetrics, StepMetrics, Trainer, build, select_device
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of ``run_training``.
+
+    Attributes:
+        config: the settings of a new run; None where one is resumed.
+        resume: the folder of the run to resume.
+        given: the settings given anew for it.
+        dry_run: write nothing.
+        tensorboard: write TensorBoard's files too.
+        output: ``lines``, ``json`` or ``quiet``.
+        command: the command, as text.
+    """
+
+    config: TrainConfig | None
+    resume: Path | None
+    given: dict[str, Any]
+    dry_run: bool
+    tensorboard: bool
+    output: str
+    command: str
+
+
+def run_training(request: Request) -> int:
+    """Train and return the exit code."""
+    processes = distributed.from_environment()
+    try:
+        code = _run(request, processes)
+    except RuntimeError as error:
+        if processes.size == 1 or not distributed.is_lost_peer(error):
+            raise
+        code = _lost(processes, None, error)
+    if processes.size > 1:
+        distributed.leave(code)
+    return code
+
+
+def _run(request: Request, processes: Processes) -> int:
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    config = request.config
+    if request.resume is not None:
+        saved = checkpoint.read(request.resume / checkpoint.FILE_NAME)
+        config = resumed_config(saved[1]["settings"], request.given)
+    assert config is not None
+    device = _device(config, processes)
+    threads = config.threads
+    if threads is None and processes.size > 1:
+        threads = distributed.default_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    writer_class = _summary_writer() if request.tensorboard else None
+    dataset = _load(config, saved, processes, device)
+    model, criterion = build(config, device)
+    trainer = Trainer(model, criterion, config, dataset, processes)
+    if saved is not None:
+        _restore(trainer, saved, request.resume)
+    metrics = _last_metrics(saved)
+
+    first = processes.rank == 0
+    output = _output(request.output if first else "quiet", config, trainer)
+    writes = first and not request.dry_run
+    with _open_run(request, config, dataset, saved) if writes else nullcontext() as run, output:
+        if run is not None and saved is None:
+            # So that a process that is killed in the first epoch leaves something to go on with.
+            run.save_checkpoint(trainer, None, keep=False)
+        facts = _facts(config, dataset, model, processes)
+        if trainer.epoch or trainer.step:
+            facts["resumed"] = f"{request.resume}, epoch {trainer.epoch + 1}, step {trainer.step}"
+        output.start(facts, _details(config, dataset, run, trainer, processes))
+        writer = writer_class(run, trainer) if writer_class and run is not None else None
+        with StopRequest() as stop:
+            session = _Session(trainer, config, output, run, stop, writer, metrics, processes)
+            code = session.train()
+        if code is not None:
+            return code
+        assert session.metrics is not None
+        output.end(session.metrics, None if run is None else run.path)
+    reached = session.metrics.test_accuracy
+    if config.target_accuracy is not None and reached < config.target_accuracy and first:
+        _error(f"test accuracy {reached:.2f} % is below the target of {config.target_accuracy:g} %")
+    return int(config.target_accuracy is not None and reached < config.target_accuracy)
+
+
+@dataclass
+class _Session:
+    """The epochs of a process, with what is written and printed at each."""
+
+    trainer: Trainer
+    config: TrainConfig
+    output: Output
+    run: Run | None
+    stop: StopRequest
+    writer: Any
+    metrics: EpochMetrics | None
+    processes: Processes
+
+    def train(self) -> int | None:
+        """Train to the end; return the exit code where it was not reached."""
+        trainer = self.trainer
+        while trainer.epoch < self.config.epochs:
+            try:
+                metrics = trainer.train_epoch(self._observe)
+            except RuntimeError as error:
+                if self.processes.size == 1 or not distributed.is_lost_peer(error):
+                    raise
+                self._save()
+                if self.stop.signal is not None:
+                    return self._stopped()
+                return _lost(self.processes, self.run, error)
+            if metrics is None:
+                self._save()
+                return self._stopped()
+            if (code := self._record(metrics)) is not None:
+                return code
+            if self.stop.signal is not None and trainer.epoch < self.config.epochs:
+                return self._stopped()
+        return None
+
+    def _observe(self, images: int, loss: Tensor, rows: list[StepMetrics]) -> bool:
+        if self.run is not None:
+            self.run.record_steps(rows)
+        if self.writer is not None:
+            for row in rows:
+                self.writer.add_scalar("train/loss", row.loss, row.step)
+                self.writer.add_scalar("train/lr", row.lr, row.step)
+        self.output.steps(images, loss, rows)
+        return self.stop.signal is not None
+
+    def _record(self, metrics: EpochMetrics) -> int | None:
+        diverged = not math.isfinite(metrics.train_loss)
+        self.metrics = metrics
+        if self.run is not None:
+            self.run.record(metrics)
+            if not diverged:
+                self.run.save_model(self.trainer.model, metrics.epoch)
+                self._save()
+        if self.writer is not None:
+            step = metrics.epoch * self.trainer.steps_per_epoch
+            for name in ("train_loss", "test_loss", "test_accuracy"):
+                self.writer.add_scalar(f"epoch/{name}", getattr(metrics, name), step)
+            self.writer.flush()
+        self.output.epoch(metrics)
+        if not diverged:
+            return None
+        if self.processes.rank == 0:
+            _error(
+                f"the training loss is {metrics.train_loss} after epoch {metrics.epoch}; use a "
+                "lower --lr"
+            )
+        return 1
+
+    def _save(self) -> None:
+        if self.run is not None:
+            self.run.save_checkpoint(self.trainer, self.metrics)
+
+    def _stopped(self) -> int:
+        assert self.stop.signal is not None
+        path = None if self.run is None else self.run.path
+        command = None if path is None else resume_command(path, self.processes)
+        epoch, step = self.trainer.epoch + 1, self.trainer.step
+        self.output.stopped(epoch, path, command)
+        if self.processes.rank == 0:
+            where = f"after step {step} of epoch {epoch}" if step else f"after epoch {epoch - 1}"
+            how = "" if command is None else f"; continue with: {command}"
+            print(f"mnist-ext: interrupted {where}{how}", file=sys.stderr)
+        return 128 + self.stop.signal
+
+
+def resume_command(path: Path, processes: Processes) -> str:
+    """Return the command that continues the run in ``path``."""
+    start = "mnist-ext"
+    if processes.size > 1:
+        start = f"torchrun --nproc-per-node={processes.size} -m mnist_ext"
+    return f"{start} train --resume {shlex.quote(str(path))}"
+
+
+def _lost(processes: Processes, run: Run | None, error: RuntimeError) -> int:
+    lines = str(error).splitlines()
+    how = "" if run is None else f"; continue with: {resume_command(run.path, processes)}"
+    _error(f"process {processes.rank}: another process of the run is gone ({lines[0]}){how}")
+    return 1
+
+
+def _error(message: str) -> None:
+    print(f"mnist-ext: error: {message}", file=sys.stderr)
+
+
+def _device(config: TrainConfig, processes: Processes) -> torch.device:
+    name = config.device
+    if processes.size > 1:
+        if config.one_call:
+            raise UserError(
+                f"--one-call trains in one process, and there are {processes.size}; leave it out "
+                "or start without torchrun"
+            )
+        if torch.device(name).type == "cuda" and name != "cuda":
+            raise UserError(f"--device {name} with several processes: use --device cuda")
+        if name == "cuda":
+            name = f"cuda:{distributed.local_rank()}"
+    device = select_device(name, config.impl)
+    if processes.size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.join(device)
+    return device
+
+
+def _load(
+    config: TrainConfig,
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    processes: Processes,
+    device: torch.device,
+) -> data.Dataset:
+    name = config.dataset if saved is None else saved[1]["dataset"]["name"]
+    if processes.rank > 0:
+        processes.sum(torch.zeros(1, device=device))  # the first one downloads
+    dataset = data.load(name, config.data_dir)
+    if processes.rank == 0:
+        processes.sum(torch.zeros(1, device=device))
+        if dataset.notice:
+            print(f"mnist-ext: note: {dataset.notice}", file=sys.stderr)
+    if saved is not None:
+        before, now = saved[1]["dataset"], describe(dataset)
+        for key in ("train_size", "test_size", "mean", "std"):
+            if before[key] != now[key]:
+                raise UserError(
+                    f"the run was trained on other data: {key} of {name} was {before[key]}, and is "
+                    f"{now[key]} in {dataset.source}"
+                )
+    return dataset
+
+
+def _restore(
+    trainer: Trainer, saved: tuple[dict[str, Tensor], dict[str, Any]], path: Path | None
+) -> None:
+    try:
+        trainer.load_state(*saved)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the checkpoint in {path} does not fit its settings ({reason})") from error
+
+
+def _last_metrics(saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> EpochMetrics | None:
+    if saved is None or saved[1]["metrics"] is None:
+        return None
+    return EpochMetrics(**saved[1]["metrics"])
+
+
+def _open_run(
+    request: Request,
+    config: TrainConfig,
+    dataset: data.Dataset,
+    saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
+) -> Run:
+    environment = _environment(request.command)
+    if saved is None or request.resume is None:
+        return Run(config, dataset, environment)
+    return Run.reopen(request.resume, config, dataset, environment, saved[1]["log_sizes"])
+
+
+def _output(kind: str, config: TrainConfig, trainer: Trainer) -> Output:
+    if kind == "json":
+        return Json()
+    if kind == "quiet":
+        return Output()
+    done = trainer.epoch * trainer.images_per_epoch + trainer.step * config.batch_size
+    return Lines(config.epochs, trainer.images_per_epoch, done)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "--tensorboard needs tensorboard: pip install 'mnist-ext[tensorboard]'"
+        ) from None
+
+    def make(run: Run, trainer: Trainer) -> Any:
+        done = trainer.epoch * trainer.steps_per_epoch + trainer.step
+        return SummaryWriter(str(run.path / "tensorboard"), purge_step=done + 1)
+
+    return make
+
+
+def _facts(
+    config: TrainConfig, dataset: data.Dataset, model: nn.Module, processes: Processes
+) -> dict[str, str]:
+    widths = "-".join(str(width) for width in (784, *config.hidden, 10))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if config.impl == "torch":
+        impl = f"torch {torch.__version__}"
+    elif torch.device(config.device).type == "cuda":
+        impl = f"ext {__version__}, CUDA kernels"
+    else:
+        impl = f"ext {__version__}, {build_info()['cpu_isa']} kernels"
+    optimizer = f"SGD, learning rate {config.lr:g}"
+    if config.scheduler != "none":
+        optimizer += f" ({config.scheduler})"
+    if config.momentum:
+        optimizer += f", {'Nesterov ' if config.nesterov else ''}momentum {config.momentum:g}"
+    if config.weight_decay:
+        optimizer += f", weight decay {config.weight_decay:g}"
+    facts = {
+        "dataset": f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} "
+        f"test images from {dataset.source}",
+        "model": f"{widths}, activation {config.activation}, {parameters:,} parameters",
+        "optimizer": f"{optimizer}, batch size {config.batch_size}, seed {config.seed}",
+        "impl": f"{impl}, device {config.device}, {torch.get_num_threads()} CPU threads",
+    }
+    if processes.size > 1:
+        facts["processes"] = (
+            f"{processes.size}, which share each batch of {config.batch_size}; "
+            f"{torch.get_num_threads()} CPU threads each (--threads, OMP_NUM_THREADS)"
+        )
+    return facts
+
+
+def _details(
+    config: TrainConfig,
+    dataset: data.Dataset,
+    run: Run | None,
+    trainer: Trainer,
+    processes: Processes,
+) -> dict[str, Any]:
+    return {
+        "run": None if run is None else str(run.path),
+        "settings": asdict(config),
+        "dataset": describe(dataset),
+        "epochs_done": trainer.epoch,
+        "steps_done": trainer.step,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "processes": processes.size,
+    }
+
+
+def _environment(command: str) -> dict[str, Any]:
+    return {
+        "command": command,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "build": build_info(),
+    }
