@@ -4,7 +4,8 @@ MNIST's digits were "size normalized to fit in a 20x20 pixel box while preservin
 ratio" and "centered in a 28x28 image by computing the center of mass of the pixels, and translating
 the image so as to position this point at the center of the 28x28 field" (LeCun, Cortes and Burges,
 http://yann.lecun.com/exdb/mnist). Fashion-MNIST's pieces fill the 28x28 pixels by their longer side
-and lie in the middle (Xiao, Rasul and Vollgraf, arXiv:1708.07747, section 2).
+and lie in the middle (Xiao, Rasul and Vollgraf, arXiv:1708.07747, section 2). The embedded digits
+lie in the middle of MNIST's box, as they fill it.
 """
 
 import io
@@ -58,7 +59,7 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
 
     Args:
         content: the file, in a format that Pillow reads; of several frames the first one.
-        dataset: whose images to imitate: the placement of ``fashion-mnist``, else that of digits.
+        dataset: whose images to imitate: ``mnist``, ``fashion-mnist`` or ``digits``.
 
     Raises:
         UserError: it is no image, is damaged or larger than Pillow's limit, or shows nothing.
@@ -73,18 +74,16 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
                 gray = _gray(upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"is too large ({error})") from error
+    except UserError:
+        raise
     # Pillow's decoders raise many kinds of errors on damaged files.
     except Exception as error:
         if isinstance(error, Image.UnidentifiedImageError):
             raise UserError("is not an image of a format that can be read") from error
         raise UserError(f"is a damaged image ({str(error) or type(error).__name__})") from error
-    if not np.isfinite(gray).all():
-        raise UserError("holds values that are not finite")
     ink, inverted = _ink(gray)
-    if dataset == "fashion-mnist":
-        placed = _place(ink, _SIDE, by_mass=False)
-    else:
-        placed = _place(ink, _DIGIT_BOX, by_mass=True)
+    box = _SIDE if dataset == "fashion-mnist" else _DIGIT_BOX
+    placed = _place(ink, box, by_mass=dataset == "mnist")
     return Prepared(torch.from_numpy(placed), size, mode, inverted)
 
 
@@ -95,6 +94,8 @@ def _gray(image: Image.Image) -> NDArray[np.floating]:
         # black must not be stretched to white where there is nothing else.
         values = np.asarray(image, dtype=np.float64)
         low, high = values.min(), values.max()
+        if not np.isfinite(high - low):
+            raise UserError("holds values that are not finite")
         values = (values - low) / (high - low) if high > low else np.zeros_like(values)
         return np.asarray(_reduced(Image.fromarray(values.astype(np.float32))))
     if image.has_transparency_data:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ from mnist_ext.commands.options import MOST_THREADS, integer
 if TYPE_CHECKING:
     from mnist_ext.benchmark import Limits, Result
 
+_BUSY = 0.7  # of the CPUs
 _HEADER = ("what", "shape", "ours", "PyTorch", "mnist_ext", "gain", "20 - 80 %", "limit")
-_ROW = "{:<31} {:<11} {:<15} {:>10} {:>10} {:>6} {:>11} {:>6}"
+_ROW = "{:<31} {:<11} {:<15} {:>10} {:>10} {:>7} {:>13} {:>6}"
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -76,6 +78,7 @@ def _machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpus": cpus(),
         "threads": info["openmp_threads"],
+        "load": os.getloadavg()[0],
         "cpu_isa": info["cpu_isa"],
         "version": info["version"],
         "torch": info["torch"],
@@ -89,6 +92,8 @@ def _print_header(machine: dict[str, Any], limits: "Limits") -> None:
         f"limits: {limits.flops / 1e9:.0f} GFLOP/s in a large matrix product, "
         f"{limits.bytes / 1e9:.0f} GB/s in a large copy\n"
     )
+    if machine["load"] > _BUSY * machine["cpus"]:
+        print(f"note: other work runs here, the load is {machine['load']:.1f}: trust no figure\n")
     print(_ROW.format(*_HEADER), flush=True)
 
 
