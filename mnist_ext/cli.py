@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_ext import __version__
+from mnist_ext import __version__, distributed
 from mnist_ext.commands import COMMANDS
 from mnist_ext.commands.options import Parser
 from mnist_ext.errors import UserError
@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; None takes the process's own.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    if distributed.joined():
+        distributed.leave(code)
+    return code
+
+
+def _main(argv: list[str]) -> int:
     try:
         args = _parser().parse_args(argv)
         args.command_line = shlex.join(["mnist-ext", *argv])
@@ -34,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"mnist-ext: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"process {rank}: "
+        print(f"mnist-ext: error: {who}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mnist-ext: interrupted", file=sys.stderr)

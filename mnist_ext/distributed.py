@@ -88,6 +88,11 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def joined() -> bool:
+    """Tell whether this process belongs to a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave(code: int) -> NoReturn:
     """End this process of a group with the exit code ``code``.
 

@@ -24,7 +24,7 @@ from mnist_ext.settings import RECIPES, TrainConfig
 from mnist_ext.training import EpochMetrics
 
 DIGITS = ["train", "--dataset", "digits", "--epochs", "2", "--lr", "0.1"]
-FILES_OF_A_RUN = ["config.json", "metrics.csv", "model.safetensors"]
+FILES_OF_A_RUN = ["checkpoint.safetensors", "config.json", "metrics.csv", "model.safetensors"]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ class TestTrain:
         assert lines[3].startswith("impl       ext ")
         for epoch, line in enumerate(lines[4:6], start=1):
             assert line.startswith(f"epoch {epoch}/2  train loss ")
-            for part in ("  test loss ", "  test accuracy ", " %  ", " samples/s"):
+            for part in ("  test loss ", "  test accuracy ", " %  ", " images/s"):
                 assert part in line
         assert lines[6] == f"written to {the_run()}"
 
@@ -89,8 +89,11 @@ class TestTrain:
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
         assert cli.main(DIGITS) == 0
         captured = capsys.readouterr()
-        assert "epoch 1:   0%" in captured.err
-        assert "epoch 1:" not in captured.out
+        assert "epoch 1/2   0%" in captured.err
+        assert "loss " in captured.err
+        assert "accuracy " in captured.err
+        assert " images/s, 00:00 left" in captured.err
+        assert "%|" not in captured.out
 
     def test_settings_and_environment_are_written(self):
         argv = [*DIGITS, "--seed", "5", "--hidden", "16", "--threads", "1"]
@@ -210,6 +213,9 @@ class TestWrongUse:
             (["train", "--momentum", "1.5"], ["--momentum", "'1.5'"]),
             (["train", "--weight-decay", "-1"], ["--weight-decay", "'-1'"]),
             (["train", "--nesterov"], ["--nesterov", "--momentum"]),
+            (["train", "--resume", "nowhere"], ["nowhere", "checkpoint.safetensors"]),
+            (["train", "--resume", ".", "--dry-run"], ["--resume", "--dry-run"]),
+            (["train", "--quiet", "--json"], ["--json", "--quiet"]),
             (["train", "--one-call", "--impl", "torch"], ["--one-call", "--impl ext"]),
             (["train", "--hidden", "128,,64"], ["--hidden", "'128,,64'"]),
             (["train", "--hidden", "0"], ["--hidden", "'0'"]),
@@ -242,7 +248,7 @@ class TestWrongUse:
     def test_help(self, capsys, argv):
         with pytest.raises(SystemExit, match="0"):
             cli.main(argv)
-        assert "example: mnist-ext " in capsys.readouterr().out
+        assert "example" in capsys.readouterr().out
 
 
 def truncate(path: Path) -> None:
@@ -350,7 +356,9 @@ class TestInterrupt:
             process.send_signal(signal.SIGINT)
             _, err = process.communicate()
         assert process.returncode == 130
-        assert err == "mnist-ext: interrupted\n"
+        assert err.startswith("mnist-ext: interrupted after ")
+        assert err.endswith(f"; continue with: mnist-ext train --resume {the_run()}\n")
+        assert err.count("\n") == 1
         assert len(read_metrics(the_run())) >= 1
         with safe_open(the_run() / "model.safetensors", "pt") as file:
             assert int(file.metadata()["epoch"]) >= 1
@@ -360,7 +368,7 @@ class TestInterrupt:
             assert the_run().exists()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(train_run, "train", interrupted)
+        monkeypatch.setattr(train_run, "_Session", interrupted)
         assert cli.main(DIGITS) == 130
         assert capsys.readouterr().err == "mnist-ext: interrupted\n"
         assert list(Path().iterdir()) == []

@@ -11,7 +11,7 @@ from mnist_ext import data, training
 from mnist_ext.errors import UserError
 from mnist_ext.models import mlp
 from mnist_ext.settings import RECIPES, TrainConfig
-from mnist_ext.training import EpochMetrics
+from mnist_ext.training import EpochMetrics, StepMetrics, Trainer
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
 CPU = torch.device("cpu")
@@ -30,7 +30,8 @@ def mnist() -> data.Dataset:
 
 def run(config: TrainConfig, dataset: data.Dataset) -> list[EpochMetrics]:
     model, criterion = training.build(config, CPU)
-    return list(training.train(model, criterion, config, dataset))
+    trainer = Trainer(model, criterion, config, dataset)
+    return [trainer.train_epoch() for _ in range(config.epochs)]
 
 
 def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch.Tensor:
@@ -48,7 +49,7 @@ def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch
         return losses[-1]
 
     with pytest.raises(EnoughStepsError):
-        list(training.train(model, recorded, config, dataset))
+        Trainer(model, recorded, config, dataset).train_epoch()
     return torch.stack(losses).detach()
 
 
@@ -137,18 +138,43 @@ def test_one_cycle_ends_near_zero(digits):
     assert 0 < last.lr < 1e-4
 
 
-def test_progress_sees_every_batch(digits):
-    seen = []
+def test_cosine_falls_to_zero(digits):
+    rates = [m.lr for m in run(replace(QUICK, epochs=4, scheduler="cosine"), digits)]
+    assert rates == sorted(rates, reverse=True)
+    # At the end of the second epoch of four the wave is half way, but for one step of 92.
+    assert rates[1] == pytest.approx(0.05, rel=0.05)
+    assert 0 < rates[-1] < 1e-4
 
-    def progress(batches, epoch, steps):
-        for batch in batches:
-            seen.append((epoch, steps))
-            yield batch
 
-    config = replace(QUICK, batch_size=500, impl="torch")
-    model, criterion = training.build(config, CPU)
-    list(training.train(model, criterion, config, digits, progress))
-    assert seen == [(1, 3)] * 3 + [(2, 3)] * 3
+@pytest.mark.parametrize("one_call", [False, True])
+def test_an_observer_sees_every_image_and_the_steps_asked_for(digits, one_call):
+    config = replace(QUICK, batch_size=500, log_interval=2, one_call=one_call)
+    trainer = Trainer(*training.build(config, CPU), config, digits)
+    images, rows, losses = [], [], []
+
+    def observe(count: int, loss: torch.Tensor, steps: list[StepMetrics]) -> bool:
+        images.append(count)
+        losses.append(loss.item())
+        rows.extend(steps)
+        return False
+
+    metrics = [trainer.train_epoch(observe) for _ in range(2)]
+    assert sum(images) == 2 * len(digits.train)
+    assert [(row.epoch, row.step) for row in rows] == [(1, 2), (2, 4), (2, 6)]
+    assert {row.lr for row in rows} == {0.1}
+    assert losses[-1] == rows[-1].loss < metrics[0].train_loss
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+def test_limited_batches(digits, one_call):
+    config = replace(QUICK, epochs=1, lr=0.0, batch_size=100, limit_batches=3, one_call=one_call)
+    (metrics,) = run(config, digits)
+    torch.manual_seed(config.seed)
+    model = mlp()
+    order = torch.randperm(1437, generator=torch.Generator().manual_seed(config.seed))[:300]
+    images, labels = data.take(digits.train, order, digits.mean, digits.std)
+    expected = nn.functional.cross_entropy(model(images), labels).item()
+    assert metrics.train_loss == pytest.approx(expected, rel=1e-5)
 
 
 class TestBothImplementations:

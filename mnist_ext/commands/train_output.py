@@ -70,7 +70,7 @@ class Lines(Output):
                 dynamic_ncols=True,
                 bar_format=_BAR,
             )
-            self._describe()
+            self._move()
 
     def __exit__(
         self,
@@ -94,13 +94,13 @@ class Lines(Output):
             return
         self._looked = now
         self._loss = f"  loss {loss.item():.4f}"
-        self._describe()
-        self._bar.update(self._pending)
-        self._pending = 0
+        self._move()
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print a line."""
         self._accuracy = f"  accuracy {metrics.test_accuracy:.2f} %"
+        if self._bar is not None:
+            self._move()
         self._print(
             f"epoch {metrics.epoch}/{self._epochs}"
             f"  train loss {metrics.train_loss:.4f}"
@@ -113,11 +113,12 @@ class Lines(Output):
         """Say where the run is."""
         self._print("dry run: nothing is written" if path is None else f"written to {path}")
 
-    def _describe(self) -> None:
-        done = self._bar.n + self._pending
-        epoch = min(int(done // self._images_per_epoch) + 1, self._epochs)
+    def _move(self) -> None:
+        self._bar.n += self._pending
+        self._pending = 0
+        epoch = min(self._bar.n // self._images_per_epoch + 1, self._epochs)
         text = f"epoch {epoch}/{self._epochs}{self._loss}{self._accuracy}"
-        self._bar.set_description_str(text, refresh=False)
+        self._bar.set_description_str(text)
 
     def _print(self, text: str) -> None:
         # The bar is on the same terminal, as a rule.

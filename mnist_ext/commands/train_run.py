@@ -52,14 +52,11 @@ def run_training(request: Request) -> int:
     """Train and return the exit code."""
     processes = distributed.from_environment()
     try:
-        code = _run(request, processes)
+        return _run(request, processes)
     except RuntimeError as error:
         if processes.size == 1 or not distributed.is_lost_peer(error):
             raise
-        code = _lost(processes, None, error)
-    if processes.size > 1:
-        distributed.leave(code)
-    return code
+        return _lost(processes, None, error)
 
 
 def _run(request: Request, processes: Processes) -> int:
@@ -102,10 +99,12 @@ def _run(request: Request, processes: Processes) -> int:
             return code
         assert session.metrics is not None
         output.end(session.metrics, None if run is None else run.path)
-    reached = session.metrics.test_accuracy
-    if config.target_accuracy is not None and reached < config.target_accuracy and first:
-        _error(f"test accuracy {reached:.2f} % is below the target of {config.target_accuracy:g} %")
-    return int(config.target_accuracy is not None and reached < config.target_accuracy)
+    reached, target = session.metrics.test_accuracy, config.target_accuracy
+    if target is None or reached >= target or request.dry_run:
+        return 0
+    if first:
+        _error(f"test accuracy {reached:.2f} % is below the target of {target:g} %")
+    return 1
 
 
 @dataclass
@@ -202,9 +201,10 @@ def resume_command(path: Path, processes: Processes) -> str:
 
 
 def _lost(processes: Processes, run: Run | None, error: RuntimeError) -> int:
-    lines = str(error).splitlines()
+    # Gloo's message begins with a line of its source and ends with advice.
+    reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ", 1)[0]
     how = "" if run is None else f"; continue with: {resume_command(run.path, processes)}"
-    _error(f"process {processes.rank}: another process of the run is gone ({lines[0]}){how}")
+    _error(f"process {processes.rank}: another process of the run is gone ({reason}){how}")
     return 1
 
 

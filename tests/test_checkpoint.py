@@ -1,0 +1,174 @@
+"""Checkpoints: what is read is what was written, or one line says why not; also after kill -9."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mnist_ext import atomic, checkpoint, cli
+from mnist_ext.errors import UserError
+
+TENSORS = {
+    "model.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "rng": torch.arange(256).to(torch.uint8),
+    "double": torch.tensor(1 / 3, dtype=torch.float64),
+}
+VALUES = {"epoch": 3, "loss_sum": 0.1 + 0.2, "settings": {"hidden": [128, 64], "name": None}}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    path = tmp_path / checkpoint.FILE_NAME
+    checkpoint.write(path, TENSORS, VALUES)
+    return path
+
+
+def test_what_is_read_is_what_was_written(path):
+    tensors, values = checkpoint.read(path)
+    assert values == VALUES
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in tensors.items():
+        assert value.dtype == TENSORS[name].dtype
+        assert torch.equal(value, TENSORS[name])
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_every_damaged_byte_is_noticed(path):
+    content = path.read_bytes()
+    for position in (*range(0, 8), *range(8, len(content), 7), len(content) - 1):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
+            checkpoint.read(path)
+    for size in (0, 1, 7, 8, 9, 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.read(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / checkpoint.FILE_NAME
+    with pytest.raises(UserError, match=f"has no {checkpoint.FILE_NAME}"):
+        checkpoint.read(path)
+    torch.save(TENSORS, path)
+    with pytest.raises(UserError, match="no safetensors file"):
+        checkpoint.read(path)
+    save_file(TENSORS, path)
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        checkpoint.read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=str(path)):
+        checkpoint.read(path)
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(path, TENSORS, {})
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_file_and_folder_are_synced_before_and_after_the_rename(path, monkeypatch):
+    calls = []
+    replace = atomic.os.replace
+    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: calls.append("sync"))
+    monkeypatch.setattr(
+        atomic.os, "replace", lambda *paths: (calls.append("rename"), replace(*paths))
+    )
+    checkpoint.write(path, TENSORS, VALUES)
+    assert calls == ["sync", "rename", "sync"]
+
+
+# Writes checkpoints without a pause, each of one number all over, and says which one is complete.
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from mnist_ext import checkpoint
+path = Path(sys.argv[1])
+n = int(sys.argv[2])
+while True:
+    n += 1
+    checkpoint.write(path, {"a": torch.full((100_000,), n), "b": torch.full((3,), n)}, {"n": n})
+    print(n, flush=True)
+"""
+
+
+def test_kill_at_any_moment_leaves_the_last_good_one(tmp_path):
+    path = tmp_path / checkpoint.FILE_NAME
+    killer = """
+import os
+import sys
+import time
+from pathlib import Path
+code = sys.stdin.read()
+import torch
+from mnist_ext import checkpoint
+# One import serves all the processes to be killed.
+for round in range(int(sys.argv[3])):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        exec(compile(code, "writer", "exec"))
+    os.close(write)
+    said = os.fdopen(read)
+    for _ in range(3):
+        said.readline()
+    # Moments spread over the time that one checkpoint takes.
+    time.sleep(round * 0.0006)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    rest = said.read().split()
+    tensors, values = checkpoint.read(Path(sys.argv[1]))
+    n = values["n"]
+    assert not rest or n >= int(rest[-1]), (n, rest)
+    assert all((t == n).all() for t in tensors.values()), n
+    sys.argv[2] = str(n)
+print("whole", flush=True)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", killer, str(path), "0", "25"],
+        input=WRITER,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.stdout.endswith("whole\n"), result.stderr
+
+
+def test_a_killed_run_can_go_on(tmp_path, monkeypatch, capsys):
+    """The process itself, killed between and within epochs."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--dataset", "digits", "--threads", "1", "--output-dir", "runs"]
+    start = ["--epochs", "100000", "--name", "run", *argv[1:]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mnist_ext", "train", *start], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    run = Path("runs/run")
+    _, values = checkpoint.read(run / checkpoint.FILE_NAME)
+    done = values["epoch"]
+    assert done >= 2
+    assert cli.main(["train", "--resume", str(run), "--epochs", str(done + 1), "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["epoch"] for e in events if e["event"] == "epoch"] == [done + 1]
+    rows = (run / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == [str(n + 1) for n in range(done + 1)]
