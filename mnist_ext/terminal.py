@@ -85,9 +85,9 @@ def _halved_line(upper: Sequence[int], lower: Sequence[int]) -> str:
 
 def _colored_line(upper: Sequence[int], lower: Sequence[int]) -> str:
     parts, last = [], None
-    for pair in zip(upper, lower, strict=True):
+    for pair in zip(map(_gray, upper), map(_gray, lower), strict=True):
         if pair != last:
-            parts.append(f"\x1b[38;5;{_gray(pair[0])};48;5;{_gray(pair[1])}m")
+            parts.append(f"\x1b[38;5;{pair[0]};48;5;{pair[1]}m")
             last = pair
         parts.append("▀")
     return "".join(parts) + _RESET
