@@ -1,0 +1,129 @@
+"""Where the settings of a run come from, and the forms of output."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_ext import cli
+
+DIGITS = ["train", "--dataset", "digits", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings() -> dict:
+    return json.loads(Path("runs/run/config.json").read_text())["settings"]
+
+
+class TestConfigFile:
+    def test_flags_override_the_file_and_the_file_the_recipe(self):
+        Path("s.toml").write_text(
+            'recipe = "best"\ndataset = "digits"\nepochs = 2\nbatch-size = 50\nlr = 0.3\n'
+            'nesterov = false\nhidden = [20, 10]\nname = "run"\n'
+        )
+        assert cli.main(["train", "--config", "s.toml", "--epochs", "1", "--wd", "0"]) == 0
+        found = settings()
+        assert found["recipe"] == "best"
+        assert found["activation"] == "relu"  # the recipe's
+        assert (found["batch_size"], found["lr"], found["nesterov"]) == (50, 0.3, False)
+        assert found["hidden"] == [20, 10]
+        assert (found["epochs"], found["weight_decay"]) == (1, 0)
+
+    @pytest.mark.parametrize(
+        ("text", "parts"),
+        [
+            ("epoch = 1", ["unknown key 'epoch'", "epochs"]),
+            ("[train]\nepochs = 1", ["unknown key 'train'"]),
+            ("epochs = 0", ["--epochs", "'0'"]),
+            ("epochs = true", ["epochs", "True"]),
+            ("nesterov = 1", ["nesterov", "true or false"]),
+            ("lr = 1970-01-01", ["lr", "number or a text"]),
+            ("lr = \nepochs = 1", ["no TOML file", "line 1"]),
+            ('name = "a/b"', ["--name", "'a/b'"]),
+        ],
+    )
+    def test_one_line_names_the_mistake(self, capsys, text, parts):
+        Path("s.toml").write_text(text)
+        assert cli.main(["train", "--config", "s.toml"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("mnist-ext: error: s.toml")
+        assert err.count("\n") == 1
+        assert all(part in err for part in parts)
+
+    def test_no_such_file(self, capsys):
+        assert cli.main(["train", "--config", "nowhere.toml"]) == 2
+        assert "cannot read nowhere.toml" in capsys.readouterr().err
+
+
+class TestOutput:
+    def test_json(self, capsys):
+        assert cli.main([*DIGITS, "--name", "run", "--json", "--log-interval", "10"]) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [e["event"] for e in events] == ["start", "step", "step", "epoch", "end"]
+        assert events[0]["settings"] == settings()
+        assert [e["step"] for e in events[1:3]] == [10, 20]
+        assert events[3]["test_accuracy"] == events[4]["test_accuracy"]
+        assert events[4]["run"] == "runs/run"
+
+    def test_json_has_no_nan(self, capsys):
+        assert cli.main([*DIGITS, "--json", "--lr", "1e30"]) == 1
+        event = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+        assert event["train_loss"] == "nan"
+
+    def test_quiet(self, capsys):
+        assert cli.main([*DIGITS, "--quiet"]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == captured.err == ""
+
+    def test_a_dry_run_writes_nothing(self, capsys):
+        assert cli.main([*DIGITS, "--dry-run", "--target-accuracy", "99"]) == 0
+        out = capsys.readouterr().out
+        assert "epoch 1/1" in out
+        assert out.endswith("dry run: nothing is written\n")
+        assert list(Path().iterdir()) == []
+
+    def test_tensorboard_is_asked_for_by_name(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        assert cli.main([*DIGITS, "--tensorboard"]) == 2
+        assert "pip install 'mnist-ext[tensorboard]'" in capsys.readouterr().err
+        assert list(Path().iterdir()) == []
+
+    def test_completion_is_asked_for_by_name(self, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "shtab", None)
+        assert cli.main(["--print-completion", "bash"]) == 2
+        assert "pip install 'mnist-ext[completion]'" in capsys.readouterr().err
+
+    def test_a_closed_pipe(self):
+        argv = [sys.executable, "-m", "mnist_ext", *DIGITS, "--epochs", "100000", "--name", "run"]
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            for line in process.stdout:
+                if line.startswith("epoch 1/"):
+                    break
+            process.stdout.close()
+            err = process.stderr.read()
+        assert process.returncode == 141
+        assert err == ""
+        assert Path("runs/run/checkpoint.safetensors").exists()
+
+    def test_help_does_without_torchvision(self):
+        code = (
+            "import sys\nfrom mnist_ext import cli\n"
+            "try:\n    cli.main(['train', '--help'])\n"
+            "finally:\n    assert 'torchvision' not in sys.modules\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        for group in ("data:", "model:", "training:", "output:", "(default: 100)"):
+            assert group in result.stdout
