@@ -47,7 +47,7 @@ class TestBench:
         finally:
             torch.set_num_threads(threads)
         out = capsys.readouterr().out
-        assert ", 1 threads on " in out
+        assert ", 1 thread on " in out
         assert "limits: 100 GFLOP/s" in out
         lines = out[out.index("what  ") :].splitlines()
         assert len(lines) == 1 + 12

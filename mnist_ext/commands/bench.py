@@ -86,8 +86,9 @@ def _machine() -> dict[str, Any]:
 
 
 def _print_header(machine: dict[str, Any], limits: "Limits") -> None:
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     print(
-        f"{machine['cpu']}, {machine['threads']} threads on {machine['cpus']} CPUs; mnist_ext "
+        f"{machine['cpu']}, {threads} on {machine['cpus']} CPUs; mnist_ext "
         f"{machine['version']} ({machine['cpu_isa']}), torch {machine['torch']}\n"
         f"limits: {limits.flops / 1e9:.0f} GFLOP/s in a large matrix product, "
         f"{limits.bytes / 1e9:.0f} GB/s in a large copy\n"

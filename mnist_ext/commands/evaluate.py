@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         widths = "-".join(map(str, (784, *model.hidden, 10)))
         print(
-            f"model      {widths}, activation {model.activation}, trained on {model.dataset} for "
-            f"{model.epoch} epochs\n"
+            f"model      {widths}, activation {model.activation}, trained on {model.dataset}, "
+            f"epoch {model.epoch}\n"
             f"test set   {dataset.name}: {len(scores):,} images from {dataset.source}\n"
             f"accuracy   {scores.accuracy:.2f} %, standard error {scores.standard_error:.2f}, "
             f"{len(scores) - scores.right:,} wrong\n"
