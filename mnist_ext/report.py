@@ -44,6 +44,8 @@ def page(trained: Trained, record: Record, dataset: Dataset, scores: Scores) -> 
         ("Data set", _facts(record.config["dataset"])),
         ("Environment", _facts(record.config["environment"])),
     ]
+    if resumed := record.config.get("resumed"):
+        sections.append(("Resumed", _facts({"start": resumed})))
     body = "\n".join(
         f'<section aria-labelledby="s{i}">\n<h2 id="s{i}">{title}</h2>\n{content}\n</section>'
         for i, (title, content) in enumerate(sections, start=1)
@@ -212,6 +214,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
         name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}: ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield from _flat({str(i): item for i, item in enumerate(value, 1)}, f"{name} ")
         else:
             yield name, _text(value)
 

@@ -54,6 +54,7 @@ def own_run(digits_run, tmp_path) -> Path:
     """Copy the run, with settings that must be escaped."""
     run = Path(shutil.copytree(digits_run, tmp_path / "a<b>&c"))
     config = json.loads((run / "config.json").read_text())
+    config["resumed"] = [{"started": "first time"}, {"started": "second time"}]
     config["settings"]["name"] = "<script>alert('x')</script> & <img src=http://example.com/x>"
     (run / "config.json").write_text(json.dumps(config))
     return run
@@ -104,6 +105,8 @@ class TestPage:
         page = Page(written)
         assert "<script>alert('x')</script> & <img src=http://example.com/x>" in page.text
         assert "a<b>&c" in page.text
+        assert "start 2: started" in page.text
+        assert "second time" in page.text
 
     def test_everyone_can_read_it(self, written):
         page = Page(written)
