@@ -145,9 +145,10 @@ class TestPrepare:
         with pytest.raises(UserError, match=part):
             prepare(image)
 
-    def test_a_huge_image_is_refused_before_it_is_decoded(self, monkeypatch):
+    @pytest.mark.parametrize("limit", [1000, 40_000])  # from twice its limit, Pillow raises itself
+    def test_a_huge_image_is_refused_before_it_is_decoded(self, monkeypatch, limit):
         image = content(drawn())
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(UserError, match="is too large"):
             prepare(image)
 
