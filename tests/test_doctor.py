@@ -76,14 +76,22 @@ def test_two_openmp_runtimes(capsys, monkeypatch):
 
 
 def test_wrong_kernels(capsys, monkeypatch):
-    before = _C.active_isa()
     linear = doctor.F.linear
     monkeypatch.setattr(doctor.F, "linear", lambda *args: linear(*args) + 0.01)
     code, report = examine(capsys)
     assert code == 1
     assert "give wrong results here" in report["problems"][0]
     assert not any(report["kernels_right"].values())
-    assert _C.active_isa() == before
+
+
+def test_the_instruction_set_in_use_stays(capsys):
+    before, reason = _C.active_isa(), _C.active_isa_reason()
+    _C.set_isa("baseline", "a test asked for it")
+    try:
+        examine(capsys)
+        assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", "a test asked for it")
+    finally:
+        _C.set_isa(before, reason)
 
 
 def test_a_cuda_library_that_cannot_be_loaded(capsys, monkeypatch):
