@@ -214,7 +214,7 @@ class TestDamagedRuns:
             ({"hidden": None}, "'hidden'"),
             ({"hidden": "32,x"}, "hidden '32,x'"),
             ({"hidden": "32,16"}, "4 tensors for 3 layers"),
-            ({"hidden": "2000000000"}, "1.bias is float32 of shape (32,)"),
+            ({"hidden": "999999999"}, "1.bias is float32 of shape (32,)"),
             ({"hidden": "9" * 5000}, "hidden"),
             ({"activation": "tanh"}, "activation 'tanh'"),
             ({"activation": "none"}, "the tensors"),
