@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from provenance import describe, fields
-from timing import Table, take_turns
+from table import Table
 
 import mnist_ext
 from mnist_ext import functional
+from mnist_ext.timing import take_turns
 
 SHAPES = [
     *((8192, n) for n in (4096, 8192, 32_000, 65_536, 128_256)),

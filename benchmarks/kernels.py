@@ -34,10 +34,13 @@ import jax_peers
 import torch
 import torch.nn.functional as F
 from provenance import describe, fields
-from timing import TURNS, Table, take_turns
+from table import Table
 
 import mnist_ext
 from mnist_ext import _C, functional
+from mnist_ext.contestants import linear_products, relative_error
+from mnist_ext.machine import copy_bandwidth, matrix_peak
+from mnist_ext.timing import TURNS, take_turns
 
 LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
 ROWS = [1, 8, 64, 256, 1024, 4096]
@@ -69,8 +72,7 @@ def is_right(name: str, result, expected, dtype: torch.dtype) -> bool:
     result, expected = (x if isinstance(x, (tuple, list)) else [x] for x in (result, expected))
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(dtype, 5e-2)
     for found, true in zip(result, expected, strict=True):
-        scale = true.double().abs().max().clamp_min(1e-30)
-        error = ((torch.as_tensor(found).double() - true.double()).abs().max() / scale).item()
+        error = relative_error(torch.as_tensor(found), true)
         if not error <= tolerance:
             message = f"{name} is wrong: relative error {error:.3g}"
             if "ours" in name:
@@ -157,29 +159,11 @@ def on_isa(isa: str, function: Callable[[], object]) -> Callable[[], object]:
 
 def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str], cold: bool) -> None:
     """Time the three products of a layer as ops: no autograd, no Python around them."""
-    op = torch.ops.mnist_ext
-    forward, backward = op.linear.default, op.linear_backward.default
     peak = matrix_peak(dtype)
     print(f"\nlinear as ops; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
     table.header()
     for rows, (k, n) in grid:
-        input = torch.randn(rows, k, dtype=dtype)
-        weight = torch.randn(n, k, dtype=dtype) / k**0.5
-        bias, grad = torch.randn(n, dtype=dtype), torch.randn(rows, n, dtype=dtype)
-        products: dict[str, tuple[Callable, Callable, tuple[torch.Tensor, ...]]] = {
-            "forward": (lambda i, w, b: forward(i, w, b, False), F.linear, (input, weight, bias)),
-            "grad_input": (
-                lambda g, w: backward(g, None, w, None, False)[0],
-                lambda g, w: g @ w,
-                (grad, weight),
-            ),
-            "grad_weight + grad_bias": (
-                lambda g, i: backward(g, i, None, None, True)[1:],
-                lambda g, i: (g.t() @ i, g.sum(0)),
-                (grad, input),
-            ),
-        }
-        for what, (ours, torchs, tensors) in products.items():
+        for what, (ours, torchs, tensors) in linear_products(rows, k, n, dtype).items():
             arguments = copies(tensors, cold)
             contestants = {"torch": in_turns(torchs, arguments)}
             for isa in isas:
@@ -317,23 +301,6 @@ def sgd(table: Table) -> None:
             shape="109386",
             dtype="float32",
         )
-
-
-def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
-    size = 2048
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    out = torch.empty(size, size, dtype=dtype)
-    times = take_turns({"mm": lambda: torch.mm(a, b, out=out)}, turns=5)
-    return 2 * size**3 / min(times.turns["mm"])
-
-
-def copy_bandwidth() -> float:
-    """Bytes/s, read and written, of a large copy into memory that is there, the best of several."""
-    source = torch.randn(64 * 2**20)
-    target = torch.empty_like(source)
-    times = take_turns({"copy": lambda: target.copy_(source)}, turns=5)
-    return 2 * source.nbytes / min(times.turns["copy"])
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -2,23 +2,13 @@
 
 import datetime
 import os
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
 import mnist_ext
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+from mnist_ext.machine import cpu_model
 
 
 def commit() -> str:

@@ -22,7 +22,6 @@ where MNIST is not to be had.
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,20 +32,21 @@ import jax_peers
 import torch
 from PIL import Image
 from provenance import describe, fields
-from timing import Table, percentiles, seconds, take_turns
+from table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import mnist_ext
 from mnist_ext import data, training
+from mnist_ext.contestants import LEARNING_RATE, OneCall, loop, step_arithmetic
 from mnist_ext.models import mlp
 from mnist_ext.nn import swap
+from mnist_ext.timing import percentiles, seconds, take_turns
 
 TURNS = 25
 SECONDS_PER_TURN = 0.04
 EPOCHS = 5
-LEARNING_RATE = 0.01
 
 STEP_COLUMNS = {
     "batch": ">6",
@@ -62,63 +62,6 @@ STEP_COLUMNS = {
     "to_one_call": ">11.2f",
     "of_limit": ">8.0%",
 }
-
-
-class Loop:
-    """The ordinary training loop over batches in memory."""
-
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        optimizer: type[torch.optim.Optimizer],
-        images: torch.Tensor,
-        labels: torch.Tensor,
-    ):
-        self.loss = loss
-        self.batches = list(zip(images, labels, strict=True))
-        self.optimizer = optimizer(parameters, lr=LEARNING_RATE)
-
-    def run(self, steps: int) -> list[float]:
-        losses = []
-        for step in range(steps):
-            images, labels = self.batches[step % len(self.batches)]
-            self.optimizer.zero_grad()
-            loss = self.loss(images, labels)
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
-        return losses
-
-
-class OneCall:
-    """The same with `TrainStep`: a call per step, or `epoch` for all."""
-
-    def __init__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, epoch: bool):
-        optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-        self.step = mnist_ext.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
-        self.batches = list(zip(images, labels, strict=True))
-        self.images, self.labels = images.flatten(0, 1), labels.flatten()
-        self.epoch = epoch
-
-    def run(self, steps: int) -> list[torch.Tensor] | list[float]:
-        """Return the losses of the steps, or the mean loss of each pass over the batches."""
-        number = len(self.batches)
-        if not self.epoch:
-            return [self.step(*self.batches[i % number]) for i in range(steps)]
-        size = len(self.labels) // number
-        means = []
-        while steps > 0:
-            images = min(steps, number) * size
-            means.append(self.step.epoch(self.images[:images], self.labels[:images], size))
-            steps -= number
-        return means
-
-
-def arithmetic(batch_size: int) -> float:
-    """Return the floating-point operations of one step: no gradient of the images."""
-    weights = [784 * 128, 128 * 64, 64 * 10]
-    return 2.0 * batch_size * (3 * sum(weights) - weights[0])
 
 
 class MatrixProduct:
@@ -140,26 +83,16 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
     images = torch.randn(number, batch_size, 1, 28, 28)
     labels = torch.randint(0, 10, (number, batch_size))
 
-    def loop(optimizer, swapped: bool = False, compiled: dict | None = None) -> Loop:
-        own = copy.deepcopy(model)
-        criterion: nn.Module = nn.CrossEntropyLoss()
-        if swapped:
-            own, criterion = swap(own), swap(criterion)
-
-        def loss(x, y):
-            return criterion(own(x), y)
-
-        function = loss if compiled is None else torch.compile(loss, **compiled)
-        return Loop(list(own.parameters()), function, optimizer, images, labels)
-
     contestants = {
-        "torch": loop(torch.optim.SGD),
-        "torch.compile": loop(torch.optim.SGD, compiled={}),
-        "compile max-autotune": loop(torch.optim.SGD, compiled={"mode": "max-autotune"}),
+        "torch": loop(model, images, labels, ours=False),
+        "torch.compile": loop(model, images, labels, ours=False, compiled={}),
+        "compile max-autotune": loop(
+            model, images, labels, ours=False, compiled={"mode": "max-autotune"}
+        ),
         **jax_peers.training(model, images, labels, LEARNING_RATE),
-        "ours": loop(mnist_ext.optim.SGD, swapped=True),
-        "ours TrainStep": OneCall(copy.deepcopy(model), images, labels, epoch=False),
-        "ours epoch": OneCall(copy.deepcopy(model), images, labels, epoch=True),
+        "ours": loop(model, images, labels, ours=True),
+        "ours TrainStep": OneCall(model, images, labels, epoch=False),
+        "ours epoch": OneCall(model, images, labels, epoch=True),
         "matrix product": MatrixProduct(),
     }
     expected = torch.tensor(contestants["torch"].run(30))
@@ -176,7 +109,7 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
     steps = max(1, round(SECONDS_PER_TURN / per_step))
     runs = {name: lambda c=c: c.run(steps) for name, c in contestants.items()}
     times = take_turns(runs, TURNS, seconds_per_turn=0)  # one call is a turn's worth
-    products = steps * arithmetic(batch_size) / (2 * MatrixProduct.side**3)
+    products = steps * step_arithmetic(batch_size) / (2 * MatrixProduct.side**3)
     for name in contestants:
         if name == "matrix product":
             continue

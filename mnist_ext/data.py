@@ -123,6 +123,11 @@ def load(name: str = "auto", data_dir: str | Path | None = None) -> Dataset:
         return _load_digits(notice=f"{error}; using the 1,797 embedded digits instead")
 
 
+def class_names(name: str) -> tuple[str, ...]:
+    """Return the names of the classes of ``mnist``, ``fashion-mnist`` or ``digits``."""
+    return tuple(_TORCHVISION.get(name, MNIST).classes)
+
+
 def find(name: str, data_dir: str | Path | None = None) -> Path | None:
     """Return the folder that ``load`` would read ``name`` from, or None where it would download.
 

@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import timing
+from table import Table
+
+from mnist_ext import timing
 
 
 def test_ratios_are_paired_turn_by_turn():
@@ -30,7 +32,7 @@ def test_contestants_take_turns():
 
 
 def test_table_prints_and_writes_every_row(tmp_path, capsys):
-    table = timing.Table({"what": "<6", "us": ">8.1f"}, {"cpu": "a CPU"})
+    table = Table({"what": "<6", "us": ">8.1f"}, {"cpu": "a CPU"})
     table.header()
     table.add(what="x", us=1.25, more=3)
     table.add(what="y", us=None)

@@ -382,33 +382,3 @@ class TestInterrupt:
         assert cli.main(["train"]) == 130
         assert capsys.readouterr().err == "mnist-ext: interrupted\n"
         assert not (tmp_path / "cache").exists()
-
-
-class TestDoctor:
-    def test_json(self, capsys, tmp_path, monkeypatch):
-        write_mnist(tmp_path / "data")
-        monkeypatch.setenv("MNIST_EXT_DATA", str(tmp_path / "data"))
-        assert cli.main(["doctor", "--json"]) == 0
-        report = json.loads(capsys.readouterr().out)
-        assert report["torch"] == torch.__version__
-        assert report["cpu_isa"] in report["cpu_isa_available"]
-        assert report["data"] == {
-            "mnist": {"folder": str(tmp_path / "data"), "problem": None},
-            "fashion-mnist": {"folder": None, "problem": None},
-        }
-
-    def test_table(self, capsys, tmp_path, monkeypatch):
-        write_mnist(tmp_path / "data")
-        monkeypatch.setenv("MNIST_EXT_DATA", str(tmp_path / "data"))
-        assert cli.main(["doctor"]) == 0
-        rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        assert rows["PyTorch"].startswith(torch.__version__)
-        assert rows["mnist"] == str(tmp_path / "data")
-        assert rows["fashion-mnist"].startswith("not found")
-
-    def test_damaged_data(self, capsys, tmp_path, monkeypatch):
-        path = write_mnist(tmp_path / "data") / FILES[0]
-        truncate(path)
-        monkeypatch.setenv("MNIST_EXT_DATA", str(tmp_path / "data"))
-        assert cli.main(["doctor"]) == 0
-        assert f"{path} is truncated" in capsys.readouterr().out

@@ -25,10 +25,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compiling import ISAS, compile_cpp, compiler_version
-from provenance import commit, cpu_model
-from timing import TURNS, Table, Times
+from provenance import commit
+from table import Table
 
 from mnist_ext import _C
+from mnist_ext.machine import cpu_model
+from mnist_ext.timing import TURNS, Times
 
 HERE = Path(__file__).resolve().parent
 LADDERS = ("linear", "grad_weight", "cross_entropy", "sgd")

@@ -1,57 +1,32 @@
-"""``mnist-ext doctor``: what was built, what is in use and why, and what to do next."""
+"""``mnist-ext doctor``: what is built, what is missing, what is wrong, and what to do about it."""
 
 import argparse
 import json
-
-from mnist_ext import build_info
-from mnist_ext.errors import UserError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
     parser = commands.add_parser(
         "doctor",
-        help="show what was built, what is in use and why",
-        description="Show what was built, what is in use and why, and what to do next.",
-        epilog="example: mnist-ext doctor --json",
+        help="show what is built, what is missing, what is wrong, and what to do",
+        description="Show what is built and in use and why, what is missing, what is wrong, and\n"
+        "what to do. Runs the kernels of each instruction set and compares them with PyTorch's.",
+        epilog="example: mnist-ext doctor --json\n\n"
+        "exit codes: 0 all that is there works (hints may say what else could be had),\n"
+        "1 something is wrong: the lines that start with 'problem'",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report."""
-    build_state = build_info()
-    data_state = {name: _data_state(name) for name in ("mnist", "fashion-mnist")}
+    """Examine and print."""
+    from mnist_ext import doctor
+
+    report = doctor.examine()
     if args.json:
-        print(json.dumps({**build_state, "data": data_state}, indent=2))
-        return 0
-    cuda = ", ".join(build_state["cuda"]) if build_state["cuda"] else "not built"
-    rows = {
-        "mnist_ext": build_state["version"],
-        "PyTorch": f"{build_state['torch']}, built with {build_state['torch_built_with']}",
-        "Python": build_state["python"],
-        "platform": build_state["platform"],
-        "CPU kernels": f"{build_state['cpu_isa']}: {build_state['cpu_isa_reason']}",
-        "available": ", ".join(build_state["cpu_isa_available"]),
-        "threads": str(build_state["openmp_threads"]),
-        "OpenMP": ", ".join(build_state["openmp_runtimes"]),
-        "CUDA kernels": f"{cuda}: {build_state['cuda_reason']}",
-    }
-    for name, state in data_state.items():
-        rows[name] = state["problem"] or state["folder"] or "not found; 'train' would download it"
-    rows["digits"] = "part of the package"
-    rows["next step"] = build_state["next_step"] or "mnist-ext train"
-    for label, value in rows.items():
-        print(f"{label:<14} {value}")
-    return 0
-
-
-def _data_state(name: str) -> dict[str, str | None]:
-    from mnist_ext import data
-
-    try:
-        folder = data.find(name)
-    except UserError as error:
-        return {"folder": None, "problem": str(error)}
-    return {"folder": None if folder is None else str(folder), "problem": None}
+        print(json.dumps(report))
+    else:
+        for label, text in doctor.rows(report):
+            print(f"{label:<14} {text}")
+    return 1 if report["problems"] else 0

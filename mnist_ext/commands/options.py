@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from mnist_ext.errors import UserError
 
 LARGEST_INT = 2**31 - 1
+MOST_THREADS = 1024
 
 
 class Parser(argparse.ArgumentParser):

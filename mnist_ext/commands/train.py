@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.commands.options import folder_name, integer, number, widths
+from mnist_ext.commands.options import MOST_THREADS, folder_name, integer, number, widths
 from mnist_ext.commands.train_config import config_of, read_toml
 from mnist_ext.errors import UserError
 from mnist_ext.settings import (
@@ -15,7 +15,6 @@ from mnist_ext.settings import (
     TrainConfig,
 )
 
-_MOST_THREADS = 1024
 _SETTINGS = TrainConfig.__dataclass_fields__
 _EPILOG = """\
 examples:
@@ -227,7 +226,7 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="DEVICE", help=f"cpu, cuda or cuda:N (default: {TrainConfig.device})")
     add(
         "--threads",
-        type=integer(1, _MOST_THREADS),
+        type=integer(1, MOST_THREADS),
         metavar="N",
         help="CPU threads of each process (default: PyTorch's choice; torchrun's is 1)",
     )

@@ -4,12 +4,10 @@ Each turn gives one ratio between two contestants; medians of these ratios are w
 compare, never the quotient of two medians from different moments.
 """
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 TURNS = 15
 SECONDS_PER_TURN = 0.02
@@ -62,40 +60,3 @@ def take_turns(
         for name in order if turn % 2 == 0 else reversed(order):
             results[name].append(seconds(contestants[name], calls[name]))
     return Times(results)
-
-
-class Table:
-    """Rows printed as they come, and kept for a CSV file."""
-
-    def __init__(
-        self, columns: Mapping[str, str], provenance: Mapping[str, object], turns: int = TURNS
-    ) -> None:
-        self.turns = turns
-        self.columns = dict(columns)  # name -> format, for example {"median": ">9.1f"}
-        self.provenance = dict(provenance)
-        self.rows: list[dict[str, object]] = []
-
-    def _widths(self) -> dict[str, int]:
-        return {name: int(form.strip("<>").split(".")[0]) for name, form in self.columns.items()}
-
-    def header(self) -> None:
-        aligned = (f"{name:{form[0]}{self._widths()[name]}}" for name, form in self.columns.items())
-        print("  ".join(aligned), flush=True)
-
-    def add(self, **row: object) -> None:
-        self.rows.append(row)
-        cells = []
-        for name, form in self.columns.items():
-            value = row.get(name)
-            if value is None or isinstance(value, str):
-                cells.append(f"{value or '':{form[0]}{self._widths()[name]}}")
-            else:
-                cells.append(f"{value:{form}}")
-        print("  ".join(cells), flush=True)
-
-    def write(self, path: Path) -> None:
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*names, *self.provenance])
-            writer.writeheader()
-            writer.writerows({**row, **self.provenance} for row in self.rows)

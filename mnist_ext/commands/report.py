@@ -1,0 +1,41 @@
+"""``mnist-ext report``: a run as one HTML page."""
+
+import argparse
+from pathlib import Path
+
+from mnist_ext.atomic import replace_file
+from mnist_ext.commands.scoring import add_data_options, add_run, score
+from mnist_ext.errors import UserError
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "report",
+        help="write a run as one HTML page",
+        description="Write settings, curves, confusion matrix, mistakes and environment of a run\n"
+        "as one HTML page that needs no other file and no network.",
+        epilog="example: mnist-ext report runs/20261123-222716-mnist-ext\n\n"
+        "exit codes: 0 done, 2 wrong use or bad input",
+    )
+    add_run(parser)
+    add_data_options(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="where to write it (default: report.html in RUN)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score the model and write the page."""
+    from mnist_ext import report, trained
+
+    record = trained.load_record(args.run_folder)
+    model, dataset, scores = score(args)
+    path = Path(args.output) if args.output else model.path / "report.html"
+    try:
+        replace_file(path, report.page(model, record, dataset, scores).encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; use --output") from error
+    print(f"written to {path}")
+    return 0

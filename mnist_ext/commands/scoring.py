@@ -1,0 +1,61 @@
+"""What ``eval`` and ``report`` have in common: a run, its model, and what that scores."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mnist_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from mnist_ext.data import Dataset
+    from mnist_ext.scores import Scores
+    from mnist_ext.trained import Trained
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that says which run."""
+    parser.add_argument("run_folder", metavar="RUN", help="folder that 'train' has written")
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which images to score a model on."""
+    parser.add_argument(
+        "--dataset",
+        choices=("mnist", "fashion-mnist", "digits"),
+        help="whose test set to take (default: that of the run's data set)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder that holds MNIST/raw, or to download to (default: that of the run, then "
+        "$MNIST_EXT_DATA, then the user's cache folder)",
+    )
+
+
+def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
+    """Load the run and the data set, and score the model on the test set.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    from mnist_ext import data, trained
+    from mnist_ext.scores import Scores, logits_of
+
+    model = trained.load(args.run_folder)
+    name = args.dataset or model.dataset
+    if name not in data.DATASETS or name == "auto":
+        raise UserError(f"the run was trained on {name!r}, which is unknown here: use --dataset")
+    dataset = data.load(name, args.data_dir or _folder_of_the_run(args.run_folder))
+    logits = logits_of(model.model, dataset.test, model.mean, model.std)
+    return model, dataset, Scores(logits, dataset.test.labels)
+
+
+def _folder_of_the_run(run: str) -> str | None:
+    """Return the folder that the run was told to read its data from, if it is still there."""
+    from mnist_ext import trained
+
+    try:
+        folder = trained.load_record(run).config["settings"].get("data_dir")
+    except UserError:
+        return None  # the model alone was kept
+    return folder if isinstance(folder, str) and Path(folder).is_dir() else None

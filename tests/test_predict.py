@@ -1,0 +1,227 @@
+"""``mnist-ext predict``: images of all kinds become digits like MNIST's; bad ones are named."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from run_folders import assert_one_line
+
+from mnist_ext import cli, data, trained
+from mnist_ext.errors import UserError
+from mnist_ext.images import prepare
+from mnist_ext.scores import logits_of
+
+pytestmark = pytest.mark.usefixtures("isolated")
+
+
+def drawn(width: int = 200, height: int = 260, paper: int = 0, ink: int = 255) -> Image.Image:
+    """Draw a 7, off the middle."""
+    image = Image.new("L", (width, height), paper)
+    points = [(0.15, 0.2), (0.6, 0.2), (0.3, 0.85)]
+    ImageDraw.Draw(image).line(
+        [(x * width, y * height) for x, y in points], fill=ink, width=width // 10
+    )
+    return image
+
+
+def content(image: Image.Image, format: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+EXPECTED = prepare(content(drawn())).pixels.int()
+
+
+def difference(image: Image.Image, format: str = "png", **options) -> float:
+    """Return the mean difference, in grey levels, from the 7 that is light on dark."""
+    pixels = prepare(content(image, format, **options)).pixels
+    return (pixels.int() - EXPECTED).abs().float().mean().item()
+
+
+class TestPrepare:
+    def test_it_looks_like_mnist(self):
+        """A box of 20x20 around the digit, the centre of mass within the middle pixel."""
+        mass = EXPECTED.double()
+        rows, columns = mass.sum(1), mass.sum(0)
+        assert int((rows > 0).sum()) == 20
+        assert int((columns > 0).sum()) < 20
+        middle = torch.arange(28).double() + 0.5
+        assert 14 <= float(rows @ middle / rows.sum()) < 15
+        assert 14 <= float(columns @ middle / columns.sum()) < 15
+        assert mass.max() == 255
+
+    def test_an_image_of_that_kind_stays_as_it_is(self):
+        again = prepare(content(Image.fromarray(EXPECTED.byte().numpy()))).pixels
+        assert torch.equal(again.int(), EXPECTED)
+
+    @pytest.mark.parametrize("size", [(28, 28), (100, 130), (900, 1170), (3000, 3900)])
+    def test_any_size(self, size):
+        assert difference(drawn().resize(size, Image.Resampling.LANCZOS)) < 12
+
+    @pytest.mark.parametrize(("paper", "ink"), [(255, 0), (200, 60), (0, 90), (120, 200)])
+    def test_dark_on_light_and_light_on_dark(self, paper, ink):
+        assert difference(drawn(paper=paper, ink=ink)) < 1
+        assert prepare(content(drawn(paper=paper, ink=ink))).inverted == (paper > ink)
+
+    @pytest.mark.parametrize(
+        "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"]
+    )
+    def test_any_mode(self, mode):
+        image = drawn().convert(mode)
+        assert difference(image, "tiff" if mode in ("CMYK", "YCbCr", "F", "I") else "png") < 1
+
+    def test_16_bits(self):
+        dark = np.asarray(drawn(), dtype=np.uint16) * 16  # a 12-bit scanner's
+        image = Image.fromarray(dark)
+        prepared = prepare(content(image))
+        assert prepared.mode.startswith("I")
+        assert difference(image) < 1
+
+    @pytest.mark.parametrize("ink", [0, 255])
+    def test_transparent_paper(self, ink):
+        """Dark on transparent is on light paper, light on transparent on dark."""
+        shape = drawn()
+        image = Image.merge("LA", (Image.new("L", shape.size, ink), shape)).convert("RGBA")
+        assert difference(image) < 1
+        assert prepare(content(image)).inverted == (ink == 0)
+
+    def test_a_transparent_palette_colour(self):
+        image = drawn(paper=7, ink=250).convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
+        paper = image.getpixel((0, 0))
+        assert difference(image, transparency=paper) < 1
+
+    def test_exif_rotation(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+        lying = drawn().transpose(Image.Transpose.ROTATE_90)
+        assert difference(lying, exif=exif) < 1
+        assert prepare(content(lying, exif=exif)).size == (200, 260)
+
+    def test_a_photograph_lit_from_one_side(self):
+        ink = np.asarray(drawn(), dtype=np.float64) / 255
+        light = np.linspace(110, 230, 200)[None, :] * np.linspace(0.8, 1, 260)[:, None]
+        noise = np.random.default_rng(0).normal(0, 3, light.shape)
+        photo = np.clip(light * (1 - 0.8 * ink) + noise, 0, 255).astype(np.uint8)
+        assert difference(Image.fromarray(photo), "jpeg", quality=85) < 8
+
+    def test_fashion_fills_the_image(self):
+        pixels = prepare(content(drawn()), "fashion-mnist").pixels
+        assert int((pixels.sum(1) > 0).sum()) == 28
+
+    def test_the_embedded_digits_are_still_known(self, digits_run):
+        """Also as large images, dark on light; with MNIST the accuracy stays as it is."""
+        model = trained.load(digits_run)
+        split = data.load("digits").test
+        right = 0
+        for pixels, label in zip(split.images[:60], split.labels[:60], strict=True):
+            large = Image.fromarray(255 - pixels.numpy()).resize((280, 280))
+            prepared = data.Split(prepare(content(large)).pixels[None], label[None])
+            logits = logits_of(model.model, prepared, model.mean, model.std)
+            right += int(logits.argmax() == label)
+        assert right > 30
+
+    @pytest.mark.parametrize(
+        ("image", "part"),
+        [
+            (b"", "is not an image"),
+            (b"<svg/>", "is not an image"),
+            (content(drawn())[:300], "is a damaged image"),
+            (content(Image.new("L", (50, 50), 77)), "shows nothing"),
+            (content(Image.new("RGBA", (50, 50))), "shows nothing"),
+            (content(Image.new("L", (1, 1))), "shows nothing"),
+            (content(Image.new("F", (9, 9), float("nan")), "tiff"), "not finite"),
+        ],
+    )
+    def test_bad_images(self, image, part):
+        with pytest.raises(UserError, match=part):
+            prepare(image)
+
+    @pytest.mark.parametrize("limit", [1000, 40_000])  # from twice its limit, Pillow raises itself
+    def test_a_huge_image_is_refused_before_it_is_decoded(self, monkeypatch, limit):
+        image = content(drawn())
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UserError, match="is too large"):
+            prepare(image)
+
+
+@pytest.fixture
+def seven() -> str:
+    Path("seven.png").write_bytes(content(drawn(paper=255, ink=0)))
+    return "seven.png"
+
+
+class TestPredict:
+    def test_json(self, capsys, digits_run, seven):
+        assert cli.main(["predict", str(digits_run), seven, seven, "--json"]) == 0
+        first, second = map(json.loads, capsys.readouterr().out.splitlines())
+        assert first == second
+        assert first["file"] == "seven.png"
+        assert sum(first["probabilities"].values()) == pytest.approx(1)
+        assert first["probability"] == max(first["probabilities"].values())
+        assert first["probabilities"][first["name"]] == first["probability"]
+        assert first["seen_as"] == "dark on light"
+        assert (first["width"], first["height"], first["mode"]) == (200, 260, "L")
+
+    def test_text(self, capsys, digits_run, seven):
+        assert cli.main(["predict", str(digits_run), seven]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("seven.png: ")
+        assert "200x260 L, dark on light" in out
+        assert "█" in out
+        assert "\x1b" not in out
+        assert out.count(" %") == 11
+        assert max(map(len, out.splitlines())) < 80
+
+    def test_bad_files_are_named_and_the_others_done(self, capsys, digits_run, seven):
+        Path("text.png").write_text("no image")
+        argv = ["predict", str(digits_run), "none.png", seven, "text.png", ".", "--json"]
+        assert cli.main(argv) == 2
+        captured = capsys.readouterr()
+        objects = [json.loads(line) for line in captured.out.splitlines()]
+        assert ["error" in o for o in objects] == [True, False, True, True]
+        lines = captured.err.splitlines(keepends=True)
+        assert len(lines) == 3
+        for line, name in zip(lines, ("none.png", "text.png", "."), strict=True):
+            assert_one_line(line, f"{name}: ")
+
+    def test_standard_input(self, digits_run, seven):
+        argv = [sys.executable, "-m", "mnist_ext", "predict", str(digits_run), "-"]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        result = subprocess.run(
+            argv, input=Path(seven).read_bytes(), capture_output=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == b""
+        assert result.stdout.startswith(b"standard input: ")
+        assert b"@" in result.stdout  # in ASCII where the terminal has no more
+
+    def test_on_a_terminal(self, digits_run, seven):
+        """Grey half blocks; a terminal as standard input is no image."""
+        main, side = pty.openpty()
+        argv = [sys.executable, "-m", "mnist_ext", "predict", str(digits_run), seven, "-"]
+        environment = {**os.environ, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+        process = subprocess.Popen(
+            argv, stdin=side, stdout=side, stderr=subprocess.PIPE, env=environment
+        )
+        os.close(side)
+        out = b""
+        try:
+            while part := os.read(main, 65536):
+                out += part
+        except OSError:
+            pass  # Linux's way to say that the other end is closed
+        os.close(main)
+        _, err = process.communicate()
+        assert process.returncode == 2
+        assert_one_line(err.decode(), "-: ", "is a terminal")
+        assert b"\x1b[38;5;231" in out
+        assert "▀".encode() in out

@@ -1,0 +1,226 @@
+"""``mnist-ext report``: the page is whole, asks for nothing, and can be read by all."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from run_folders import assert_one_line
+
+from mnist_ext import charts, cli, trained
+
+pytestmark = pytest.mark.usefixtures("isolated")
+
+VOID = {"meta", "img", "br", "line", "polyline"}
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, and its text; raises where tags do not match."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def own_run(digits_run, tmp_path) -> Path:
+    """Copy the run, with settings that must be escaped."""
+    run = Path(shutil.copytree(digits_run, tmp_path / "a<b>&c"))
+    config = json.loads((run / "config.json").read_text())
+    config["resumed"] = [{"started": "first time"}, {"started": "second time"}]
+    config["settings"]["name"] = "<script>alert('x')</script> & <img src=http://example.com/x>"
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+@pytest.fixture
+def written(own_run, capsys) -> str:
+    assert cli.main(["report", str(own_run)]) == 0
+    path = own_run / "report.html"
+    assert capsys.readouterr().out == f"written to {path}\n"
+    return path.read_text(encoding="utf-8")
+
+
+class TestPage:
+    def test_it_contains_the_figures(self, written, own_run, capsys):
+        assert cli.main(["eval", str(own_run), "--json"]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        page = Page(written)
+        assert f"{scores['accuracy']:.2f} %" in page.text
+        assert f"standard error {scores['accuracy_standard_error']:.2f}" in page.text
+        for row in scores["classes"]:
+            assert f"{row['recall']:.2f}" in page.text
+        for epoch in trained.load_record(own_run).epochs:
+            assert f"{epoch.train_loss:.4f}" in page.text
+        record = trained.load_record(own_run).config
+        for value in (record["environment"]["torchvision"], str(record["settings"]["lr"])):
+            assert value in page.text
+        wrong = scores["images"] - sum(scores["confusion"][i][i] for i in range(10))
+        assert len(page.all("img")) == min(24, wrong) > 0
+        cells = re.search(r'<table class="confusion">.*?</table>', written, re.DOTALL)[0]
+        counts = [int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)</td>", cells)]
+        assert counts == [n for row in scores["confusion"] for n in row]
+
+    def test_it_asks_for_nothing(self, written):
+        page = Page(written)
+        tags = {tag for tag, _ in page.elements}
+        assert not tags & {"script", "link", "iframe", "object", "embed", "form", "base"}
+        for _, attributes in page.elements:
+            for name in ("src", "href", "srcset", "action", "data"):
+                assert attributes.get(name, "data:").startswith("data:")
+            assert not any(name.startswith("on") for name in attributes)
+        style = re.search(r"<style>(.*?)</style>", written, re.DOTALL)[1]
+        assert "url(" not in style
+        assert "@import" not in style
+        assert "default-src 'none'" in written
+
+    def test_what_the_run_says_is_text(self, written):
+        page = Page(written)
+        assert "<script>alert('x')</script> & <img src=http://example.com/x>" in page.text
+        assert "a<b>&c" in page.text
+        assert "start 2: started" in page.text
+        assert "second time" in page.text
+
+    def test_everyone_can_read_it(self, written):
+        page = Page(written)
+        assert all(image["alt"] for image in page.all("img"))
+        assert all(svg["role"] == "img" and svg["aria-label"] for svg in page.all("svg"))
+        assert all(head["scope"] in ("col", "row") for head in page.all("th"))
+        assert page.all("html")[0]["lang"] == "en"
+        ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+        assert {s["aria-labelledby"] for s in page.all("section")} <= ids
+        assert "width=device-width" in written
+        assert "prefers-color-scheme: dark" in written
+
+    def test_output(self, digits_run, capsys):
+        assert cli.main(["report", str(digits_run), "--output", "page.html"]) == 0
+        assert Path("page.html").read_text().startswith("<!doctype html>")
+        assert [path.name for path in Path().iterdir()] == ["page.html"]
+
+    def test_a_file_that_cannot_be_written(self, digits_run, capsys):
+        assert cli.main(["report", str(digits_run), "--output", "no/page.html"]) == 2
+        assert_one_line(capsys.readouterr().err, "cannot write no/page.html", "--output")
+
+    def test_a_run_without_metrics(self, own_run, capsys):
+        (own_run / "metrics.csv").unlink()
+        assert cli.main(["report", str(own_run)]) == 2
+        assert_one_line(capsys.readouterr().err, "has no metrics.csv", "first epoch")
+
+
+class TestCharts:
+    @pytest.mark.parametrize(
+        ("low", "high", "expected"),
+        [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (94.1, 98.4, [94, 95, 96, 97, 98, 99]), (0, 0, None)],
+    )
+    def test_ticks_are_round_and_cover(self, low, high, expected):
+        marks = charts.ticks(low, high)
+        assert marks[0] <= low
+        assert marks[-1] >= high
+        assert 2 <= len(marks) <= 8
+        if expected:
+            assert marks == pytest.approx(expected)
+
+    def test_lines_go_from_left_to_right_and_up(self):
+        svg = charts.line_chart("t", [1, 2, 3], {"test": [0.0, 1.0, 2.0]}, from_zero=True)
+        points = re.search(r'points="([^"]*)"', svg)[1].split()
+        xs, ys = zip(*(map(float, p.split(",")) for p in points), strict=True)
+        assert list(xs) == sorted(xs)
+        assert list(ys) == sorted(ys, reverse=True)
+
+    @pytest.mark.parametrize("values", [[float("nan")], [float("inf"), 1.0], [0.5], [1.0] * 5000])
+    def test_any_values(self, values):
+        svg = charts.line_chart("a & b", list(range(1, len(values) + 1)), {"test": values})
+        assert "nan" not in svg
+        assert "inf" not in svg
+        assert "a &amp; b" in svg
+        assert len(svg) < 10_000
+        Page(svg)
+
+    def test_thinned(self):
+        assert charts.thinned(range(5)) == [0, 1, 2, 3, 4]
+        few = charts.thinned(range(1000))
+        assert len(few) == 200
+        assert (few[0], few[-1]) == (0, 999)
+
+
+def browser() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="needs a browser: chromium or chrome, headless")
+class TestInABrowser:
+    FLAGS = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+    )
+
+    def run(self, tmp_path: Path, *options: str) -> str:
+        command = [browser(), *self.FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
+    def test_it_is_drawn_in_both_colour_schemes(self, written, tmp_path, scheme, bright):
+        page, shot = tmp_path / "page.html", tmp_path / "shot.png"
+        page.write_text(written)
+        # 0 is dark, 1 is light, in Chromium's list of settings.
+        setting = f"--blink-settings=preferredColorScheme={int(bright)}"
+        self.run(tmp_path, setting, "--window-size=800,1200", f"--screenshot={shot}", page.as_uri())
+        with Image.open(shot) as image:
+            corner = image.convert("L").getpixel((2, 2))
+            colors = len(image.convert("RGB").getcolors(2**24))
+        assert (corner > 200) == bright
+        assert colors > 50
+
+    def test_nothing_is_wider_than_a_phone(self, written, tmp_path):
+        """The page does not scroll sideways: its tables do so by themselves."""
+        probe = (
+            "<script>document.title = document.documentElement.scrollWidth + ' of ' + "
+            "innerWidth</script></body>"
+        )
+        page = tmp_path / "page.html"
+        without_policy = re.sub(r"<meta http-equiv=.*?>", "", written)
+        # In a frame, as no window of a browser is that narrow.
+        page.write_text(without_policy.replace("</body>", probe))
+        frame = tmp_path / "frame.html"
+        frame.write_text(
+            '<iframe src="page.html" width="360" height="800"></iframe><script>onload = () => '
+            "{ document.title = document.querySelector('iframe').contentDocument.title }</script>"
+        )
+        options = ("--allow-file-access-from-files", "--dump-dom", "--virtual-time-budget=2000")
+        dom = self.run(tmp_path, *options, frame.as_uri())
+        assert re.search(r"<title>360 of 360</title>", dom), dom[:500]
