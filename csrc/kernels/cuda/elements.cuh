@@ -108,23 +108,29 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return pack;
 }
 
-// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
+// Two neighbours of a half dtype in a 32-bit word.
 template <class Half>
-__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
+__device__ uint32_t word_of(float low, float high) {
 #ifdef __CUDA_ARCH__
   uint32_t word;
   if constexpr (std::is_same_v<Half, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   }
   return word;
 #else
-  Half low, high;
-  narrow(pack.at[2 * i], low);
-  narrow(pack.at[2 * i + 1], high);
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  Half first, second;
+  narrow(low, first);
+  narrow(high, second);
+  return first.bits | static_cast<uint32_t>(second.bits) << 16;
 #endif
+}
+
+// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
+template <class Half>
+__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
+  return word_of<Half>(pack.at[2 * i], pack.at[2 * i + 1]);
 }
 __device__ inline uint32_t word_of(const Pack<float, 4>& pack, int i) {
   uint32_t word;

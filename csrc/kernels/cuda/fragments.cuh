@@ -1,0 +1,180 @@
+// Fragments of the tensor cores' operands and results, as mma.sync and wgmma have them alike: lane 4 r + c of a warp
+// holds parts of rows r and r + 8 of 16.
+#pragma once
+
+#include "elements.cuh"
+#include "linear.h"
+
+namespace mnist_ext::cuda {
+
+// The elements of a word of a fragment: two of a half dtype, or one float.
+template <class T>
+__device__ Pack<T, 4 / sizeof(T)> elements_of(uint32_t word) {
+  Pack<T, 4 / sizeof(T)> pack;
+  T elements[4 / sizeof(T)];
+  memcpy(elements, &word, sizeof word);
+  for (int i = 0; i < pack.size; ++i) pack.at[i] = widen(elements[i]);
+  return pack;
+}
+
+// The elements of a whose gate is not <= 0, and 0 for the others.
+template <class T>
+__device__ uint32_t behind_gate(uint32_t a, uint32_t gate) {
+  const auto gates = elements_of<T>(gate);
+  uint32_t closed = 0;
+  for (int i = 0; i < gates.size; ++i) {
+    if (gates.at[i] <= 0) closed |= (sizeof(T) == 2 ? 0xffffu : ~0u) << (16 * i);
+  }
+  return a & ~closed;
+}
+
+template <class T>
+__device__ float sum_of_elements(uint32_t word) {
+  const auto pack = elements_of<T>(word);
+  float sum = pack.at[0];
+  for (int i = 1; i < pack.size; ++i) sum += pack.at[i];
+  return sum;
+}
+
+// What becomes of the sums: rounded into out, or, for a part of the depth, kept in float32 for `finish_kernel`.
+template <class T>
+struct Output {
+  int64_t rows, columns;
+  const T* bias;  // or null
+  bool relu;
+  bool aligned;  // whether every row of out begins at a multiple of 16 bytes
+  T* out;
+  T* row_sums;             // or null
+  float* partial;          // [parts, rows, columns], or null
+  float* partial_row_sums;  // [parts, rows]
+};
+
+template <class T>
+__device__ float finished(const Output<T>& output, float sum, int64_t column) {
+  if (output.bias) sum += widen(output.bias[column]);
+  return output.relu && sum <= 0 ? 0.0f : sum;
+}
+
+// Words of lanes 4 r to 4 r + 3 as a matrix, transposed: lane 4 r + c gets word c of each, in the order of the lanes.
+__device__ inline void transpose_among_four(uint32_t (&word)[4], int lane) {
+  const auto exchange = [&](int i, int j, int distance) {
+    const bool upper = lane & distance;
+    const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? word[i] : word[j], distance);
+    word[i] = upper ? received : word[i];
+    word[j] = upper ? word[j] : received;
+  };
+  exchange(0, 1, 1);
+  exchange(2, 3, 1);
+  exchange(0, 2, 2);
+  exchange(1, 3, 2);
+}
+
+// The warp's 16 rows of 8 * kTiles columns from (row, column) on. A half dtype leaves in 16 bytes from every lane, 64
+// side by side; float32 in 8 bytes, 32 side by side. Called by whole warps.
+template <class T, int kTiles>
+__device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column,
+                           int part) {
+  const int lane = threadIdx.x % kWarp, r = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = row + r + 8 * half;
+    const bool inside = i < output.rows;
+    if (output.partial || sizeof(T) == 4) {
+      float* to = output.partial ? output.partial + part * output.rows * output.columns
+                                 : reinterpret_cast<float*>(output.out);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int64_t j = column + 8 * tile + 2 * c;
+        float low = sum[tile][2 * half], high = sum[tile][2 * half + 1];
+        if (!inside || j >= output.columns) continue;
+        if (!output.partial) low = finished(output, low, j);
+        if (j + 1 < output.columns && !output.partial) high = finished(output, high, j + 1);
+        float* place = to + i * output.columns + j;
+        if (output.columns % 2 == 0 && (output.partial || output.aligned)) {
+          *reinterpret_cast<float2*>(place) = float2{low, high};
+        } else {
+          place[0] = low;
+          if (j + 1 < output.columns) place[1] = high;
+        }
+      }
+    } else {
+      static_assert(kTiles % 4 == 0);
+#pragma unroll
+      for (int four = 0; four < kTiles; four += 4) {
+        uint32_t word[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int64_t j = column + 8 * (four + k) + 2 * c;
+          const float low = sum[four + k][2 * half], high = sum[four + k][2 * half + 1];
+          word[k] = word_of<T>(j < output.columns ? finished(output, low, j) : 0,
+                               j + 1 < output.columns ? finished(output, high, j + 1) : 0);
+        }
+        transpose_among_four(word, lane);
+        const int64_t j = column + 8 * (four + c);
+        if (!inside || j >= output.columns) continue;
+        T* place = output.out + i * output.columns + j;
+        if (output.aligned) {
+          *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
+        } else {
+          T elements[8];
+          memcpy(elements, word, sizeof word);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) {
+            if (j + k < output.columns) place[k] = elements[k];
+          }
+        }
+      }
+    }
+  }
+}
+
+// Sums of the warp's 16 rows from `row` on, of which each lane has its share of rows r and r + 8. Called by whole warps.
+template <class T>
+__device__ void store_row_sums(const Output<T>& output, const float (&share)[2], int64_t row, int part) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = share[half];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    const int64_t i = row + lane / 4 + 8 * half;
+    if (lane % 4 != 0 || i >= output.rows) continue;
+    if (output.partial) {
+      output.partial_row_sums[part * output.rows + i] = sum;
+    } else {
+      narrow(sum, output.row_sums[i]);
+    }
+  }
+}
+
+inline constexpr unsigned kFinishThreads = 256;
+
+// Adds up the parts, always in the same order. Grid: any.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Output<T> output, const int parts) {
+  const int64_t size = output.rows * output.columns, threads = static_cast<int64_t>(gridDim.x) * kFinishThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  for (int64_t i = first; i < size; i += threads) {
+    float sum = output.partial[i];
+#pragma unroll 4
+    for (int part = 1; part < parts; ++part) sum += output.partial[part * size + i];
+    narrow(finished(output, sum, i % output.columns), output.out[i]);
+  }
+  if (!output.row_sums) return;
+  for (int64_t i = first; i < output.rows; i += threads) {
+    float sum = output.partial_row_sums[i];
+    for (int part = 1; part < parts; ++part) sum += output.partial_row_sums[part * output.rows + i];
+    narrow(sum, output.row_sums[i]);
+  }
+}
+
+template <class T>
+void finish(const Output<T>& output, int parts, cudaStream_t stream) {
+  if (parts == 1) return;
+  const int64_t blocks = (output.rows * output.columns + kFinishThreads - 1) / kFinishThreads;
+  constexpr int64_t kMaxBlocks = 4096;
+  const Shape shape = {static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kFinishThreads};
+  launch("linear finish", finish_kernel<T>, shape, stream, output, parts);
+}
+
+}  // namespace mnist_ext::cuda
