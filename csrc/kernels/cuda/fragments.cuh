@@ -69,62 +69,82 @@ __device__ inline void transpose_among_four(uint32_t (&word)[4], int lane) {
   exchange(1, 3, 2);
 }
 
-// The warp's 16 rows of 8 * kTiles columns from (row, column) on. A half dtype leaves in 16 bytes from every lane, 64
-// side by side; float32 in 8 bytes, 32 side by side. Called by whole warps.
-template <class T, int kTiles>
-__device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column,
-                           int part) {
-  const int lane = threadIdx.x % kWarp, r = lane / 4, c = lane % 4;
+// The warp's 16 rows of 8 * kTiles columns from (row, column) on: 8 bytes from every lane, 32 side by side.
+template <bool kFinished, class T, int kTiles>
+__device__ void store_floats(float* to, const Output<T>& output, const float (&sum)[kTiles][4], int64_t row,
+                             int64_t column) {
+  const int lane = threadIdx.x % kWarp;
+  const bool in_pairs = output.columns % 2 == 0 && (!kFinished || output.aligned);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t i = row + r + 8 * half;
-    const bool inside = i < output.rows;
-    if (output.partial || sizeof(T) == 4) {
-      float* to = output.partial ? output.partial + part * output.rows * output.columns
-                                 : reinterpret_cast<float*>(output.out);
+    const int64_t i = row + lane / 4 + 8 * half;
+    if (i >= output.rows) continue;
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int64_t j = column + 8 * tile + 2 * c;
-        float low = sum[tile][2 * half], high = sum[tile][2 * half + 1];
-        if (!inside || j >= output.columns) continue;
-        if (!output.partial) low = finished(output, low, j);
-        if (j + 1 < output.columns && !output.partial) high = finished(output, high, j + 1);
-        float* place = to + i * output.columns + j;
-        if (output.columns % 2 == 0 && (output.partial || output.aligned)) {
-          *reinterpret_cast<float2*>(place) = float2{low, high};
-        } else {
-          place[0] = low;
-          if (j + 1 < output.columns) place[1] = high;
-        }
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int64_t j = column + 8 * tile + 2 * (lane % 4);
+      if (j >= output.columns) continue;
+      const bool two = j + 1 < output.columns;
+      float low = sum[tile][2 * half], high = sum[tile][2 * half + 1];
+      if constexpr (kFinished) {
+        low = finished(output, low, j);
+        if (two) high = finished(output, high, j + 1);
       }
-    } else {
-      static_assert(kTiles % 4 == 0);
+      float* place = to + i * output.columns + j;
+      if (in_pairs) {
+        store_vector(place, float2{low, high});
+      } else {
+        place[0] = low;
+        if (two) place[1] = high;
+      }
+    }
+  }
+}
+
+// As store_floats, of a half dtype: 16 bytes from every lane, 64 side by side. Called by whole warps.
+template <class Half, int kTiles>
+__device__ void store_halves(const Output<Half>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column) {
+  static_assert(kTiles % 4 == 0);
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
-      for (int four = 0; four < kTiles; four += 4) {
-        uint32_t word[4];
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = row + lane / 4 + 8 * half;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int64_t j = column + 8 * (four + k) + 2 * c;
-          const float low = sum[four + k][2 * half], high = sum[four + k][2 * half + 1];
-          word[k] = word_of<T>(j < output.columns ? finished(output, low, j) : 0,
-                               j + 1 < output.columns ? finished(output, high, j + 1) : 0);
-        }
-        transpose_among_four(word, lane);
-        const int64_t j = column + 8 * (four + c);
-        if (!inside || j >= output.columns) continue;
-        T* place = output.out + i * output.columns + j;
-        if (output.aligned) {
-          *reinterpret_cast<uint4*>(place) = uint4{word[0], word[1], word[2], word[3]};
-        } else {
-          T elements[8];
-          memcpy(elements, word, sizeof word);
+    for (int four = 0; four < kTiles; four += 4) {
+      uint32_t word[4];
 #pragma unroll
-          for (int k = 0; k < 8; ++k) {
-            if (j + k < output.columns) place[k] = elements[k];
-          }
+      for (int k = 0; k < 4; ++k) {
+        const int64_t j = column + 8 * (four + k) + 2 * (lane % 4);
+        const float low = sum[four + k][2 * half], high = sum[four + k][2 * half + 1];
+        word[k] = word_of<Half>(j < output.columns ? finished(output, low, j) : 0,
+                                j + 1 < output.columns ? finished(output, high, j + 1) : 0);
+      }
+      transpose_among_four(word, lane);
+      const int64_t j = column + 8 * (four + lane % 4);
+      if (i >= output.rows || j >= output.columns) continue;
+      Half* place = output.out + i * output.columns + j;
+      if (output.aligned) {
+        store_vector(place, uint4{word[0], word[1], word[2], word[3]});
+      } else {
+        Half elements[8];
+        memcpy(elements, word, sizeof word);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          if (j + k < output.columns) place[k] = elements[k];
         }
       }
     }
+  }
+}
+
+template <class T, int kTiles>
+__device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column,
+                           int part) {
+  if (output.partial) {
+    store_floats<false>(output.partial + part * output.rows * output.columns, output, sum, row, column);
+  } else if constexpr (sizeof(T) == 4) {
+    store_floats<true>(output.out, output, sum, row, column);
+  } else {
+    store_halves(output, sum, row, column);
   }
 }
 

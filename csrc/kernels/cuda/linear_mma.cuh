@@ -55,72 +55,73 @@ class TileLoader {
   static_assert(kMmaThreads % Tile::kChunksOfRow == 0 && Tile::kRows % kRowsAtOnce == 0);
 
  public:
-  __device__ TileLoader(const Source<T>& source, int64_t first_outer, int64_t first_depth)
-      : copy_bytes_(source.copy_bytes), row_(threadIdx.x / Tile::kChunksOfRow), chunk_(threadIdx.x % Tile::kChunksOfRow) {
-    const Operand<T>& operand = source.operand;
-    const int element = chunk_ * kChunkSize;
-    int64_t left;
-    if constexpr (kMajor == Major::depth) {
-      from_ = operand.data + (first_outer + row_) * operand.outer_stride + (first_depth + element) * operand.depth_stride;
-      next_row_ = kRowsAtOnce * operand.outer_stride;
-      next_element_ = operand.depth_stride;
-      left = source.outer - first_outer - row_;
-    } else {
-      from_ = operand.data + (first_outer + element) * operand.outer_stride + (first_depth + row_) * operand.depth_stride;
-      next_row_ = kRowsAtOnce * operand.depth_stride;
-      next_element_ = operand.outer_stride;
-      left = source.outer - first_outer - element;
-    }
-    next_tile_ = Tile::kDepth * operand.depth_stride;
+  // `source` outlives this; it is in the kernel's arguments, where its strides cost no registers.
+  __device__ TileLoader(const Source<T>& source, int64_t first_outer, int64_t first_depth) : source_(source) {
+    const int64_t outer = first_outer + (kMajor == Major::depth ? row() : element());
+    const int64_t depth = first_depth + (kMajor == Major::depth ? element() : row());
+    from_ = source.operand.data + outer * source.operand.outer_stride + depth * source.operand.depth_stride;
+    const int64_t left = source.outer - outer;
     outer_left_ = static_cast<int>(left < kOuter ? left : kOuter);
   }
 
   // The next tile, of which `depth_left` are left; the rest is filled with 0.
   __device__ void load(char* tile, int64_t depth_left) {
+    const int left = static_cast<int>(depth_left < Tile::kDepth ? depth_left : Tile::kDepth);
+    const int64_t next_row = kRowsAtOnce * (kMajor == Major::depth ? source_.operand.outer_stride : source_.operand.depth_stride);
+    if (source_.copy_bytes == kChunk) {
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = row_ + pass * kRowsAtOnce;
-      int64_t left;
-      if constexpr (kMajor == Major::depth) {
-        left = pass * kRowsAtOnce < outer_left_ ? depth_left - chunk_ * kChunkSize : 0;
-      } else {
-        left = row < depth_left ? outer_left_ : 0;
+      for (int pass = 0; pass < kPasses; ++pass) {
+        cp_async<kChunk>(place(tile, pass), from_ + pass * next_row, size(pass, left) * static_cast<int>(sizeof(T)));
       }
-      const int size = static_cast<int>(left < 0 ? 0 : left < kChunkSize ? left : kChunkSize);
-      load_chunk(tile + Tile::place(row, chunk_), from_ + pass * next_row_, size);
+    } else {
+#pragma unroll 1
+      for (int pass = 0; pass < kPasses; ++pass) load_parts(place(tile, pass), from_ + pass * next_row, size(pass, left));
     }
-    from_ += next_tile_;
+    from_ += Tile::kDepth * source_.operand.depth_stride;
   }
 
  private:
-  __device__ void load_chunk(char* to, const T* from, int size) const {
-    if (copy_bytes_ == kChunk) {
-      copy_async<kChunk>(to, from, size * static_cast<int>(sizeof(T)));
-      return;
+  __device__ static int row() { return static_cast<int>(threadIdx.x) / Tile::kChunksOfRow; }
+  __device__ static int chunk() { return static_cast<int>(threadIdx.x) % Tile::kChunksOfRow; }
+  __device__ static int element() { return chunk() * kChunkSize; }
+  __device__ static char* place(char* tile, int pass) { return tile + Tile::place(row() + pass * kRowsAtOnce, chunk()); }
+
+  // Of this thread's chunk.
+  __device__ int size(int pass, int depth_left) const {
+    int left;
+    if constexpr (kMajor == Major::depth) {
+      left = pass * kRowsAtOnce < outer_left_ ? depth_left - element() : 0;
+    } else {
+      left = row() + pass * kRowsAtOnce < depth_left ? outer_left_ : 0;
     }
-    if (copy_bytes_ == 4) {
+    return left < 0 ? 0 : left < kChunkSize ? left : kChunkSize;
+  }
+
+  __device__ void load_parts(char* to, const T* from, int size) const {
+    const int64_t next = kMajor == Major::depth ? source_.operand.depth_stride : source_.operand.outer_stride;
+    if (source_.copy_bytes == 4) {
       constexpr int kSize = 4 / sizeof(T);
-      const int64_t step = sizeof(T) == 4 ? next_element_ : kSize;  // a float is a copy by itself
 #pragma unroll
-      for (int i = 0; i < kChunkSize / kSize; ++i) {
-        const int left = size - i * kSize;
-        copy_async<4>(to + 4 * i, from + i * step, (left < 0 ? 0 : left < kSize ? left : kSize) * static_cast<int>(sizeof(T)));
+      for (int i = 0; i < kChunkSize; i += kSize) {
+        const int left = size - i;
+        cp_async<4>(to + i * sizeof(T), from + i * next,
+                    (left < 0 ? 0 : left < kSize ? left : kSize) * static_cast<int>(sizeof(T)));
       }
       return;
     }
     T elements[kChunkSize] = {};
 #pragma unroll
     for (int i = 0; i < kChunkSize; ++i) {
-      if (i < size) elements[i] = from[i * next_element_];
+      if (i < size) elements[i] = from[i * next];
     }
     uint4 bits;
     memcpy(&bits, elements, sizeof bits);
-    *reinterpret_cast<uint4*>(to) = bits;
+    store_vector(to, bits);
   }
 
+  const Source<T>& source_;
   const T* from_;  // this thread's first chunk of the next tile
-  int64_t next_row_, next_tile_, next_element_;
-  int copy_bytes_, row_, chunk_, outer_left_;
+  int outer_left_;
 };
 
 // A fragment of 16 outer by 32 bytes of depth, `step` of the tile's steps along the depth: words 0 and 1 are of outer r
@@ -262,19 +263,20 @@ struct MmaKernel {
         b.load(stage + TileA::kBytes, depth - i * TileA::kDepth);
         if constexpr (kGated) gate.load(stage + TileA::kBytes + TileB::kBytes, depth - i * TileA::kDepth);
       }
-      commit_copies();  // an empty group too, so that the number of groups is that of tiles
+      cp_async_commit();  // an empty group too, so that the number of groups is that of tiles
     };
 
     const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * kWarpSide, warp_column = warp % 2 * kWarpSide;
     const bool row_sums = work.output.row_sums && at.column == 0 && warp_column == 0;
+#pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) load(i);
     for (int64_t i = 0; i < depth_tiles; ++i) {
-      wait_for_copies<kStages - 2>();
+      cp_async_wait<kStages - 2>();
       __syncthreads();  // the tile is there for all, and all are through with the one before it, whose place is free
       load(i + kStages - 1);
       add(shared + i % kStages * kStageBytes, warp_row, warp_column, row_sums);
     }
-    wait_for_copies<0>();  // of empty groups
+    cp_async_wait<0>();  // of empty groups
 
 #pragma unroll
     for (int i = 0; i < kFragmentsA; ++i) {
