@@ -34,10 +34,15 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
   dim3(unsigned size = 1) : x(size) {}
+};
+
+struct float2 {
+  float x, y;
 };
 
 struct uint4 {
@@ -54,6 +59,7 @@ inline constexpr int64_t kStackBytes = 64 << 10;
 inline unsigned seed = 0;                      // of the order in which threads and blocks run
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
+inline int processors = 132;                   // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -353,7 +359,11 @@ using cudaStream_t = CUstream_st*;
 
 enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -382,8 +392,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulator::compute_capability_major
-                                                          : emulator::shared_bytes_of_block;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = emulator::compute_capability_major; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes_of_block; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::processors; break;
+  }
   return cudaSuccess;
 }
 
