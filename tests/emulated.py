@@ -36,6 +36,8 @@ def library() -> ctypes.CDLL:
         [
             str(EMULATOR / "kernels.cpp"),
             str(EMULATOR / "library.cpp"),
+            str(EMULATOR / "instructions.cpp"),
+            str(EMULATOR / "linear_mma.cpp"),
             str(EMULATOR / "mistakes.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
@@ -63,6 +65,72 @@ def set_device(compute_capability_major: int = 9, shared_kilobytes: int = 227) -
 def launches() -> int:
     """Count the kernels started so far."""
     return library().emulator_launches()
+
+
+def set_processors(count: int = 132) -> None:
+    """Choose how many multiprocessors the device has, on which the sizes of tiles depend."""
+    library().emulator_set_processors(count)
+
+
+class Product(ctypes.Structure):
+    """mnist_ext::cuda::Product, for any dtype."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("depth", ctypes.c_int64),
+        ("a", ctypes.c_void_p),
+        ("a_strides", ctypes.c_int64 * 2),
+        ("gate", ctypes.c_void_p),
+        ("gate_strides", ctypes.c_int64 * 2),
+        ("b", ctypes.c_void_p),
+        ("b_strides", ctypes.c_int64 * 2),
+        ("bias", ctypes.c_void_p),
+        ("relu", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("row_sums", ctypes.c_void_p),
+    )
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Pass a tensor's elements to one of the library's functions."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def linear_product(kernel: str, a, b, gate=None, bias=None, relu=False, row_sums=False):
+    """Call one of the kernels of linear layers: a [rows, depth] times b [columns, depth]^T.
+
+    Returns out and row_sums, with what lies around them in memory checked.
+    """
+
+    def guarded(*shape):
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 32,), torch.nan, dtype=a.dtype)
+        return whole, whole[16 : 16 + size].view(shape)
+
+    whole_out, out = guarded(len(a), len(b))
+    whole_sums, sums = guarded(len(a))
+    pair = ctypes.c_int64 * 2
+    product = Product(
+        *(len(a), len(b), a.shape[1]),
+        *(pointer(a), pair(*a.stride())),
+        *(pointer(gate), pair(*(gate.stride() if gate is not None else (0, 0)))),
+        *(pointer(b), pair(*b.stride())),
+        *(pointer(bias), relu, pointer(out), pointer(sums) if row_sums else None),
+    )
+    function = getattr(library(), f"emulator_{kernel}_{str(a.dtype).removeprefix('torch.')}")
+    function.restype = ctypes.c_char_p
+    error = function(ctypes.byref(product))
+    if error is not None:
+        raise RuntimeError(error.decode())
+    for whole in (whole_out, whole_sums):
+        assert whole[:16].isnan().all() and whole[-16:].isnan().all(), "written beyond the result"
+    return out, sums if row_sums else None
+
+
+def bank_conflicts() -> int:
+    """Count the bank conflicts of ldmatrix so far."""
+    return library().emulator_bank_conflicts()
 
 
 def error_of(function: str) -> bytes:
