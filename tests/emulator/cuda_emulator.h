@@ -117,6 +117,8 @@ struct State {
   Thread* thread = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
+  std::vector<std::function<void()>> background;  // what copies and the like have yet to do, in any order
+  std::mt19937 random;
   std::exception_ptr error;
 };
 inline State now;
@@ -194,6 +196,16 @@ inline void leave(Thread& thread) {
   }
 }
 
+inline void run_in_background() {
+  const auto work = std::move(now.background.back());
+  now.background.pop_back();
+  try {
+    work();
+  } catch (...) {
+    if (!now.error) now.error = std::current_exception();
+  }
+}
+
 inline void check_guard(const Block& block) {
   const char* guard = block.shared_begin + block.shared_bytes;
   for (int64_t i = 0; i < kGuardBytes; ++i) {
@@ -211,7 +223,8 @@ inline std::unique_ptr<char[]> take_stack(std::vector<std::unique_ptr<char[]>>& 
   return stack;
 }
 
-inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937& random) {
+inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
+  std::mt19937& random = now.random;
   static std::vector<std::unique_ptr<char[]>> stacks;
   const unsigned threads = now.threads;
   std::vector<Block> blocks(now.cluster_size);
@@ -251,6 +264,11 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
       }
     }
     bool moved = false;
+    std::shuffle(now.background.begin(), now.background.end(), random);
+    while (!now.background.empty() && random() % 4 != 0) {
+      moved = true;
+      run_in_background();
+    }
     for (Thread* thread : order) {
       if (!thread->can_run()) continue;
       if (thread->warp->held) {
@@ -264,11 +282,18 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
       if (thread->done) leave(*thread);
       if (now.error) break;
     }
-    if (!moved)
+    if (!moved && !now.background.empty()) {
+      run_in_background();
+    } else if (!moved) {
       now.error = std::make_exception_ptr(std::logic_error("emulator: a barrier is not reached by all threads"));
+    }
     std::erase_if(order, [](const Thread* thread) { return thread->done; });
   }
   now.thread = nullptr;
+  if (!now.error && !now.background.empty()) {
+    now.error = std::make_exception_ptr(std::logic_error("emulator: a block ended before its asynchronous copies"));
+  }
+  now.background.clear();
   for (Thread& thread : all) stacks.push_back(std::move(thread.stack));
   if (now.error) std::rethrow_exception(std::exchange(now.error, nullptr));
   for (const Block& block : blocks) check_guard(block);
@@ -284,11 +309,11 @@ inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t share
   now.threads = block.x;
   now.cluster_size = cluster_size;
   now.kernel = std::move(kernel);
-  std::mt19937 random(seed);
+  now.random.seed(seed);
   std::vector<unsigned> clusters(grid.x / cluster_size);
   for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i * cluster_size;
-  std::shuffle(clusters.begin(), clusters.end(), random);
-  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes, random);
+  std::shuffle(clusters.begin(), clusters.end(), now.random);
+  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes);
 }
 
 }  // namespace emulator

@@ -50,6 +50,26 @@ struct Output {
 };
 
 template <class T>
+int64_t partial_bytes(const Product<T>& product, int64_t parts) {
+  if (parts == 1) return 0;
+  return parts * product.rows * (product.columns + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
+}
+
+template <class T>
+Output<T> output_of(const Product<T>& product, int parts, void* workspace) {
+  float* partial = parts > 1 ? static_cast<float*>(workspace) : nullptr;
+  return {.rows = product.rows,
+          .columns = product.columns,
+          .bias = product.bias,
+          .relu = product.relu,
+          .aligned = elements_past_alignment(product.out) == 0 && product.columns % kPack<T> == 0,
+          .out = product.out,
+          .row_sums = product.row_sums,
+          .partial = partial,
+          .partial_row_sums = partial + (partial ? parts * product.rows * product.columns : 0)};
+}
+
+template <class T>
 __device__ float finished(const Output<T>& output, float sum, int64_t column) {
   if (output.bias) sum += widen(output.bias[column]);
   return output.relu && sum <= 0 ? 0.0f : sum;

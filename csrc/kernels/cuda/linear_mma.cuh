@@ -5,15 +5,13 @@
 #include "async_copy.cuh"
 #include "fragments.cuh"
 #include "tensor_cores.cuh"
+#include "tiles.cuh"
 
 namespace mnist_ext::cuda {
 
 inline constexpr int kMmaThreads = 128;
 inline constexpr int kMmaDepthBytes = 64;  // of a tile of an operand
 inline constexpr int kChunk = 16;          // bytes of one asynchronous copy, and of a row of ldmatrix
-
-// Which index of an operand has neighbours side by side in memory.
-enum class Major { depth, outer };
 
 // A tile of an operand in shared memory: as in global memory, its rows run along the major index. Chunks of a row are
 // permuted, differently from row to row, so that neither the copies nor the fragments of a warp meet in one bank.
@@ -168,19 +166,6 @@ struct MmaWork {
   int64_t row_tiles, column_tiles;
   Output<T> output;
 };
-
-struct TilePosition {
-  int64_t row, column;  // in tiles
-};
-
-// Tiles that run at the same time share rows and columns, which the L2 cache then holds: bands of eight tiles of rows,
-// and through each column by column.
-__device__ inline TilePosition tile_position(int64_t i, int64_t row_tiles, int64_t column_tiles) {
-  constexpr int64_t kBand = 8;
-  const int64_t band = i / (kBand * column_tiles), in_band = i - band * kBand * column_tiles;
-  const int64_t height = row_tiles - band * kBand < kBand ? row_tiles - band * kBand : kBand;
-  return {band * kBand + in_band % height, in_band / height};
-}
 
 // kSide: of the tile of the result, which the four warps divide two by two. Grid: tiles times parts of the depth.
 template <class T, Major kMajorA, Major kMajorB, bool kGated, int kSide>

@@ -19,8 +19,6 @@ struct MmaPlan {
   int64_t depth_of_part;
 };
 
-inline int64_t tiles_of(int64_t size, int64_t side) { return (size + side - 1) / side; }
-
 // Large tiles where they fill the device; else small ones, and where these do not fill it either, the depth in parts.
 template <class T>
 MmaPlan mma_plan(const Product<T>& product) {
@@ -42,33 +40,8 @@ MmaPlan mma_plan(const Product<T>& product) {
 }
 
 template <class T>
-int64_t partial_bytes(const Product<T>& product, int64_t parts) {
-  if (parts == 1) return 0;
-  return parts * product.rows * (product.columns + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
-}
-
-template <class T>
 int64_t mma_workspace_bytes(const Product<T>& product) {
   return partial_bytes(product, mma_plan(product).parts);
-}
-
-template <class T>
-Output<T> output_of(const Product<T>& product, int parts, void* workspace) {
-  float* partial = parts > 1 ? static_cast<float*>(workspace) : nullptr;
-  return {.rows = product.rows,
-          .columns = product.columns,
-          .bias = product.bias,
-          .relu = product.relu,
-          .aligned = elements_past_alignment(product.out) == 0 && product.columns % kPack<T> == 0,
-          .out = product.out,
-          .row_sums = product.row_sums,
-          .partial = partial,
-          .partial_row_sums = partial + (partial ? parts * product.rows * product.columns : 0)};
-}
-
-template <class T>
-Major major_of(const Operand<T>& operand) {
-  return operand.outer_stride == 1 && operand.depth_stride != 1 ? Major::outer : Major::depth;
 }
 
 // The copies of tiles with this major index, whichever the operand's own is.
