@@ -69,10 +69,16 @@ Output<T> output_of(const Product<T>& product, int parts, void* workspace) {
           .partial_row_sums = partial + (partial ? parts * product.rows * product.columns : 0)};
 }
 
+// A sum as it is stored, before the rounding. NaN stays NaN.
 template <class T>
-__device__ float finished(const Output<T>& output, float sum, int64_t column) {
-  if (output.bias) sum += widen(output.bias[column]);
+__device__ float finished(const Output<T>& output, float sum, float bias) {
+  sum += bias;
   return output.relu && sum <= 0 ? 0.0f : sum;
+}
+
+template <class T>
+__device__ float bias_at(const Output<T>& output, int64_t column) {
+  return output.bias && column < output.columns ? widen(output.bias[column]) : 0.0f;
 }
 
 // Words of lanes 4 r to 4 r + 3 as a matrix, transposed: lane 4 r + c gets word c of each, in the order of the lanes.
@@ -96,25 +102,21 @@ __device__ void store_floats(float* to, const Output<T>& output, const float (&s
   const int lane = threadIdx.x % kWarp;
   const bool in_pairs = output.columns % 2 == 0 && (!kFinished || output.aligned);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t i = row + lane / 4 + 8 * half;
-    if (i >= output.rows) continue;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int64_t j = column + 8 * tile + 2 * (lane % 4);
+    const float bias[2] = {kFinished ? bias_at(output, j) : 0, kFinished ? bias_at(output, j + 1) : 0};
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int64_t j = column + 8 * tile + 2 * (lane % 4);
-      if (j >= output.columns) continue;
-      const bool two = j + 1 < output.columns;
-      float low = sum[tile][2 * half], high = sum[tile][2 * half + 1];
-      if constexpr (kFinished) {
-        low = finished(output, low, j);
-        if (two) high = finished(output, high, j + 1);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int64_t i = row + lane / 4 + 8 * half;
+      float2 pair = {sum[tile][2 * half], sum[tile][2 * half + 1]};
+      if constexpr (kFinished) pair = {finished(output, pair.x, bias[0]), finished(output, pair.y, bias[1])};
       float* place = to + i * output.columns + j;
+      if (i >= output.rows || j >= output.columns) continue;
       if (in_pairs) {
-        store_vector(place, float2{low, high});
+        store_vector(place, pair);
       } else {
-        place[0] = low;
-        if (two) place[1] = high;
+        place[0] = pair.x;
+        if (j + 1 < output.columns) place[1] = pair.y;
       }
     }
   }
@@ -126,30 +128,33 @@ __device__ void store_halves(const Output<Half>& output, const float (&sum)[kTil
   static_assert(kTiles % 4 == 0);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t i = row + lane / 4 + 8 * half;
+  for (int four = 0; four < kTiles; four += 4) {
+    float bias[4][2];
 #pragma unroll
-    for (int four = 0; four < kTiles; four += 4) {
+    for (int k = 0; k < 4; ++k) {
+      const int64_t j = column + 8 * (four + k) + 2 * (lane % 4);
+      bias[k][0] = bias_at(output, j);
+      bias[k][1] = bias_at(output, j + 1);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       uint32_t word[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int64_t j = column + 8 * (four + k) + 2 * (lane % 4);
-        const float low = sum[four + k][2 * half], high = sum[four + k][2 * half + 1];
-        word[k] = word_of<Half>(j < output.columns ? finished(output, low, j) : 0,
-                                j + 1 < output.columns ? finished(output, high, j + 1) : 0);
+        const float(&pair)[4] = sum[four + k];
+        word[k] = word_of<Half>(finished(output, pair[2 * half], bias[k][0]),
+                                finished(output, pair[2 * half + 1], bias[k][1]));
       }
       transpose_among_four(word, lane);
-      const int64_t j = column + 8 * (four + lane % 4);
+      const int64_t i = row + lane / 4 + 8 * half, j = column + 8 * (four + lane % 4);
       if (i >= output.rows || j >= output.columns) continue;
       Half* place = output.out + i * output.columns + j;
       if (output.aligned) {
         store_vector(place, uint4{word[0], word[1], word[2], word[3]});
       } else {
-        Half elements[8];
-        memcpy(elements, word, sizeof word);
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          if (j + k < output.columns) place[k] = elements[k];
+          if (j + k < output.columns) place[k].bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
         }
       }
     }
@@ -198,7 +203,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Output<T> 
     float sum = output.partial[i];
 #pragma unroll 4
     for (int part = 1; part < parts; ++part) sum += output.partial[part * size + i];
-    narrow(finished(output, sum, i % output.columns), output.out[i]);
+    narrow(finished(output, sum, bias_at(output, i % output.columns)), output.out[i]);
   }
   if (!output.row_sums) return;
   for (int64_t i = first; i < output.rows; i += threads) {

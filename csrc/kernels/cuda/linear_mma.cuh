@@ -163,7 +163,7 @@ template <class T>
 struct MmaWork {
   Source<T> a, gate, b;
   int64_t depth, depth_of_part;  // a part's is a multiple of a tile's
-  int64_t row_tiles, column_tiles;
+  int row_tiles, column_tiles;
   Output<T> output;
 };
 
@@ -230,10 +230,10 @@ struct MmaKernel {
   }
 
   __device__ void run(const MmaWork<T>& work) {
-    const int64_t tiles = work.row_tiles * work.column_tiles;
-    const int part = static_cast<int>(blockIdx.x / tiles);
-    const TilePosition at = tile_position(blockIdx.x % tiles, work.row_tiles, work.column_tiles);
-    const int64_t row = at.row * kSide, column = at.column * kSide, begin = part * work.depth_of_part;
+    const int tiles = work.row_tiles * work.column_tiles, block = static_cast<int>(blockIdx.x), part = block / tiles;
+    const TilePosition at = tile_position(block % tiles, work.row_tiles, work.column_tiles);
+    const int64_t row = int64_t{at.row} * kSide, column = int64_t{at.column} * kSide;
+    const int64_t begin = part * work.depth_of_part;
     const int64_t left = work.depth - begin;
     const int64_t depth = left < work.depth_of_part ? left : work.depth_of_part;
     const int64_t depth_tiles = (depth + TileA::kDepth - 1) / TileA::kDepth;

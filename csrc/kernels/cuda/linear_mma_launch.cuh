@@ -8,13 +8,14 @@ namespace mnist_ext::cuda {
 
 template <class T>
 bool mma_takes(const Product<T>& product, Precision precision) {
-  return (sizeof(T) == 2 || precision == Precision::tf32) && product.out && product.rows > 0 && product.columns > 0 &&
+  return (sizeof(T) == 2 || (sizeof(T) == 4 && precision == Precision::tf32)) && product.out && product.rows > 0 &&
+         product.columns > 0 && tiles_of(product.rows, 64) <= kMostTiles / tiles_of(product.columns, 64) &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
 struct MmaPlan {
-  int side;
-  int64_t row_tiles, column_tiles;
+  int side;  // of a tile
+  int row_tiles, column_tiles;
   int parts;  // of the depth
   int64_t depth_of_part;
 };
@@ -26,8 +27,8 @@ MmaPlan mma_plan(const Product<T>& product) {
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   MmaPlan plan{};
   plan.side = tiles_of(product.rows, 128) * tiles_of(product.columns, 128) >= processors ? 128 : 64;
-  plan.row_tiles = tiles_of(product.rows, plan.side);
-  plan.column_tiles = tiles_of(product.columns, plan.side);
+  plan.row_tiles = static_cast<int>(tiles_of(product.rows, plan.side));
+  plan.column_tiles = static_cast<int>(tiles_of(product.columns, plan.side));
   const int64_t depth_tiles = tiles_of(product.depth, kTileDepth);
   int64_t parts = plan.side == 128 ? 1 : 2 * processors / (plan.row_tiles * plan.column_tiles);
   if (parts > depth_tiles / kLeastTiles) parts = depth_tiles / kLeastTiles;

@@ -28,8 +28,8 @@ template <class T>
 struct WgmmaWork {
   TensorMap a, gate, b;
   bool gated;
-  int64_t row_tiles, column_tiles;  // row_tiles is a multiple of the cluster's size
-  int64_t depth_tiles, depth_tiles_of_part, parts;
+  int row_tiles, column_tiles;  // row_tiles is a multiple of the cluster's size
+  int depth_tiles, depth_tiles_of_part, parts;
   Output<T> output;
 };
 
@@ -77,22 +77,24 @@ struct WgmmaKernel {
     bool first_column;
   };
 
-  __device__ int64_t items() const { return work.row_tiles / cluster_size() * work.column_tiles * work.parts; }
+  // One after the other: the cluster's own, and then every so many further.
+  __device__ static int first_item() { return static_cast<int>(blockIdx.x / cluster_size()); }
+  __device__ static int items_at_once() { return static_cast<int>(gridDim.x / cluster_size()); }
+  __device__ int items() const { return tiles_of_part() * work.parts; }
+  __device__ int tiles_of_part() const { return work.row_tiles / static_cast<int>(cluster_size()) * work.column_tiles; }
 
-  __device__ Item item(int64_t i) const {
-    const int64_t tiles = work.row_tiles / cluster_size() * work.column_tiles, part = i / tiles;
-    const TilePosition at = tile_position(i - part * tiles, work.row_tiles / cluster_size(), work.column_tiles);
-    const int64_t first = part * work.depth_tiles_of_part, left = work.depth_tiles - first;
-    return {.row = static_cast<int>(at.row * cluster_size() + cluster_rank()) * kWgmmaRows,
-            .column = static_cast<int>(at.column) * kColumns,
-            .first_depth_tile = static_cast<int>(first),
-            .depth_tiles = static_cast<int>(left < work.depth_tiles_of_part ? left : work.depth_tiles_of_part),
-            .part = static_cast<int>(part),
+  __device__ Item item(int i) const {
+    const int cluster = static_cast<int>(cluster_size()), rank = static_cast<int>(cluster_rank());
+    const int part = i / tiles_of_part();
+    const TilePosition at = tile_position(i % tiles_of_part(), work.row_tiles / cluster, work.column_tiles);
+    const int first = part * work.depth_tiles_of_part, left = work.depth_tiles - first;
+    return {.row = (at.row * cluster + rank) * kWgmmaRows,
+            .column = at.column * kColumns,
+            .first_depth_tile = first,
+            .depth_tiles = left < work.depth_tiles_of_part ? left : work.depth_tiles_of_part,
+            .part = part,
             .first_column = at.column == 0};
   }
-
-  __device__ static int64_t first_item() { return blockIdx.x / cluster_size(); }
-  __device__ static int64_t items_at_once() { return gridDim.x / cluster_size(); }
 
   // `outer` rows of an operand from `first` on, 64 of the depth.
   template <Major kMajor>
@@ -110,7 +112,7 @@ struct WgmmaKernel {
     const int share = kColumns / static_cast<int>(blocks), first_of_share = share * static_cast<int>(rank);
     const unsigned bytes = kBytesA + kBytesB + (work.gated ? kBytesA : 0);
     Ring ring;
-    for (int64_t i = first_item(); i < items(); i += items_at_once()) {
+    for (int i = first_item(); i < items(); i += items_at_once()) {
       const Item at = item(i);
       for (int k = 0; k < at.depth_tiles; ++k, ring.advance()) {
         char* stage = stages + ring.stage * kStageBytes;
@@ -227,7 +229,7 @@ struct WgmmaKernel {
 
   __device__ void consume(int consumer) {
     Ring ring;
-    for (int64_t i = first_item(); i < items(); i += items_at_once()) {
+    for (int i = first_item(); i < items(); i += items_at_once()) {
       const Item at = item(i);
       float sum[kTiles][4], row_sum[2] = {};
       const bool row_sums = kFragments && work.output.row_sums && at.first_column;

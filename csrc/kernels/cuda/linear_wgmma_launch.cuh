@@ -50,6 +50,7 @@ bool wgmma_takes(const Product<T>& product) {
   } else {
     const Product<T>& p = product;
     if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
+    if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
     if (!is_copied_in_boxes(p.a, p.rows, p.depth) || !is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
     if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a))) return false;
     // Of the layouts with fragments only those of a layer's gradients are compiled.
@@ -61,27 +62,28 @@ bool wgmma_takes(const Product<T>& product) {
 struct WgmmaPlan {
   int columns;       // of a tile
   unsigned cluster;  // blocks
-  int64_t row_tiles, column_tiles;
-  int64_t depth_tiles, depth_tiles_of_part, parts;
+  int row_tiles, column_tiles;
+  int depth_tiles, depth_tiles_of_part, parts;
 };
 
 // Wide tiles where they fill the device; else narrow ones, and where these do not fill it either, the depth in parts.
 template <class T>
 WgmmaPlan wgmma_plan(const Product<T>& product) {
-  constexpr int64_t kLeastTiles = 8;
-  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  constexpr int kLeastTiles = 8;
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const auto tiles = [](int64_t size, int side) { return static_cast<int>(tiles_of(size, side)); };
   WgmmaPlan plan{};
-  plan.row_tiles = tiles_of(product.rows, kWgmmaRows);
-  plan.columns = plan.row_tiles * tiles_of(product.columns, 256) >= processors ? 256 : 128;
-  plan.column_tiles = tiles_of(product.columns, plan.columns);
+  plan.row_tiles = tiles(product.rows, kWgmmaRows);
+  plan.columns = tiles_of(product.rows, kWgmmaRows) * tiles_of(product.columns, 256) >= processors ? 256 : 128;
+  plan.column_tiles = tiles(product.columns, plan.columns);
   plan.cluster = plan.row_tiles > 1 ? 2 : 1;
-  plan.row_tiles = tiles_of(plan.row_tiles, plan.cluster) * plan.cluster;
-  plan.depth_tiles = tiles_of(product.depth, kWgmmaDepth);
-  int64_t parts = processors / (plan.row_tiles * plan.column_tiles);
+  plan.row_tiles += plan.row_tiles % static_cast<int>(plan.cluster);
+  plan.depth_tiles = tiles(product.depth, kWgmmaDepth);
+  int parts = processors / (plan.row_tiles * plan.column_tiles);
   if (parts > plan.depth_tiles / kLeastTiles) parts = plan.depth_tiles / kLeastTiles;
   if (parts < 1) parts = 1;
-  plan.depth_tiles_of_part = tiles_of(plan.depth_tiles, parts);
-  plan.parts = tiles_of(plan.depth_tiles, plan.depth_tiles_of_part);
+  plan.depth_tiles_of_part = tiles(plan.depth_tiles, parts);
+  plan.parts = tiles(plan.depth_tiles, plan.depth_tiles_of_part);
   return plan;
 }
 
@@ -101,9 +103,10 @@ TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t depth, int 
 
 template <class T, Major kMajorA, Major kMajorB, bool kFragments>
 void launch_wgmma(const WgmmaWork<T>& work, const WgmmaPlan& plan, cudaStream_t stream) {
-  const int64_t items = plan.row_tiles / plan.cluster * plan.column_tiles * plan.parts;
-  const int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount) / plan.cluster;
-  const int64_t clusters = at_once < 1 ? 1 : items < at_once ? items : at_once;
+  const int cluster = static_cast<int>(plan.cluster);
+  const int items = plan.row_tiles / cluster * plan.column_tiles * plan.parts;
+  const int at_once = device_attribute(cudaDevAttrMultiProcessorCount) / cluster;
+  const int clusters = at_once < 1 ? 1 : items < at_once ? items : at_once;
   const auto start = [&]<int kColumns>() {
     const Shape shape = {static_cast<unsigned>(clusters) * plan.cluster, kWgmmaThreads, plan.cluster,
                          WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>::kSharedBytes};
@@ -126,7 +129,7 @@ void wgmma_product(const Product<T>& product, void* workspace, cudaStream_t stre
       .depth_tiles = plan.depth_tiles,
       .depth_tiles_of_part = plan.depth_tiles_of_part,
       .parts = plan.parts,
-      .output = output_of(product, static_cast<int>(plan.parts), workspace)};
+      .output = output_of(product, plan.parts, workspace)};
   if (!uses_fragments(product)) {
     major_of(product.b) == Major::depth ? launch_wgmma<T, Major::depth, Major::depth, false>(work, plan, stream)
                                         : launch_wgmma<T, Major::depth, Major::outer, false>(work, plan, stream);
@@ -134,7 +137,7 @@ void wgmma_product(const Product<T>& product, void* workspace, cudaStream_t stre
     major_of(product.a) == Major::depth ? launch_wgmma<T, Major::depth, Major::outer, true>(work, plan, stream)
                                         : launch_wgmma<T, Major::outer, Major::outer, true>(work, plan, stream);
   }
-  finish(work.output, static_cast<int>(plan.parts), stream);
+  finish(work.output, plan.parts, stream);
 }
 
 }  // namespace mnist_ext::cuda
