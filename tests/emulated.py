@@ -38,6 +38,7 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "library.cpp"),
             str(EMULATOR / "instructions.cpp"),
             str(EMULATOR / "linear_mma.cpp"),
+            str(EMULATOR / "linear_wgmma.cpp"),
             str(EMULATOR / "mistakes.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),

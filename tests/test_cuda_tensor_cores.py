@@ -19,6 +19,7 @@ LAYOUTS = [("depth", "depth"), ("depth", "outer"), ("outer", "outer"), ("outer",
 def usual_device():
     yield
     emulated.set_seed(0)
+    emulated.set_device()
     emulated.set_processors()
 
 
@@ -104,11 +105,10 @@ def assert_product(kernel, a, b, gate=None, bias=None, relu=False, row_sums=Fals
     return out, sums
 
 
-def options(case, rows, columns, a_major, dtype, **where):
+def options(case, rows, columns, depth, a_major, dtype):
     """Walk through what a product may have besides: a gate, a bias, a ReLU, sums of rows."""
-    gate = operand(rows, where.pop("depth"), a_major, dtype, **where) if case % 2 else None
     return {
-        "gate": gate,
+        "gate": operand(rows, depth, a_major, dtype) if case % 2 else None,
         "bias": torch.randn(columns).to(dtype) if case // 2 % 2 else None,
         "relu": bool(case // 4 % 2),
         "row_sums": bool((case // 2 + case // 4) % 2),
@@ -135,12 +135,9 @@ class TestMma:
         rows, columns, depth, processors = shape
         emulated.set_processors(processors)
         a, b = operand(rows, depth, layout[0], dtype), operand(columns, depth, layout[1], dtype)
-        first = SHAPES.index(shape) + LAYOUTS.index(layout) * 2
-        for case in (first, first + 1):
-            emulated.set_seed(case)
-            assert_product(
-                "mma", a, b, **options(case, rows, columns, layout[0], dtype, depth=depth)
-            )
+        case = SHAPES.index(shape) * 3 + LAYOUTS.index(layout) * 2 + DTYPES.index(dtype)
+        emulated.set_seed(case)
+        assert_product("mma", a, b, **options(case, rows, columns, depth, layout[0], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -175,45 +172,142 @@ def test_mma_nothing_to_sum(dtype):
     assert torch.equal(sums, torch.zeros(70, dtype=dtype))
 
 
-def non_finite_product(kernel, dtype):
-    """An infinite or NaN a behind a closed gate counts as 0; behind a gate that is NaN it counts."""
-    a, b = torch.ones(16, 64, dtype=dtype), torch.ones(16, 64, dtype=dtype)
-    gate = torch.ones(16, 64, dtype=dtype)
+KERNELS_AND_DTYPES = [*(("mma", d) for d in DTYPES), *(("wgmma", d) for d in HALVES)]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
+def test_gate_and_non_finite_elements(kernel, dtype):
+    """What lies behind a closed gate counts as 0, whatever it is; a gate that is NaN is open."""
+    a, b, gate = (torch.ones(128, 128, dtype=dtype) for _ in range(3))
     a[0, 3], gate[0, 3] = torch.inf, 0
     a[1, 60], gate[1, 60] = torch.nan, -1
     a[2, 5], gate[2, 5] = torch.inf, torch.nan
     gate[3, 17] = -0.0
-    return emulated.linear_product(kernel, a, b, gate, None, True, True)
+    gate[4, 127] = torch.finfo(dtype).smallest_normal
+    gate[5, 127] = -torch.inf
+    out, sums = emulated.linear_product(kernel, a, b.T, gate, row_sums=True)
+    for result in (out[:, 5], sums):
+        assert result[:6].tolist() == [127, 127, torch.inf, 127, 128, 127]
+        assert (result[6:] == 128).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_mma_gate_and_non_finite_elements(dtype):
-    for result in (non_finite_product("mma", dtype)[0][:, 5], non_finite_product("mma", dtype)[1]):
-        assert result[:4].tolist() == [63, 63, torch.inf, 63]
-        assert (result[4:] == 64).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_mma_relu_keeps_nan(dtype):
-    a, b = torch.ones(3, 8, dtype=dtype), torch.ones(3, 8, dtype=dtype)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
+def test_relu_keeps_nan(kernel, dtype):
+    a, b = torch.ones(128, 128, dtype=dtype), torch.ones(128, 128, dtype=dtype)
     a[1, 2], b[2] = torch.nan, -1
-    out, _ = emulated.linear_product("mma", a, b, relu=True)
-    assert out[0].tolist() == [8, 8, 0]
+    out, _ = emulated.linear_product(kernel, a, b, relu=True)
+    assert out[0].tolist() == [128, 128, 0, *[128] * 125]
     assert out[1].isnan().all()
 
 
-@pytest.mark.parametrize("kernel", ["mma"])
-def test_same_bits_in_any_order_of_threads(kernel):
+@pytest.mark.parametrize(
+    ("kernel", "rows", "columns", "depth", "layout", "row_sums"),
+    [
+        ("mma", 70, 40, 1104, ("depth", "outer"), True),
+        ("wgmma", 136, 136, 704, ("depth", "depth"), False),
+        ("wgmma", 136, 136, 704, ("depth", "outer"), True),
+    ],
+)
+def test_same_bits_in_any_order_of_threads(kernel, rows, columns, depth, layout, row_sums):
     """A barrier or a wait that is missing shows here."""
-    a, b = operand(70, 1100, "depth", torch.bfloat16, pitch=1104), operand(40, 1100, "outer", torch.bfloat16)
-    first = emulated.linear_product(kernel, a, b, row_sums=True)
-    for seed in (1, 2, 3):
+    emulated.set_processors(8)
+    a = operand(rows, depth, layout[0], torch.bfloat16)
+    b = operand(columns, depth, layout[1], torch.bfloat16)
+    first = emulated.linear_product(kernel, a, b, row_sums=row_sums)
+    for seed in range(1, 5):
         emulated.set_seed(seed)
-        again = emulated.linear_product(kernel, a, b, row_sums=True)
-        assert all(map(torch.equal, first, again))
+        again = emulated.linear_product(kernel, a, b, row_sums=row_sums)
+        assert torch.equal(first[0], again[0])
+        assert not row_sums or torch.equal(first[1], again[1])
 
 
-def test_ldmatrix_without_bank_conflicts():
+# rows, columns, depth, multiprocessors: one tile; a cluster of two, its second tile past the rows,
+# and several columns of tiles; the depth in parts, the last one shorter; wide tiles, two to a
+# block, so that the ring of stages runs on from one to the next.
+WGMMA_SHAPES = [
+    (128, 128, 128, 132),
+    (264, 200, 168, 132),
+    (136, 136, 1096, 132),
+    (520, 264, 328, 2),
+]
+# a, b, and whether a goes through registers, for its gate and the sums of its rows.
+WGMMA_LAYOUTS = [
+    ("depth", "depth", False),
+    ("depth", "outer", False),
+    ("depth", "outer", True),
+    ("outer", "outer", True),
+]
+
+
+@pytest.mark.parametrize("layout", WGMMA_LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", WGMMA_SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+def test_wgmma_accurate(shape, layout, dtype):
+    rows, columns, depth, processors = shape
+    a_major, b_major, through_registers = layout
+    case = WGMMA_SHAPES.index(shape) + WGMMA_LAYOUTS.index(layout) + HALVES.index(dtype)
+    emulated.set_processors(processors)
+    emulated.set_seed(case)
+    a, b = operand(rows, depth, a_major, dtype), operand(columns, depth, b_major, dtype)
+    gate = operand(rows, depth, a_major, dtype) if through_registers and case % 3 else None
+    assert_product(
+        "wgmma",
+        *(a, b, gate),
+        bias=torch.randn(columns).to(dtype) if case % 2 else None,
+        relu=case % 4 < 2,
+        row_sums=through_registers and case % 3 != 1,
+    )
+
+
+def test_wgmma_rows_apart():
+    """Each operand is a part of a wider matrix, which is NaN elsewhere."""
+    a, b, gate = (operand(136, 136, "depth", torch.bfloat16, 8, 144) for _ in range(3))
+    assert_product("wgmma", a, b)
+    assert_product("wgmma", a, operand(136, 136, "outer", torch.bfloat16, 8, 144), gate)
+
+
+def test_wgmma_result_that_is_not_aligned():
+    """333 columns: rows of the result begin anywhere, while b's rows may still be copied."""
+    a = operand(136, 136, "depth", torch.bfloat16)
+    b = operand(333, 136, "depth", torch.bfloat16)
+    assert_product("wgmma", a, b, bias=torch.randn(333).bfloat16(), relu=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a[:100], b),  # for mma's smaller tiles
+        lambda a, b: (a[:, 1:], b[:, 1:]),  # not aligned
+        lambda a, b: (a[:, ::2], b[:, ::2]),  # no unit stride
+        lambda a, b: (a[:1].expand(200, 400), b),  # rows that overlap
+        lambda a, b: (a.T.contiguous().T, b),  # a layout that no product of a layer has
+        lambda a, b: (a.float(), b.float()),
+    ],
+)
+def test_wgmma_does_not_take(change):
+    a, b = torch.ones(200, 400).bfloat16(), torch.ones(160, 400).bfloat16()
+    emulated.linear_product("wgmma", a, b)
+    with pytest.raises(RuntimeError, match="not taken"):
+        emulated.linear_product("wgmma", *change(a, b))
+
+
+def test_neither_is_taken_on_devices_that_cannot():
+    a = torch.ones(128, 128).bfloat16()
+    for kernel, major in (("wgmma", 8), ("wgmma", 10), ("mma", 7)):
+        emulated.set_device(major)
+        with pytest.raises(RuntimeError, match="not taken"):
+            emulated.linear_product(kernel, a, a)
+
+
+def test_wgmma_ldmatrix_without_bank_conflicts():
+    before = emulated.bank_conflicts()
+    for major in ("depth", "outer"):
+        a = operand(128, 128, major, torch.bfloat16)
+        emulated.linear_product("wgmma", a, operand(128, 128, "outer", torch.bfloat16), a)
+    assert emulated.bank_conflicts() == before
+
+
+def test_mma_ldmatrix_without_bank_conflicts():
     before = emulated.bank_conflicts()
     for (a, b), dtype in itertools.product(LAYOUTS, (torch.bfloat16, torch.float32)):
         for processors in (1, 132):  # both sizes of tiles
