@@ -281,7 +281,6 @@ def test_wgmma_result_that_is_not_aligned():
         lambda a, b: (a[:, ::2], b[:, ::2]),  # no unit stride
         lambda a, b: (a[:1].expand(200, 400), b),  # rows that overlap
         lambda a, b: (a.T.contiguous().T, b),  # a layout that no product of a layer has
-        lambda a, b: (a.float(), b.float()),
     ],
 )
 def test_wgmma_does_not_take(change):

@@ -11,7 +11,7 @@
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
 // missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
-// global memory, tensor cores, streams, and speed.
+// global memory, streams, and speed. Tensor cores are in tensor_cores.h, and what only Hopper has in hopper.h.
 #pragma once
 
 #include <math.h>  // the overloads for float, in the global namespace

@@ -96,7 +96,8 @@ struct TensorMap {
   int box_rows;
 };
 
-inline void start_box_copy(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier, unsigned blocks) {
+inline void start_box_copy(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier,
+                           unsigned blocks) {
   constexpr int kRow = 128, kElement = 2;
   if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0 || map.stride % 16 != 0 || map.box_rows < 1 ||
       map.box_rows > 256 || map.row_size < 1 || map.rows < 1) {
@@ -134,7 +135,9 @@ struct Descriptor {
   uint32_t start, leading, stride;
 
   explicit Descriptor(uint64_t bits)
-      : start((bits & 0x3fff) << 4), leading((bits >> 16 & 0x3fff) << 4), stride((bits >> 32 & 0x3fff) << 4) {
+      : start((bits & 0x3fff) << 4),
+        leading((bits >> 16 & 0x3fff) << 4),
+        stride((bits >> 32 & 0x3fff) << 4) {
     const uint64_t base_offset = bits >> 49 & 7, swizzle = bits >> 62;
     if (swizzle != 1 || base_offset != 0) throw std::logic_error("emulator: only the 128-byte swizzle is modelled");
   }
@@ -142,8 +145,9 @@ struct Descriptor {
   // 9.7.15.5.1.2.1, "Canonical Layouts" with 128B swizzling, for 16-bit elements (T = 8), in elements: along the depth
   // ((8, m), (T, 2k)) : ((8T, SBO), (1, T)), across it ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)).
   uint32_t address(bool outer_major, uint32_t outer, uint32_t depth) const {
-    const uint32_t unswizzled = outer_major ? outer % 64 * 2 + outer / 64 * leading + depth % 8 * 128 + depth / 8 * stride
-                                            : outer % 8 * 128 + outer / 8 * stride + depth * 2;
+    const uint32_t unswizzled = outer_major
+                                    ? outer % 64 * 2 + outer / 64 * leading + depth % 8 * 128 + depth / 8 * stride
+                                    : outer % 8 * 128 + outer / 8 * stride + depth * 2;
     return swizzled(start + unswizzled);
   }
 };
@@ -174,10 +178,11 @@ struct WgmmaWarp {
     double a[16][16];
     const auto read = [&](const Descriptor& descriptor, bool outer_major, int outer, int depth) {
       uint32_t word = 0;
-      memcpy(&word,
-             shared_place(*wgmma.block,
-                          descriptor.address(outer_major, static_cast<uint32_t>(outer), static_cast<uint32_t>(depth)), 2),
-             2);
+      memcpy(
+          &word,
+          shared_place(*wgmma.block,
+                       descriptor.address(outer_major, static_cast<uint32_t>(outer), static_cast<uint32_t>(depth)), 2),
+          2);
       return wgmma.element(&word, 0);
     };
     const Descriptor of_b(wgmma.b);

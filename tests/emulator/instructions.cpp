@@ -44,6 +44,7 @@ void emulator_one_mma_float32(const uint32_t* a, const uint32_t* b, float* d) {
 
 // rows: [32, 8] elements of four matrices, parts: [32, 4] words.
 void emulator_one_ldmatrix(bool transposed, const uint16_t* rows, uint32_t* parts) {
-  launch("ldmatrix", transposed ? ldmatrix_kernel<true> : ldmatrix_kernel<false>, {1, 32, 1, 512}, nullptr, rows, parts);
+  launch("ldmatrix", transposed ? ldmatrix_kernel<true> : ldmatrix_kernel<false>, {1, 32, 1, 512}, nullptr, rows,
+         parts);
 }
 }

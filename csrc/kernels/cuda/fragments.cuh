@@ -44,8 +44,8 @@ struct Output {
   bool relu;
   bool aligned;  // whether every row of out begins at a multiple of 16 bytes
   T* out;
-  T* row_sums;             // or null
-  float* partial;          // [parts, rows, columns], or null
+  T* row_sums;              // or null
+  float* partial;           // [parts, rows, columns], or null
   float* partial_row_sums;  // [parts, rows]
 };
 
@@ -141,7 +141,7 @@ __device__ void store_halves(const Output<Half>& output, const float (&sum)[kTil
       uint32_t word[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float(&pair)[4] = sum[four + k];
+        const float (&pair)[4] = sum[four + k];
         word[k] = word_of<Half>(finished(output, pair[2 * half], bias[k][0]),
                                 finished(output, pair[2 * half + 1], bias[k][1]));
       }
@@ -173,7 +173,8 @@ __device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4
   }
 }
 
-// Sums of the warp's 16 rows from `row` on, of which each lane has its share of rows r and r + 8. Called by whole warps.
+// Sums of the warp's 16 rows from `row` on, of which each lane has its share of rows r and r + 8. Called by whole
+// warps.
 template <class T>
 __device__ void store_row_sums(const Output<T>& output, const float (&share)[2], int64_t row, int part) {
   const int lane = threadIdx.x % kWarp;

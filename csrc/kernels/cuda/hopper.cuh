@@ -1,6 +1,6 @@
-// What only compute capability 9.0 has (architecture sm_90a): copies of tiles by the Tensor Memory Accelerator, barriers
-// in shared memory that count their bytes, and matrix products of four warps that run beside them. One instruction to a
-// function; the names are the PTX ISA's.
+// What only compute capability 9.0 has (architecture sm_90a): copies of tiles by the Tensor Memory Accelerator,
+// barriers in shared memory that count their bytes, and matrix products of four warps that run beside them. One
+// instruction to a function; the names are the PTX ISA's.
 #pragma once
 
 #include "elements.cuh"
@@ -115,7 +115,8 @@ TensorMap tensor_map(const Half* data, int64_t row_size, int64_t rows, int64_t s
     check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
           "cudaGetDriverEntryPoint");
 #endif
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error("mnist_ext: no cuTensorMapEncodeTiled in the CUDA driver");
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("mnist_ext: no cuTensorMapEncodeTiled in the CUDA driver");
     return reinterpret_cast<Encode>(function);
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(row_size), static_cast<cuuint64_t>(rows)};
@@ -123,9 +124,9 @@ TensorMap tensor_map(const Half* data, int64_t row_size, int64_t rows, int64_t s
   const cuuint32_t box[] = {kSwizzleBytes / sizeof(Half), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   const auto dtype =
       std::is_same_v<Half, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(&map, dtype, 2, const_cast<Half*>(data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, dtype, 2, const_cast<Half*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("mnist_ext: cuTensorMapEncodeTiled: CUDA error " + std::to_string(result));
   }
@@ -184,9 +185,9 @@ __device__ void setmaxnreg_inc() {
 
 // wgmma
 
-// Of a matrix that copy_box has brought in, from `place` on (PTX ISA, "Matrix Descriptor Format"). Depth along the rows:
-// groups of 8 rows follow each other every 1024 bytes. Depth across the rows: the same, and 64 outer further the next
-// box begins.
+// Of a matrix that copy_box has brought in, from `place` on (PTX ISA, "Matrix Descriptor Format"). Depth along the
+// rows: groups of 8 rows follow each other every 1024 bytes. Depth across the rows: the same, and 64 outer further the
+// next box begins.
 template <Major kMajor>
 __device__ uint64_t wgmma_descriptor(const void* place) {
   constexpr uint64_t kStride = 8 * kSwizzleBytes, kLeading = kMajor == Major::depth ? 16 : 64 * kSwizzleBytes;
@@ -227,16 +228,18 @@ __device__ void wgmma_wait_group() {
 #define MNIST_EXT_D4(i) MNIST_EXT_D(i), MNIST_EXT_D(i + 1), MNIST_EXT_D(i + 2), MNIST_EXT_D(i + 3)
 #define MNIST_EXT_D128 MNIST_EXT_D4(0), MNIST_EXT_D4(4), MNIST_EXT_D4(8), MNIST_EXT_D4(12)
 #define MNIST_EXT_D256 MNIST_EXT_D128, MNIST_EXT_D4(16), MNIST_EXT_D4(20), MNIST_EXT_D4(24), MNIST_EXT_D4(28)
-#define MNIST_EXT_D_NAMES128 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define MNIST_EXT_D_NAMES128                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MNIST_EXT_D_NAMES256 MNIST_EXT_D_NAMES128 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MNIST_EXT_D_NAMES256                                                                         \
+  MNIST_EXT_D_NAMES128                                                                               \
+      ", "                                                                                           \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MNIST_EXT_B128 "%64"
 #define MNIST_EXT_B256 "%128"
 #define MNIST_EXT_ADD128 "%65"
@@ -249,11 +252,11 @@ __device__ void wgmma_wait_group() {
 #define MNIST_EXT_FRAGMENT256 "{%131, %132, %133, %134}"
 #define MNIST_EXT_FRAGMENT_MAJORS128 "%66"
 #define MNIST_EXT_FRAGMENT_MAJORS256 "%130"
-#define MNIST_EXT_WGMMA(n, dtype, a_kind, ...)                                                                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " MNIST_EXT_ADD##n                                              \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." dtype "." dtype " {" MNIST_EXT_D_NAMES##n "}, " \
-                   a_kind##n ", " MNIST_EXT_B##n ", add, 1, 1, " a_kind##_MAJORS##n ";\n}"                            \
-               : MNIST_EXT_D##n                                                                                      \
+#define MNIST_EXT_WGMMA(n, dtype, a_kind, ...)                                                                   \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " MNIST_EXT_ADD##n                                          \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." dtype "." dtype " {" MNIST_EXT_D_NAMES##n \
+               "}, " a_kind##n ", " MNIST_EXT_B##n ", add, 1, 1, " a_kind##_MAJORS##n ";\n}"                     \
+               : MNIST_EXT_D##n                                                                                  \
                : "l"(b), "r"(static_cast<int>(add)), "n"(kMajorB == Major::outer), __VA_ARGS__)
 // For both numbers of columns and both dtypes.
 #define MNIST_EXT_WGMMA_OF_ANY(a_kind, ...)                       \
@@ -268,7 +271,8 @@ __device__ void wgmma_wait_group() {
   }
 #endif
 
-// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 16 elements deep; four warps together. Lane 4 r
+// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 16 elements deep; four warps together. Lane 4
+// r
 // + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and r + 8 (d[j][2],
 // d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group. a's major index is the depth.
 template <class Half, Major kMajorB, int kTiles>

@@ -65,7 +65,8 @@ class TileLoader {
   // The next tile, of which `depth_left` are left; the rest is filled with 0.
   __device__ void load(char* tile, int64_t depth_left) {
     const int left = static_cast<int>(depth_left < Tile::kDepth ? depth_left : Tile::kDepth);
-    const int64_t next_row = kRowsAtOnce * (kMajor == Major::depth ? source_.operand.outer_stride : source_.operand.depth_stride);
+    const int64_t next_row =
+        kRowsAtOnce * (kMajor == Major::depth ? source_.operand.outer_stride : source_.operand.depth_stride);
     if (source_.copy_bytes == kChunk) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
@@ -73,7 +74,8 @@ class TileLoader {
       }
     } else {
 #pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) load_parts(place(tile, pass), from_ + pass * next_row, size(pass, left));
+      for (int pass = 0; pass < kPasses; ++pass)
+        load_parts(place(tile, pass), from_ + pass * next_row, size(pass, left));
     }
     from_ += Tile::kDepth * source_.operand.depth_stride;
   }
@@ -82,7 +84,9 @@ class TileLoader {
   __device__ static int row() { return static_cast<int>(threadIdx.x) / Tile::kChunksOfRow; }
   __device__ static int chunk() { return static_cast<int>(threadIdx.x) % Tile::kChunksOfRow; }
   __device__ static int element() { return chunk() * kChunkSize; }
-  __device__ static char* place(char* tile, int pass) { return tile + Tile::place(row() + pass * kRowsAtOnce, chunk()); }
+  __device__ static char* place(char* tile, int pass) {
+    return tile + Tile::place(row() + pass * kRowsAtOnce, chunk());
+  }
 
   // Of this thread's chunk.
   __device__ int size(int pass, int depth_left) const {
@@ -103,7 +107,10 @@ class TileLoader {
       for (int i = 0; i < kChunkSize; i += kSize) {
         const int left = size - i;
         cp_async<4>(to + i * sizeof(T), from + i * next,
-                    (left < 0 ? 0 : left < kSize ? left : kSize) * static_cast<int>(sizeof(T)));
+                    (left < 0       ? 0
+                     : left < kSize ? left
+                                    : kSize) *
+                        static_cast<int>(sizeof(T)));
       }
       return;
     }
@@ -272,7 +279,8 @@ struct MmaKernel {
 };
 
 template <class T, Major kMajorA, Major kMajorB, bool kGated, int kSide>
-__global__ void __launch_bounds__(kMmaThreads, kSide == 128 ? 2 : 4) mma_kernel(const __grid_constant__ MmaWork<T> work) {
+__global__ void __launch_bounds__(kMmaThreads, kSide == 128 ? 2 : 4)
+    mma_kernel(const __grid_constant__ MmaWork<T> work) {
   MmaKernel<T, kMajorA, kMajorB, kGated, kSide>().run(work);
 }
 

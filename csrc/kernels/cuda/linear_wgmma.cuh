@@ -1,10 +1,10 @@
 // The products of a linear layer on compute capability 9.0: docs/hopper-linear.md says why it is built so.
 //
-// A block stays on its multiprocessor and does one tile of the result after the other. One of its threads, the producer,
-// has tiles of the operands copied into a ring of stages in shared memory; two warpgroups, the consumers, multiply what
-// is there, 64 rows of the tile each. A stage is handed over by two barriers: `full` ends a phase when the bytes have
-// arrived, `empty` when every warp that reads them is through. Two blocks may form a cluster: their tiles lie above each
-// other, and each copies one half of what they share, b, to both.
+// A block stays on its multiprocessor and does one tile of the result after the other. One of its threads, the
+// producer, has tiles of the operands copied into a ring of stages in shared memory; two warpgroups, the consumers,
+// multiply what is there, 64 rows of the tile each. A stage is handed over by two barriers: `full` ends a phase when
+// the bytes have arrived, `empty` when every warp that reads them is through. Two blocks may form a cluster: their
+// tiles lie above each other, and each copies one half of what they share, b, to both.
 #pragma once
 
 #include "fragments.cuh"
@@ -18,7 +18,7 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kWgmmaConsumers = 2;  // warpgroups
 inline constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaConsumers);
 inline constexpr int kWgmmaRows = 64 * kWgmmaConsumers;  // of a tile of the result
-inline constexpr int kWgmmaDepth = 64;                   // of a stage: 128 bytes of 16-bit elements, as the swizzle has it
+inline constexpr int kWgmmaDepth = 64;  // of a stage: 128 bytes of 16-bit elements, as the swizzle has it
 inline constexpr int kWgmmaSteps = kWgmmaDepth / 16;
 inline constexpr int kBoxBytes = 64 * kSwizzleBytes;  // of 64 rows
 inline constexpr int kRingBytes = 192 << 10;
@@ -55,7 +55,8 @@ struct WgmmaKernel {
   static constexpr int kBytesA = kWgmmaRows * kSwizzleBytes, kBytesB = kColumns * kSwizzleBytes;
   static constexpr int kStageBytes = (kFragments ? 2 : 1) * kBytesA + kBytesB;
   static constexpr int kStages = kRingBytes / kStageBytes;
-  static constexpr int kSharedBytes = kSwizzleAlignment + kStages * (kStageBytes + 2 * static_cast<int>(sizeof(uint64_t)));
+  static constexpr int kSharedBytes =
+      kSwizzleAlignment + kStages * (kStageBytes + 2 * static_cast<int>(sizeof(uint64_t)));
   static constexpr int kTiles = kColumns / 8;
 
   using Ring = RingPosition<kStages>;
@@ -98,8 +99,8 @@ struct WgmmaKernel {
 
   // `outer` rows of an operand from `first` on, 64 of the depth.
   template <Major kMajor>
-  __device__ static void copy_operand(char* to, const TensorMap& map, int first, int outer, int depth, uint64_t* barrier,
-                                      unsigned blocks) {
+  __device__ static void copy_operand(char* to, const TensorMap& map, int first, int outer, int depth,
+                                      uint64_t* barrier, unsigned blocks) {
     if constexpr (kMajor == Major::depth) {
       copy_box(to, map, depth, first, barrier, blocks);
     } else {
@@ -121,8 +122,8 @@ struct WgmmaKernel {
         mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
         mbarrier_arrive_expect_tx(barrier, bytes);
         copy_operand<kMajorA>(stage, work.a, at.row, kWgmmaRows, depth, barrier, 1u << rank);
-        copy_operand<kMajorB>(stage + kBytesA + first_of_share * kSwizzleBytes, work.b, at.column + first_of_share, share,
-                              depth, barrier, (1u << blocks) - 1);
+        copy_operand<kMajorB>(stage + kBytesA + first_of_share * kSwizzleBytes, work.b, at.column + first_of_share,
+                              share, depth, barrier, (1u << blocks) - 1);
         if (work.gated) {
           copy_operand<kMajorA>(stage + kBytesA + kBytesB, work.gate, at.row, kWgmmaRows, depth, barrier, 1u << rank);
         }
@@ -246,6 +247,8 @@ struct WgmmaKernel {
 
   __device__ void run() {
     if (threadIdx.x == 0) {
+      prefetch_tensor_map(work.a);
+      prefetch_tensor_map(work.b);
       for (int i = 0; i < kStages; ++i) {
         mbarrier_init(full + i, 1);
         mbarrier_init(empty + i, 4 * kWgmmaConsumers * cluster_size());

@@ -52,7 +52,8 @@ bool wgmma_takes(const Product<T>& product) {
     if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
     if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
     if (!is_copied_in_boxes(p.a, p.rows, p.depth) || !is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
-    if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a))) return false;
+    if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a)))
+      return false;
     // Of the layouts with fragments only those of a layer's gradients are compiled.
     if (uses_fragments(p) && major_of(p.b) != Major::outer) return false;
     return has_wgmma<T>();

@@ -37,9 +37,9 @@ __device__ void ldmatrix(uint32_t (&part)[4], const void* row) {
 template <class T>
 __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
-#define MNIST_EXT_MMA(shape_and_types)                                                                         \
+#define MNIST_EXT_MMA(shape_and_types)                                                                                \
   asm volatile("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, BFloat16>) {
     MNIST_EXT_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
