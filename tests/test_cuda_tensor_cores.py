@@ -1,4 +1,4 @@
-"""The tensor-core kernels of linear layers on the emulator: no GPU is needed, and none has run them.
+"""The tensor-core kernels of linear layers, on the emulator: no GPU is needed; none has run them.
 
 First single instructions, whose fragments are stated here once more, then whole kernels against
 float64, with threads in shuffled orders.
@@ -150,7 +150,8 @@ class TestMmaOperandsAnywhere:
     )
     def test_alignment(self, layout, dtype, past_alignment, pitch):
         where = {"past_alignment": past_alignment, "pitch": pitch}
-        a, b, gate = (operand(n, 70, m, dtype, **where) for n, m in zip((40, 50, 40), (*layout, layout[0])))
+        a, gate = (operand(40, 70, layout[0], dtype, **where) for _ in range(2))
+        b = operand(50, 70, layout[1], dtype, **where)
         assert_product("mma", a, b, gate, row_sums=True)
 
     def test_the_gate_has_other_strides_than_a(self, layout, dtype):
