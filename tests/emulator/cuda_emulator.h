@@ -3,13 +3,15 @@
 //
 // Modelled: grids, blocks and clusters of them; dynamic shared memory, its own for each block, filled with 0xff at
 // first and followed by a guard that must not change; __syncthreads, __syncwarp, the cluster's barrier, shuffles of a
-// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits.
+// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits;
+// alignment, where a kernel goes through load_vector and store_vector; cp.async, whose target holds 0xff from the start
+// of the copy until its thread has waited for it, whoever reads it.
 // Blocks, and threads between two waits, run in a shuffled order, some warps far ahead of others (`emulator::seed`):
 // where a barrier is missing the results change with the seed, and the tests run several.
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
-// missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, alignment,
-// accesses beyond global memory, tensor cores, asynchronous copies, streams, and speed.
+// missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
+// global memory, tensor cores, streams, and speed.
 #pragma once
 
 #include <math.h>  // the overloads for float, in the global namespace
@@ -18,6 +20,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -67,6 +70,13 @@ struct Barrier {
   unsigned round = 0;
 };
 
+// By cp.async.
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes, valid_bytes;
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -76,6 +86,8 @@ struct Thread {
   const unsigned* waiting_for = nullptr;  // a barrier's round, which must differ from...
   unsigned waiting_in = 0;
   bool done = false;
+  std::vector<Copy> started;             // and not in a group yet
+  std::deque<std::vector<Copy>> groups;  // not waited for yet, the oldest first
 
   bool can_run() const { return !done && (waiting_for == nullptr || *waiting_for != waiting_in); }
 };
@@ -121,6 +133,35 @@ void arrive_and_wait(AnyBarrier& barrier) {
 }
 
 inline char* shared_memory() { return now.thread->block->shared_begin; }
+
+inline void check_aligned(const void* place, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(place) % static_cast<uintptr_t>(bytes) == 0) return;
+  throw std::logic_error("emulator: an access of " + std::to_string(bytes) + " bytes that is not aligned to them");
+}
+
+inline void start_copy(void* shared, const void* global, int bytes, int valid_bytes) {
+  const char* begin = static_cast<char*>(shared);
+  const Block& block = *now.thread->block;
+  if (begin < block.shared_begin || begin + bytes > block.shared_begin + block.shared_bytes) {
+    throw std::logic_error("emulator: a copy to beyond shared memory");
+  }
+  if (valid_bytes < 0 || valid_bytes > bytes) throw std::logic_error("emulator: a copy of impossible size");
+  check_aligned(shared, bytes);
+  if (valid_bytes > 0) check_aligned(global, bytes);
+  memset(shared, kFill, static_cast<size_t>(bytes));
+  now.thread->started.push_back({shared, global, bytes, valid_bytes});
+}
+
+inline void commit_copies() { now.thread->groups.push_back(std::exchange(now.thread->started, {})); }
+
+inline void wait_for_copies(size_t groups) {
+  for (auto& waiting = now.thread->groups; waiting.size() > groups; waiting.pop_front()) {
+    for (const Copy& copy : waiting.front()) {
+      memset(copy.shared, 0, static_cast<size_t>(copy.bytes));
+      if (copy.valid_bytes > 0) memcpy(copy.shared, copy.global, static_cast<size_t>(copy.valid_bytes));
+    }
+  }
+}
 
 inline void run_thread() {
   try {

@@ -98,7 +98,7 @@ template <class T, int N>
 __device__ Pack<T, N> load_pack(const T* p) {
   Pack<T, N> pack;
   if constexpr (N == kPack<T> && N > 1) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    const uint4 bits = load_vector<uint4>(p);
     T elements[N];
     memcpy(elements, &bits, sizeof bits);
     for (int k = 0; k < N; ++k) pack.at[k] = widen(elements[k]);
@@ -141,7 +141,7 @@ __device__ inline uint32_t word_of(const Pack<double, 2>& pack, int i) {
 template <class T, int N>
 __device__ void store_pack(T* p, const Pack<T, N>& pack) {
   if constexpr (N == kPack<T> && N > 1) {
-    *reinterpret_cast<uint4*>(p) = uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)};
+    store_vector(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
   } else {
     for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
   }
