@@ -8,9 +8,9 @@
 // and ReLU; Precision::tf32 rounds the factors of float32 products to TF32 first. The order of summation depends on the
 // shape, the strides and the device only: the same call gives the same bits.
 // Layout: an operand is read at any strides and from any address; where one stride is 1 and addresses
-// are aligned to 16 bytes the launcher picks faster kernels. out is row-major and contiguous. 64-bit offsets throughout.
-// Aliasing: out and row_sums overlap nothing. Any size may be 0; a sum over nothing is 0.
-// Host: nothing waits for the device; everything is started on `stream`, and may be captured into a graph.
+// are aligned to 16 bytes the launcher picks faster kernels. out is row-major and contiguous. 64-bit offsets
+// throughout. Aliasing: out and row_sums overlap nothing. Any size may be 0; a sum over nothing is 0. Host: nothing
+// waits for the device; everything is started on `stream`, and may be captured into a graph.
 #pragma once
 
 #include <cstdint>
