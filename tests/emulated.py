@@ -24,6 +24,7 @@ CROSS_ENTROPY = (
     "cross_entropy_gradient_",
     "cross_entropy_backward",
 )
+LINEAR = ("linear", "linear_backward")
 
 
 @functools.cache
@@ -38,6 +39,7 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "library.cpp"),
             str(EMULATOR / "mistakes.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
+            str(ROOT / "csrc/ops/cuda/linear.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
         ],
         # -O1: the kernels are small, and most of the time goes to switching threads.
@@ -55,9 +57,19 @@ def set_seed(seed: int) -> None:
     library().emulator_set_seed(seed)
 
 
-def set_device(compute_capability_major: int = 9, shared_kilobytes: int = 227) -> None:
+def set_device(
+    compute_capability_major: int = 9, shared_kilobytes: int = 227, multiprocessors: int = 132
+) -> None:
     """Choose the device that is played; an H200 unless told."""
-    library().emulator_set_device(compute_capability_major, shared_kilobytes << 10)
+    library().emulator_set_device(
+        compute_capability_major, shared_kilobytes << 10, multiprocessors
+    )
+
+
+def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
+    """Return the tile, and the splits of the depth, by which a float32 product is made."""
+    plan = library().emulator_linear_plan(*map(ctypes.c_int64, (rows, columns, depth)))
+    return ("small", "medium", "large")[plan // 1000], plan % 1000
 
 
 def launches() -> int:
@@ -77,7 +89,7 @@ def patches() -> list:
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in CROSS_ENTROPY),
+        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in (*CROSS_ENTROPY, *LINEAR)),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
     ]

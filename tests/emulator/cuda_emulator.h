@@ -54,6 +54,7 @@ inline constexpr int64_t kStackBytes = 64 << 10;
 inline unsigned seed = 0;                      // of the order in which threads and blocks run
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
+inline int multiprocessors = 132;              // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -353,7 +354,11 @@ using cudaStream_t = CUstream_st*;
 
 enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -382,8 +387,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulator::compute_capability_major
-                                                          : emulator::shared_bytes_of_block;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = emulator::compute_capability_major; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes_of_block; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::multiprocessors; break;
+  }
   return cudaSuccess;
 }
 

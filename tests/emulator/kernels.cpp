@@ -3,14 +3,25 @@
 #include "../../csrc/kernels/cuda/kernels_float16.cu"
 #include "../../csrc/kernels/cuda/kernels_float32.cu"
 #include "../../csrc/kernels/cuda/kernels_float64.cu"
+#include "../../csrc/kernels/cuda/linear_bfloat16.cu"
+#include "../../csrc/kernels/cuda/linear_float16.cu"
+#include "../../csrc/kernels/cuda/linear_float32.cu"
+#include "../../csrc/kernels/cuda/linear_float64.cu"
 
 extern "C" {
 
 void emulator_set_seed(unsigned seed) { emulator::seed = seed; }
 
-void emulator_set_device(int compute_capability_major, int shared_bytes_of_block) {
+void emulator_set_device(int compute_capability_major, int shared_bytes_of_block, int multiprocessors) {
   emulator::compute_capability_major = compute_capability_major;
   emulator::shared_bytes_of_block = shared_bytes_of_block;
+  emulator::multiprocessors = multiprocessors;
+}
+
+// tile * 1000 + splits, of a float32 product.
+int emulator_linear_plan(int64_t rows, int64_t columns, int64_t depth) {
+  const mnist_ext::cuda::SimtPlan plan = mnist_ext::cuda::simt_plan<float>(rows, columns, depth);
+  return plan.tile * 1000 + plan.splits;
 }
 
 int emulator_launches() { return emulator::launches; }

@@ -105,8 +105,9 @@ void launch_simt(SimtWork<T>& work, cudaStream_t stream) {
   const unsigned blocks = work.row_tiles * work.column_tiles * static_cast<unsigned>(work.splits);
   constexpr int kA = SharedTile<S, Tile::kRows, kMajorA>::kSize, kB = SharedTile<S, Tile::kColumns, kMajorB>::kSize;
   const int64_t stage_bytes = (kA + kB + (work.product.gate.data ? kA : 0)) * static_cast<int64_t>(sizeof(S));
-  launch("linear simt", linear_simt_kernel<T, Tile, kMajorA, kMajorB>,
-         Shape{blocks, Tile::kThreads, 1, kStages * stage_bytes}, stream, work);
+  const int64_t bytes = kStages * stage_bytes + (work.product.row_sums ? Tile::kRows * sizeof(double) : 0);
+  launch("linear simt", linear_simt_kernel<T, Tile, kMajorA, kMajorB>, Shape{blocks, Tile::kThreads, 1, bytes}, stream,
+         work);
 }
 
 template <class T, class Tile>

@@ -24,8 +24,9 @@ struct SimtTile {
   static constexpr bool kVectorsOnly = kVectorsOnly_;  // no registers to spare for copying single elements
 };
 
-// 8 x 8 products for 16 numbers read: shared memory is half as busy as the multipliers.
-using LargeTile = SimtTile<128, 128, 8, 8, 2, true>;
+// 8 x 16 products for 24 numbers read: shared memory is 3/8 as busy as the multipliers. Two such blocks of 128 threads
+// with 255 registers each share a multiprocessor, so that one multiplies while the other waits at its barrier.
+using LargeTile = SimtTile<128, 128, 8, 16, 2, true>;
 using MediumTile = SimtTile<64, 64, 8, 4, 4, false>;
 using SmallTile = SimtTile<32, 64, 4, 4, 4, false>;
 
@@ -90,15 +91,16 @@ class Copies {
       : outer_stride_(operand.outer_stride),
         depth_stride_(operand.depth_stride),
         vector_(vector) {
-    constexpr int kMost = Shared::kSize / Shared::kDepth;
-    outer_left_ = size - first < kMost ? static_cast<int>(size - first) : kMost;
+    int outer = 0;
     with_width([&](auto width) {
       constexpr int kWidth = decltype(width)::value;
-      outer_ = Shared::template outer_of<kWidth>(threadIdx.x);
+      outer = Shared::template outer_of<kWidth>(threadIdx.x);
       depth_ = Shared::template depth_of<kWidth>(threadIdx.x);
       offset_ = Shared::template offset_of<kWidth>(threadIdx.x);
     });
-    from_ = operand.data + (first + outer_) * outer_stride_ + (depth + depth_) * depth_stride_;
+    constexpr int kMost = Shared::kSize / Shared::kDepth;
+    outer_left_ = (size - first < kMost ? static_cast<int>(size - first) : kMost) - outer;
+    from_ = operand.data + (first + outer) * outer_stride_ + (depth + depth_) * depth_stride_;
   }
 
   // Starts those of the next step, of which `depth_left` are inside.
@@ -108,7 +110,7 @@ class Copies {
       for_each_copy<kWidth>([&](int outer_beyond, int depth_beyond, int offset_beyond) {
         const T* from = from_ + outer_beyond * outer_stride_ + depth_beyond * depth_stride_;
         S* to = shared + offset_ + offset_beyond;
-        const int outer = outer_left_ - outer_ - outer_beyond, depth = depth_left - depth_ - depth_beyond;
+        const int outer = outer_left_ - outer_beyond, depth = depth_left - depth_ - depth_beyond;
         const bool inside = outer > 0 && depth > 0;
         if constexpr (kWidens) {
           *to = inside ? widen(*from) : S(0);
@@ -162,7 +164,7 @@ class Copies {
 
   const T* from_;
   int64_t outer_stride_, depth_stride_;
-  int outer_left_, outer_, depth_, offset_;
+  int outer_left_, depth_, offset_;
   bool vector_;
 };
 
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
   const int64_t first_column = static_cast<int64_t>(rest % work.column_tiles) * Tile::kColumns;
   const int64_t split = rest / work.column_tiles, begin = split * work.depth_of_split;
   const int64_t end = begin + work.depth_of_split < p.depth ? begin + work.depth_of_split : p.depth;
-  const bool row_sums = p.row_sums && first_column == 0 && threadIdx.x < Tile::kRows;
+  const bool sums_row = p.row_sums && first_column == 0 && threadIdx.x < Tile::kRows;
 
   S* const shared = reinterpret_cast<S*>(shared_memory());
   const int stage_size = A::kSize + B::kSize + (p.gate.data ? A::kSize : 0);
@@ -322,8 +324,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
     cp_async_commit();  // an empty group at the end, so that the count of groups is that of the steps
   };
 
+  // In shared memory, as registers are scarce; each thread uses its own alone.
+  double* const row_sum = reinterpret_cast<double*>(shared + kStages * stage_size) + threadIdx.x;
+  if (sums_row) *row_sum = 0;
+
   Results results;
-  double row_sum = 0;
   for (int stage = 0; stage < kStages - 1; ++stage) start_step(stage);
   int stage = 0;
   for (int64_t left = end - begin; left > 0; left -= A::kDepth) {
@@ -331,21 +336,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
     if (p.gate.data) a.close(a_of(stage), gate_of(stage));
     __syncthreads();  // this step is there for all, and nobody reads the last one any more
     start_step(stage == 0 ? kStages - 1 : stage - 1);
-    results.add_step(a_of(stage), b_of(stage));
-    if (row_sums) {
+    if (sums_row) {
       S sum = 0;
+#pragma unroll 4
       for (int depth = 0; depth < A::kDepth; ++depth) sum += a_of(stage)[A::offset(threadIdx.x, depth)];
-      row_sum += sum;
+      *row_sum += sum;
     }
+    results.add_step(a_of(stage), b_of(stage));
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
-  if (row_sums && first_row + threadIdx.x < p.rows) {
+  if (sums_row && first_row + threadIdx.x < p.rows) {
     const int64_t row = first_row + threadIdx.x;
     if (work.splits > 1) {
-      work.partial_row_sums[split * p.rows + row] = row_sum;
+      work.partial_row_sums[split * p.rows + row] = *row_sum;
     } else {
-      narrow(static_cast<S>(row_sum), p.row_sums[row]);
+      narrow(static_cast<S>(*row_sum), p.row_sums[row]);
     }
   }
   constexpr int kVector = Results::kVector;
