@@ -37,13 +37,15 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_compiling = torch.compiler.is_compiling
 
 
-_cuda_matmul = torch.backends.cuda.matmul
+# torch.backends.cuda.matmul.fp32_precision: unlike the older allow_tf32 it can be read whichever of
+# the two was set.
+_fp32_precision = torch._C._get_fp32_precision_getter
 
 
 # The compiler takes the answer as a constant: what it compiled is guarded by this very setting.
 @torch.compiler.assume_constant_result
 def _is_tf32_allowed() -> bool:
-    return _cuda_matmul.fp32_precision == "tf32"
+    return _fp32_precision("cuda", "matmul") == "tf32"
 
 
 def _may_use_tf32(tensor: Tensor) -> bool:

@@ -54,12 +54,14 @@ def _runs_kernels(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _runs_linear(input: Tensor, weight: Tensor) -> bool:
+def _runs_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if input.is_cpu:
-        return weight.is_cpu and input.dtype in _LINEAR_DTYPES
+        fits = weight.is_cpu and (bias is None or bias.is_cpu)
+        return fits and input.dtype in _LINEAR_DTYPES
     return (
         input.is_cuda
         and weight.device == input.device
+        and (bias is None or bias.device == input.device)
         and input.dtype in _DTYPES
         and _runs_kernels(input.device)
     )
@@ -129,9 +131,9 @@ def linear(
     if (
         type(input) in _TYPES
         and type(weight) in _TYPES
-        and (bias is None or (type(bias) in _TYPES and bias.device == input.device))
+        and (bias is None or type(bias) in _TYPES)
         and relu is not None
-        and _runs_linear(input, weight)
+        and _runs_linear(input, weight, bias)
         and not _transformed()
         and not _is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and not _is_compiling()
@@ -145,15 +147,11 @@ def linear(
     if (
         _plain(input)
         and _plain(weight)
-        and _runs_linear(input, weight)
+        and (bias is None or _plain(bias))
+        and _runs_linear(input, weight, bias)
         and input.dim() > 0
         and weight.dim() == 2
-        and (
-            bias is None
-            or (
-                _plain(bias) and bias.device == input.device and _one_per_feature(bias, weight)
-            )
-        )
+        and (bias is None or _one_per_feature(bias, weight))
         and not _transformed()
         and not _is_autocast_enabled(input.device.type)
     ):
