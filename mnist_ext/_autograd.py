@@ -50,7 +50,7 @@ def _is_tf32_allowed() -> bool:
 
 def _may_use_tf32(tensor: Tensor) -> bool:
     # Asked before every product, as PyTorch does: the setting of the moment counts.
-    return tensor.is_cuda and tensor.dtype is torch.float32 and _is_tf32_allowed()
+    return tensor.is_cuda and _is_tf32_allowed()
 
 
 def _is_recorded() -> bool:

@@ -72,6 +72,21 @@ def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
     return ("small", "medium", "large")[plan // 1000], plan % 1000
 
 
+def linear_product(
+    a: torch.Tensor,
+    strides: tuple[int, int],
+    b: torch.Tensor,
+    out: torch.Tensor,
+    row_sums: torch.Tensor,
+) -> None:
+    """Make out = a' @ b.t() and the sums of a's rows; a' begins where a does, with its strides."""
+    sizes = map(ctypes.c_int64, (*out.shape, b.shape[1]))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, out, row_sums)]
+    library().emulator_linear_product(
+        *sizes, pointers[0], *map(ctypes.c_int64, strides), *pointers[1:]
+    )
+
+
 def launches() -> int:
     """Count the kernels started so far."""
     return library().emulator_launches()
@@ -91,6 +106,7 @@ def patches() -> list:
     return [
         *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in (*CROSS_ENTROPY, *LINEAR)),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
+        mock.patch.object(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed()),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
     ]
 

@@ -24,5 +24,15 @@ int emulator_linear_plan(int64_t rows, int64_t columns, int64_t depth) {
   return plan.tile * 1000 + plan.splits;
 }
 
+// A float32 product without gate, bias and ReLU, of an a with any strides and a contiguous b.
+void emulator_linear_product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_outer,
+                             int64_t a_depth, const float* b, float* out, float* row_sums) {
+  const mnist_ext::cuda::Product<float> product = {
+      rows, columns, depth, {a, a_outer, a_depth}, {}, {b, depth, 1}, nullptr, false, out, row_sums};
+  const auto precision = mnist_ext::cuda::Precision::full;
+  std::vector<double> workspace(mnist_ext::cuda::product_workspace_bytes(product, precision) / sizeof(double) + 1);
+  mnist_ext::cuda::product(product, precision, workspace.data(), nullptr);
+}
+
 int emulator_launches() { return emulator::launches; }
 }
