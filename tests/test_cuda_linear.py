@@ -64,11 +64,11 @@ class Shape:
 # multiples of 16 bytes but those of 57.
 SHAPES = [
     Shape(30, 40, 60, 132, ("small", 1)),
-    Shape(30, 500, 57, 132, ("small", 8)),
+    Shape(30, 500, 57, 132, ("small", 32)),
     Shape(60, 36, 124, 1, ("medium", 1)),
-    Shape(120, 600, 60, 4, ("medium", 2)),
+    Shape(120, 600, 60, 2, ("medium", 2)),
     Shape(250, 36, 248, 1, ("large", 1)),
-    Shape(120, 1600, 124, 2, ("large", 2)),
+    Shape(120, 1200, 120, 4, ("large", 4)),
 ]
 
 
@@ -200,7 +200,16 @@ def test_negative_strides(emulator, strides):
 
 def test_launches(emulator):
     """One for the output, one for each product of the backward, one more where depth is split."""
-    for sizes, expected in (((64, 64, 10), [1, 2]), ((64, 784, 128), [2, 3])):
+    for sizes in ((64, 64, 10), (64, 784, 128)):
+        rows, in_features, out_features = sizes
+        products = [
+            (rows, out_features, in_features),
+            (rows, in_features, out_features),
+            (out_features, in_features, rows),
+        ]
+        split = [emulated.linear_plan(*p)[1] > 1 for p in products]
+        assert split == [in_features == 784, False, False]
+        expected = [1 + split[0], 2]
         tensors = Shape(*sizes, 132, ("small", 1)).tensors()
         leaves = [t.requires_grad_() for t in tensors[:3]]
         before = emulated.launches()
