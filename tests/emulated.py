@@ -24,6 +24,7 @@ CROSS_ENTROPY = (
     "cross_entropy_gradient_",
     "cross_entropy_backward",
 )
+LINEAR = ("linear", "linear_backward")
 
 
 @functools.cache
@@ -41,6 +42,7 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "linear_wgmma.cpp"),
             str(EMULATOR / "mistakes.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
+            str(ROOT / "csrc/ops/cuda/linear.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
         ],
         # -O1: the kernels are small, and most of the time goes to switching threads.
@@ -58,19 +60,39 @@ def set_seed(seed: int) -> None:
     library().emulator_set_seed(seed)
 
 
-def set_device(compute_capability_major: int = 9, shared_kilobytes: int = 227) -> None:
+def set_device(
+    compute_capability_major: int = 9, shared_kilobytes: int = 227, multiprocessors: int = 132
+) -> None:
     """Choose the device that is played; an H200 unless told."""
-    library().emulator_set_device(compute_capability_major, shared_kilobytes << 10)
+    library().emulator_set_device(
+        compute_capability_major, shared_kilobytes << 10, multiprocessors
+    )
+
+
+def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
+    """Return the tile, and the splits of the depth, by which a float32 product is made."""
+    plan = library().emulator_linear_plan(*map(ctypes.c_int64, (rows, columns, depth)))
+    return ("small", "medium", "large")[plan // 1000], plan % 1000
+
+
+def linear_product(
+    a: torch.Tensor,
+    strides: tuple[int, int],
+    b: torch.Tensor,
+    out: torch.Tensor,
+    row_sums: torch.Tensor,
+) -> None:
+    """Make out = a' @ b.t() and the sums of a's rows; a' begins where a does, with its strides."""
+    sizes = map(ctypes.c_int64, (*out.shape, b.shape[1]))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, out, row_sums)]
+    library().emulator_linear_product(
+        *sizes, pointers[0], *map(ctypes.c_int64, strides), *pointers[1:]
+    )
 
 
 def launches() -> int:
     """Count the kernels started so far."""
     return library().emulator_launches()
-
-
-def set_processors(count: int = 132) -> None:
-    """Choose how many multiprocessors the device has, on which the sizes of tiles depend."""
-    library().emulator_set_processors(count)
 
 
 class Product(ctypes.Structure):
@@ -98,7 +120,7 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def linear_product(kernel: str, a, b, gate=None, bias=None, relu=False, row_sums=False):
+def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row_sums=False):
     """Call one of the kernels of linear layers: a [rows, depth] times b [columns, depth]^T.
 
     Returns out and row_sums, with what lies around them in memory checked.
@@ -146,8 +168,9 @@ def patches() -> list:
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in CROSS_ENTROPY),
+        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in (*CROSS_ENTROPY, *LINEAR)),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
+        mock.patch.object(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed()),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
     ]
 

@@ -20,7 +20,6 @@ def usual_device():
     yield
     emulated.set_seed(0)
     emulated.set_device()
-    emulated.set_processors()
 
 
 def name(dtype):
@@ -87,7 +86,7 @@ def rounded_to_tf32(x):
 
 def assert_product(kernel, a, b, gate=None, bias=None, relu=False, row_sums=False):
     """Compare with float64: rounded once to the dtype, after sums in float32."""
-    out, sums = emulated.linear_product(kernel, a, b, gate, bias, relu, row_sums)
+    out, sums = emulated.tensor_core_product(kernel, a, b, gate, bias, relu, row_sums)
     if gate is not None:
         a = torch.where(gate <= 0, 0, a)
     true_sums = a.double().sum(1)
@@ -133,7 +132,7 @@ class TestMma:
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
     def test_accurate(self, shape, layout, dtype):
         rows, columns, depth, processors = shape
-        emulated.set_processors(processors)
+        emulated.set_device(multiprocessors=processors)
         a, b = operand(rows, depth, layout[0], dtype), operand(columns, depth, layout[1], dtype)
         case = SHAPES.index(shape) * 3 + LAYOUTS.index(layout) * 2 + DTYPES.index(dtype)
         emulated.set_seed(case)
@@ -168,7 +167,7 @@ class TestMmaOperandsAnywhere:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_mma_nothing_to_sum(dtype):
     a, b, bias = torch.empty(70, 0, dtype=dtype), torch.empty(9, 0, dtype=dtype), torch.randn(9)
-    out, sums = emulated.linear_product("mma", a, b, None, bias.to(dtype), True, True)
+    out, sums = emulated.tensor_core_product("mma", a, b, None, bias.to(dtype), True, True)
     assert torch.equal(out, bias.to(dtype).relu().expand(70, 9))
     assert torch.equal(sums, torch.zeros(70, dtype=dtype))
 
@@ -186,7 +185,7 @@ def test_gate_and_non_finite_elements(kernel, dtype):
     gate[3, 17] = -0.0
     gate[4, 127] = torch.finfo(dtype).smallest_normal
     gate[5, 127] = -torch.inf
-    out, sums = emulated.linear_product(kernel, a, b.T, gate, row_sums=True)
+    out, sums = emulated.tensor_core_product(kernel, a, b.T, gate, row_sums=True)
     for result in (out[:, 5], sums):
         assert result[:6].tolist() == [127, 127, torch.inf, 127, 128, 127]
         assert (result[6:] == 128).all()
@@ -196,7 +195,7 @@ def test_gate_and_non_finite_elements(kernel, dtype):
 def test_relu_keeps_nan(kernel, dtype):
     a, b = torch.ones(128, 128, dtype=dtype), torch.ones(128, 128, dtype=dtype)
     a[1, 2], b[2] = torch.nan, -1
-    out, _ = emulated.linear_product(kernel, a, b, relu=True)
+    out, _ = emulated.tensor_core_product(kernel, a, b, relu=True)
     assert out[0].tolist() == [128, 128, 0, *[128] * 125]
     assert out[1].isnan().all()
 
@@ -211,13 +210,13 @@ def test_relu_keeps_nan(kernel, dtype):
 )
 def test_same_bits_in_any_order_of_threads(kernel, rows, columns, depth, layout, row_sums):
     """A barrier or a wait that is missing shows here."""
-    emulated.set_processors(8)
+    emulated.set_device(multiprocessors=8)
     a = operand(rows, depth, layout[0], torch.bfloat16)
     b = operand(columns, depth, layout[1], torch.bfloat16)
-    first = emulated.linear_product(kernel, a, b, row_sums=row_sums)
+    first = emulated.tensor_core_product(kernel, a, b, row_sums=row_sums)
     for seed in range(1, 5):
         emulated.set_seed(seed)
-        again = emulated.linear_product(kernel, a, b, row_sums=row_sums)
+        again = emulated.tensor_core_product(kernel, a, b, row_sums=row_sums)
         assert torch.equal(first[0], again[0])
         assert not row_sums or torch.equal(first[1], again[1])
 
@@ -247,7 +246,7 @@ def test_wgmma_accurate(shape, layout, dtype):
     rows, columns, depth, processors = shape
     a_major, b_major, through_registers = layout
     case = WGMMA_SHAPES.index(shape) + WGMMA_LAYOUTS.index(layout) + HALVES.index(dtype)
-    emulated.set_processors(processors)
+    emulated.set_device(multiprocessors=processors)
     emulated.set_seed(case)
     a, b = operand(rows, depth, a_major, dtype), operand(columns, depth, b_major, dtype)
     gate = operand(rows, depth, a_major, dtype) if through_registers and case % 3 else None
@@ -286,9 +285,9 @@ def test_wgmma_result_that_is_not_aligned():
 )
 def test_wgmma_does_not_take(change):
     a, b = torch.ones(200, 400).bfloat16(), torch.ones(160, 400).bfloat16()
-    emulated.linear_product("wgmma", a, b)
+    emulated.tensor_core_product("wgmma", a, b)
     with pytest.raises(RuntimeError, match="not taken"):
-        emulated.linear_product("wgmma", *change(a, b))
+        emulated.tensor_core_product("wgmma", *change(a, b))
 
 
 def test_neither_is_taken_on_devices_that_cannot():
@@ -296,14 +295,14 @@ def test_neither_is_taken_on_devices_that_cannot():
     for kernel, major in (("wgmma", 8), ("wgmma", 10), ("mma", 7)):
         emulated.set_device(major)
         with pytest.raises(RuntimeError, match="not taken"):
-            emulated.linear_product(kernel, a, a)
+            emulated.tensor_core_product(kernel, a, a)
 
 
 def test_wgmma_ldmatrix_without_bank_conflicts():
     before = emulated.bank_conflicts()
     for major in ("depth", "outer"):
         a = operand(128, 128, major, torch.bfloat16)
-        emulated.linear_product("wgmma", a, operand(128, 128, "outer", torch.bfloat16), a)
+        emulated.tensor_core_product("wgmma", a, operand(128, 128, "outer", torch.bfloat16), a)
     assert emulated.bank_conflicts() == before
 
 
@@ -311,7 +310,7 @@ def test_mma_ldmatrix_without_bank_conflicts():
     before = emulated.bank_conflicts()
     for (a, b), dtype in itertools.product(LAYOUTS, (torch.bfloat16, torch.float32)):
         for processors in (1, 132):  # both sizes of tiles
-            emulated.set_processors(processors)
+            emulated.set_device(multiprocessors=processors)
             a_, b_ = operand(64, 64, a, dtype), operand(64, 64, b, dtype)
-            emulated.linear_product("mma", a_, b_, a_)
+            emulated.tensor_core_product("mma", a_, b_, a_)
     assert emulated.bank_conflicts() == before

@@ -59,7 +59,7 @@ inline constexpr int64_t kStackBytes = 64 << 10;
 inline unsigned seed = 0;                      // of the order in which threads and blocks run
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
-inline int processors = 132;                   // likewise
+inline int multiprocessors = 132;              // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -420,7 +420,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor: *value = emulator::compute_capability_major; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes_of_block; break;
-    case cudaDevAttrMultiProcessorCount: *value = emulator::processors; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::multiprocessors; break;
   }
   return cudaSuccess;
 }

@@ -24,7 +24,5 @@ const char* emulator_mma_bfloat16(const emulated::Product* p) { return mma_produ
 const char* emulator_mma_float16(const emulated::Product* p) { return mma_product<mnist_ext::Float16>(*p); }
 const char* emulator_mma_float32(const emulated::Product* p) { return mma_product<float>(*p); }
 
-void emulator_set_processors(int processors) { emulator::processors = processors; }
-
 int emulator_bank_conflicts() { return emulator::bank_conflicts; }
 }

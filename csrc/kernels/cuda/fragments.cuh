@@ -50,7 +50,7 @@ struct Output {
 };
 
 template <class T>
-int64_t partial_bytes(const Product<T>& product, int64_t parts) {
+int64_t parts_bytes(const Product<T>& product, int64_t parts) {
   if (parts == 1) return 0;
   return parts * product.rows * (product.columns + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
 }

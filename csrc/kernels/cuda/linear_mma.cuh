@@ -16,7 +16,7 @@ inline constexpr int kChunk = 16;          // bytes of one asynchronous copy, an
 // A tile of an operand in shared memory: as in global memory, its rows run along the major index. Chunks of a row are
 // permuted, differently from row to row, so that neither the copies nor the fragments of a warp meet in one bank.
 template <class T, Major kMajor, int kOuter>
-struct SharedTile {
+struct MmaTile {
   static constexpr int kDepth = kMmaDepthBytes / sizeof(T);
   static constexpr int kRows = kMajor == Major::depth ? kOuter : kDepth;
   static constexpr int kChunksOfRow = (kMajor == Major::depth ? kDepth : kOuter) * sizeof(T) / kChunk;
@@ -46,7 +46,7 @@ struct Source {
 // Brings the tiles of an operand into shared memory, one after the other along the depth.
 template <class T, Major kMajor, int kOuter>
 class TileLoader {
-  using Tile = SharedTile<T, kMajor, kOuter>;
+  using Tile = MmaTile<T, kMajor, kOuter>;
   static constexpr int kChunkSize = kPack<T>;
   static constexpr int kRowsAtOnce = kMmaThreads / Tile::kChunksOfRow;
   static constexpr int kPasses = Tile::kRows / kRowsAtOnce;
@@ -133,7 +133,7 @@ class TileLoader {
 // and r + 8, words 2 and 3 the same for the second half of the depth.
 template <class T, Major kMajor, int kOuter>
 __device__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int outer, int step) {
-  using Tile = SharedTile<T, kMajor, kOuter>;
+  using Tile = MmaTile<T, kMajor, kOuter>;
   const int lane = threadIdx.x % kWarp;
   if constexpr (kMajor == Major::depth) {
     ldmatrix<false>(a, tile + Tile::place(outer + lane % 16, 2 * step + lane / 16));
@@ -151,7 +151,7 @@ __device__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int outer, i
 // Two fragments of 8 outer by 32 bytes of depth: words 0 and 1 are the halves of the depth of the first.
 template <class T, Major kMajor, int kOuter>
 __device__ void load_fragments_b(uint32_t (&b)[4], const char* tile, int outer, int step) {
-  using Tile = SharedTile<T, kMajor, kOuter>;
+  using Tile = MmaTile<T, kMajor, kOuter>;
   const int lane = threadIdx.x % kWarp;
   if constexpr (kMajor == Major::depth) {
     ldmatrix<false>(b, tile + Tile::place(outer + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
@@ -177,8 +177,8 @@ struct MmaWork {
 // kSide: of the tile of the result, which the four warps divide two by two. Grid: tiles times parts of the depth.
 template <class T, Major kMajorA, Major kMajorB, bool kGated, int kSide>
 struct MmaKernel {
-  using TileA = SharedTile<T, kMajorA, kSide>;
-  using TileB = SharedTile<T, kMajorB, kSide>;
+  using TileA = MmaTile<T, kMajorA, kSide>;
+  using TileB = MmaTile<T, kMajorB, kSide>;
   static constexpr int kStages = kGated ? 3 : 4;
   static constexpr int kStageBytes = (kGated ? 2 : 1) * TileA::kBytes + TileB::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;

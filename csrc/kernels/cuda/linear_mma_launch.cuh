@@ -42,7 +42,7 @@ MmaPlan mma_plan(const Product<T>& product) {
 
 template <class T>
 int64_t mma_workspace_bytes(const Product<T>& product) {
-  return partial_bytes(product, mma_plan(product).parts);
+  return parts_bytes(product, mma_plan(product).parts);
 }
 
 // The copies of tiles with this major index, whichever the operand's own is.

@@ -90,7 +90,7 @@ WgmmaPlan wgmma_plan(const Product<T>& product) {
 
 template <class T>
 int64_t wgmma_workspace_bytes(const Product<T>& product) {
-  return partial_bytes(product, wgmma_plan(product).parts);
+  return parts_bytes(product, wgmma_plan(product).parts);
 }
 
 // In boxes of `outer` by 64 of the depth, or of 64 by 64.

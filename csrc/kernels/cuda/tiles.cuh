@@ -7,7 +7,7 @@
 namespace mnist_ext::cuda {
 
 // Which index of an operand has neighbours side by side in memory.
-enum class Major { depth, outer };
+enum class Major { outer, depth };
 
 template <class T>
 Major major_of(const Operand<T>& operand) {
