@@ -64,9 +64,7 @@ def set_device(
     compute_capability_major: int = 9, shared_kilobytes: int = 227, multiprocessors: int = 132
 ) -> None:
     """Choose the device that is played; an H200 unless told."""
-    library().emulator_set_device(
-        compute_capability_major, shared_kilobytes << 10, multiprocessors
-    )
+    library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
 def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
@@ -168,7 +166,10 @@ def patches() -> list:
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in (*CROSS_ENTROPY, *LINEAR)),
+        *(
+            mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default)
+            for n in (*CROSS_ENTROPY, *LINEAR)
+        ),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
         mock.patch.object(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed()),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_cuda_binary import dump, pytestmark  # noqa: F401
+from test_cuda_binary import code_name, dump, pytestmark  # noqa: F401
 
 import mnist_ext
 
@@ -19,9 +19,8 @@ def usage():
 
 def kernels_for(architecture: str) -> dict[str, str]:
     """Disassemble each kernel."""
-    if architecture.removesuffix("a") not in (
-        a.replace(".", "").removesuffix("a") for a in mnist_ext.build_info()["cuda"]
-    ):
+    built_for = [code_name(a.replace(".", "")) for a in mnist_ext.build_info()["cuda"]]
+    if architecture not in built_for:
         pytest.skip(f"the library was built without code for sm_{architecture}")
     functions = dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
     return {text.split(maxsplit=1)[0]: text for text in functions}
@@ -39,9 +38,7 @@ def sm_90a():
 
 def instances(kernels, name, *parts):
     """Pick a template's instances by parts of their mangled names."""
-    return [
-        k for n, k in kernels.items() if f"{len(name)}{name}I" in n and all(p in n for p in parts)
-    ]
+    return [sass for n, sass in kernels.items() if all(part in n for part in (name, *parts))]
 
 
 def test_nothing_is_spilled(usage):
@@ -65,7 +62,7 @@ def test_nothing_is_spilled(usage):
 )
 def test_mma(request, architecture, dtype, instruction):
     """Tensor cores of the right dtype, fed by 16-byte copies and ldmatrix; 16-byte stores."""
-    kernels = instances(request.getfixturevalue(architecture), "mma_kernel", dtype)
+    kernels = instances(request.getfixturevalue(architecture), "linear_mma_kernel", dtype)
     assert len(kernels) == 16
     for kernel in kernels:
         assert kernel.count("HMMA") == kernel.count(instruction) > 0
@@ -77,7 +74,7 @@ def test_mma(request, architecture, dtype, instruction):
 @pytest.mark.parametrize("columns", [128, 256])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_wgmma(sm_90a, dtype, columns):
-    kernels = instances(sm_90a, "wgmma_kernel", dtype, f"ELi{columns}E")
+    kernels = instances(sm_90a, "linear_wgmma_kernel", dtype, f"ELi{columns}E")
     assert len(kernels) == 4
     of_dtype = ".BF16" if dtype == "BFloat16" else ""
     for kernel in kernels:
@@ -90,7 +87,7 @@ def test_wgmma(sm_90a, dtype, columns):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_wgmmas_of_a_stage_follow_each_other(sm_90a, dtype):
     """Four at a time are in flight: only the last of them is waited for."""
-    for kernel in instances(sm_90a, "wgmma_kernel", dtype):
+    for kernel in instances(sm_90a, "linear_wgmma_kernel", dtype):
         order = re.findall(r"HGMMA[^;]*|WARPGROUP\.DEPBAR[^;]*", kernel)
         products = [x for x in order if x.startswith("HGMMA")]
         assert len(products) % 4 == 0

@@ -36,7 +36,7 @@ __device__ float sum_of_elements(uint32_t word) {
   return sum;
 }
 
-// What becomes of the sums: rounded into out, or, for a part of the depth, kept in float32 for `finish_kernel`.
+// What becomes of the sums: rounded into out, or, for a part of the depth, kept in float32 for `linear_finish_kernel`.
 template <class T>
 struct Output {
   int64_t rows, columns;
@@ -197,7 +197,7 @@ inline constexpr unsigned kFinishThreads = 256;
 
 // Adds up the parts, always in the same order. Grid: any.
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Output<T> output, const int parts) {
+__global__ void __launch_bounds__(kFinishThreads) linear_finish_kernel(const Output<T> output, const int parts) {
   const int64_t size = output.rows * output.columns, threads = static_cast<int64_t>(gridDim.x) * kFinishThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   for (int64_t i = first; i < size; i += threads) {
@@ -220,7 +220,7 @@ void finish(const Output<T>& output, int parts, cudaStream_t stream) {
   const int64_t blocks = (output.rows * output.columns + kFinishThreads - 1) / kFinishThreads;
   constexpr int64_t kMaxBlocks = 4096;
   const Shape shape = {static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kFinishThreads};
-  launch("linear finish", finish_kernel<T>, shape, stream, output, parts);
+  launch("linear finish", linear_finish_kernel<T>, shape, stream, output, parts);
 }
 
 }  // namespace mnist_ext::cuda

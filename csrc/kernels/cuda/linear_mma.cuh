@@ -280,7 +280,7 @@ struct MmaKernel {
 
 template <class T, Major kMajorA, Major kMajorB, bool kGated, int kSide>
 __global__ void __launch_bounds__(kMmaThreads, kSide == 128 ? 2 : 4)
-    mma_kernel(const __grid_constant__ MmaWork<T> work) {
+    linear_mma_kernel(const __grid_constant__ MmaWork<T> work) {
   MmaKernel<T, kMajorA, kMajorB, kGated, kSide>().run(work);
 }
 

@@ -69,7 +69,7 @@ void launch_mma(const MmaWork<T>& work, const MmaPlan& plan, cudaStream_t stream
   const auto start = [&]<bool kGated, int kSide>() {
     const Shape shape = {static_cast<unsigned>(plan.row_tiles * plan.column_tiles * plan.parts), kMmaThreads, 1,
                          MmaKernel<T, kMajorA, kMajorB, kGated, kSide>::kSharedBytes};
-    launch("linear mma", mma_kernel<T, kMajorA, kMajorB, kGated, kSide>, shape, stream, work);
+    launch("linear mma", linear_mma_kernel<T, kMajorA, kMajorB, kGated, kSide>, shape, stream, work);
   };
   if (plan.side == 128) {
     work.gate.operand.data ? start.template operator()<true, 128>() : start.template operator()<false, 128>();

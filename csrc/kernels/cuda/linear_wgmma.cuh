@@ -268,7 +268,7 @@ struct WgmmaKernel {
 };
 
 template <class T, Major kMajorA, Major kMajorB, bool kFragments, int kColumns>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) wgmma_kernel(const __grid_constant__ WgmmaWork<T> work) {
+__global__ void __launch_bounds__(kWgmmaThreads, 1) linear_wgmma_kernel(const __grid_constant__ WgmmaWork<T> work) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>(work).run();
 #else

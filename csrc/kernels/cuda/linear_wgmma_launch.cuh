@@ -33,7 +33,7 @@ bool has_wgmma() {
 #ifdef __CUDACC__
   static const bool has_code = [] {
     cudaFuncAttributes attributes{};
-    check(cudaFuncGetAttributes(&attributes, wgmma_kernel<T, Major::depth, Major::depth, false, 128>),
+    check(cudaFuncGetAttributes(&attributes, linear_wgmma_kernel<T, Major::depth, Major::depth, false, 128>),
           "cudaFuncGetAttributes");
     return attributes.ptxVersion == 90;
   }();
@@ -111,7 +111,7 @@ void launch_wgmma(const WgmmaWork<T>& work, const WgmmaPlan& plan, cudaStream_t 
   const auto start = [&]<int kColumns>() {
     const Shape shape = {static_cast<unsigned>(clusters) * plan.cluster, kWgmmaThreads, plan.cluster,
                          WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>::kSharedBytes};
-    launch("linear wgmma", wgmma_kernel<T, kMajorA, kMajorB, kFragments, kColumns>, shape, stream, work);
+    launch("linear wgmma", linear_wgmma_kernel<T, kMajorA, kMajorB, kFragments, kColumns>, shape, stream, work);
   };
   plan.columns == 256 ? start.template operator()<256>() : start.template operator()<128>();
 }
