@@ -221,14 +221,16 @@ def test_same_bits_in_any_order_of_threads(kernel, rows, columns, depth, layout,
         assert not row_sums or torch.equal(first[1], again[1])
 
 
-# rows, columns, depth, multiprocessors: one tile; a cluster of two, its second tile past the rows,
-# and several columns of tiles; the depth in parts, the last one shorter; wide tiles, two to a
-# block, so that the ring of stages runs on from one to the next.
+# rows, columns, depth, multiprocessors: one tile; a cluster of two, and several columns of tiles;
+# three tiles by single blocks, the depth in parts, the last one shorter; nine tiles by clusters,
+# with one past the rows; wide tiles, two to a block, so that the ring of stages runs on from one to
+# the next.
 WGMMA_SHAPES = [
     (128, 128, 128, 132),
-    (264, 200, 168, 132),
-    (136, 136, 1096, 132),
-    (520, 264, 328, 2),
+    (200, 200, 168, 132),
+    (264, 128, 1096, 132),
+    (1032, 128, 136, 132),
+    (456, 264, 328, 2),
 ]
 # a, b, and whether a goes through registers, for its gate and the sums of its rows.
 WGMMA_LAYOUTS = [

@@ -106,7 +106,7 @@ inline void start_box_copy(void* shared, const TensorMap& map, int column, int r
   const uint32_t to = shared_address(shared);
   if (to % 128 != 0) throw std::logic_error("emulator: a box that is not copied to a multiple of 128 bytes");
   for (unsigned rank = 0; rank < (*now.blocks).size(); ++rank) {
-    if (!(blocks >> rank & 1)) continue;
+    if (blocks == 0 ? rank != now.thread->block->rank : !(blocks >> rank & 1)) continue;
     Block* block = &(*now.blocks)[rank];
     const void* counted_at = in_block(barrier, rank);
     now.background.push_back([=] {

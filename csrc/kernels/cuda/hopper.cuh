@@ -143,11 +143,12 @@ __device__ inline void prefetch_tensor_map(const TensorMap& map) {
 }
 
 // Starts the copy of the box at (column, row) to here in the shared memory of each block of the cluster whose bit is
-// set; its bytes count at the barrier that lies at `barrier` in the same block.
+// set in `blocks`, or, where none is, of this block; its bytes count at the barrier that lies at `barrier` in the same
+// block.
 __device__ inline void copy_box(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier,
                                 unsigned blocks) {
 #ifdef __CUDACC__
-  if (cluster_size() == 1) {
+  if (blocks == 0) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         :
@@ -233,13 +234,13 @@ __device__ void wgmma_wait_group() {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MNIST_EXT_D_NAMES256                                                                         \
-  MNIST_EXT_D_NAMES128                                                                               \
-      ", "                                                                                           \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MNIST_EXT_D_NAMES256                                                                     \
+  MNIST_EXT_D_NAMES128                                                                           \
+  ", "                                                                                           \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MNIST_EXT_B128 "%64"
 #define MNIST_EXT_B256 "%128"
 #define MNIST_EXT_ADD128 "%65"

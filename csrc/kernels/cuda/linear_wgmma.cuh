@@ -109,8 +109,8 @@ struct WgmmaKernel {
   }
 
   __device__ void produce() {
-    const unsigned rank = cluster_rank(), blocks = cluster_size();
-    const int share = kColumns / static_cast<int>(blocks), first_of_share = share * static_cast<int>(rank);
+    const unsigned cluster = cluster_size(), all = cluster == 1 ? 0 : (1u << cluster) - 1;
+    const int share = kColumns / static_cast<int>(cluster), first_of_share = share * static_cast<int>(cluster_rank());
     const unsigned bytes = kBytesA + kBytesB + (work.gated ? kBytesA : 0);
     Ring ring;
     for (int i = first_item(); i < items(); i += items_at_once()) {
@@ -121,11 +121,11 @@ struct WgmmaKernel {
         const int depth = (at.first_depth_tile + k) * kWgmmaDepth;
         mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
         mbarrier_arrive_expect_tx(barrier, bytes);
-        copy_operand<kMajorA>(stage, work.a, at.row, kWgmmaRows, depth, barrier, 1u << rank);
+        copy_operand<kMajorA>(stage, work.a, at.row, kWgmmaRows, depth, barrier, 0);
         copy_operand<kMajorB>(stage + kBytesA + first_of_share * kSwizzleBytes, work.b, at.column + first_of_share,
-                              share, depth, barrier, (1u << blocks) - 1);
+                              share, depth, barrier, all);
         if (work.gated) {
-          copy_operand<kMajorA>(stage + kBytesA + kBytesB, work.gate, at.row, kWgmmaRows, depth, barrier, 1u << rank);
+          copy_operand<kMajorA>(stage + kBytesA + kBytesB, work.gate, at.row, kWgmmaRows, depth, barrier, 0);
         }
       }
     }

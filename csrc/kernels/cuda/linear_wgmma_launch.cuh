@@ -70,14 +70,14 @@ struct WgmmaPlan {
 // Wide tiles where they fill the device; else narrow ones, and where these do not fill it either, the depth in parts.
 template <class T>
 WgmmaPlan wgmma_plan(const Product<T>& product) {
-  constexpr int kLeastTiles = 8;
+  constexpr int kLeastTiles = 8, kFewRowTiles = 8;  // of which a cluster would waste too much if they are odd
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const auto tiles = [](int64_t size, int side) { return static_cast<int>(tiles_of(size, side)); };
   WgmmaPlan plan{};
   plan.row_tiles = tiles(product.rows, kWgmmaRows);
   plan.columns = tiles_of(product.rows, kWgmmaRows) * tiles_of(product.columns, 256) >= processors ? 256 : 128;
   plan.column_tiles = tiles(product.columns, plan.columns);
-  plan.cluster = plan.row_tiles > 1 ? 2 : 1;
+  plan.cluster = plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles ? 2 : 1;
   plan.row_tiles += plan.row_tiles % static_cast<int>(plan.cluster);
   plan.depth_tiles = tiles(product.depth, kWgmmaDepth);
   int parts = processors / (plan.row_tiles * plan.column_tiles);
