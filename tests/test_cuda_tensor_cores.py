@@ -204,8 +204,8 @@ def test_relu_keeps_nan(kernel, dtype):
     ("kernel", "rows", "columns", "depth", "layout", "row_sums"),
     [
         ("mma", 70, 40, 1104, ("depth", "outer"), True),
-        ("wgmma", 136, 136, 704, ("depth", "depth"), False),
-        ("wgmma", 136, 136, 704, ("depth", "outer"), True),
+        ("wgmma", 200, 136, 520, ("depth", "depth"), False),
+        ("wgmma", 200, 136, 520, ("depth", "outer"), True),
     ],
 )
 def test_same_bits_in_any_order_of_threads(kernel, rows, columns, depth, layout, row_sums):
@@ -214,7 +214,7 @@ def test_same_bits_in_any_order_of_threads(kernel, rows, columns, depth, layout,
     a = operand(rows, depth, layout[0], torch.bfloat16)
     b = operand(columns, depth, layout[1], torch.bfloat16)
     first = emulated.tensor_core_product(kernel, a, b, row_sums=row_sums)
-    for seed in range(1, 5):
+    for seed in range(1, 4):
         emulated.set_seed(seed)
         again = emulated.tensor_core_product(kernel, a, b, row_sums=row_sums)
         assert torch.equal(first[0], again[0])
