@@ -87,7 +87,9 @@ def test_wgmma(sm_90a, dtype, columns):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_wgmmas_of_a_stage_follow_each_other(sm_90a, dtype):
     """Four at a time are in flight: only the last of them is waited for."""
-    for kernel in instances(sm_90a, "linear_wgmma_kernel", dtype):
+    kernels = instances(sm_90a, "linear_wgmma_kernel", dtype)
+    assert len(kernels) == 8
+    for kernel in kernels:
         order = re.findall(r"HGMMA[^;]*|WARPGROUP\.DEPBAR[^;]*", kernel)
         products = [x for x in order if x.startswith("HGMMA")]
         assert len(products) % 4 == 0
