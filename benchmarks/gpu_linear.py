@@ -6,6 +6,7 @@ more of them than the L2 cache holds; "warm": the same again and again. "error" 
 against float64, in parts of the largest magnitude.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ PRODUCTS = [
     (torch.float64, "ieee", (2048, 2048, 2048)),
 ]
 QUICK_PRODUCTS = [PRODUCTS[0], PRODUCTS[6], PRODUCTS[8]]
+LEAVES = ("x", "weight", "bias")  # in the order of linear's arguments
+CALLS_TOGETHER = 50  # through autograd, between two waits
 MNIST_LAYERS = [(784, 128), (128, 64), (64, 10)]
 
 
@@ -42,13 +45,18 @@ def operands(dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> di
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=device).to(dtype)
 
-    x, weight, bias = (
-        normal(rows, in_features),
-        normal(out_features, in_features),
-        normal(out_features),
-    )
+    x, weight = normal(rows, in_features), normal(out_features, in_features)
+    bias = normal(out_features)
     y = torch.relu(F.linear(x, weight, bias))
-    return {"x": x, "weight": weight, "bias": bias, "y": y, "dy": normal(rows, out_features)}
+    # Where rounding decides the sign before ReLU, gradients may rightly differ.
+    clear = F.linear(*(t.double() for t in (x, weight, bias))).abs() > 1e-4
+    dy = normal(rows, out_features) * clear
+    return {"x": x, "weight": weight, "bias": bias, "y": y, "dy": dy}
+
+
+def with_leaves(o: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the operands with a layer's arguments as leaves of autograd."""
+    return {n: t.detach().requires_grad_() if n in LEAVES else t for n, t in o.items()}
 
 
 def _masked(o: dict[str, Tensor]) -> Tensor:
@@ -71,6 +79,16 @@ def grad_weight(o: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return dy.t() @ o["x"], dy.sum(0)
 
 
+def gradients(layer: Callable[..., Tensor]) -> Call:
+    """Return what runs a layer forward and backward through autograd."""
+
+    def run(o: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        leaves = [o[name] for name in LEAVES]
+        return torch.autograd.grad(layer(*leaves), leaves, o["dy"])
+
+    return run
+
+
 def contestants(what: str, tf32: bool) -> dict[str, Call]:
     """Return ours, eager and what else makes the product without a compiler."""
     op = torch.ops.mnist_ext
@@ -88,6 +106,11 @@ def contestants(what: str, tf32: bool) -> dict[str, Call]:
                 :1
             ],
             "eager": grad_input,
+        }
+    if what == "autograd":
+        return {
+            "ours": gradients(functools.partial(functional.linear, activation="relu")),
+            "eager": gradients(lambda *layer: torch.relu(F.linear(*layer))),
         }
     return {
         "ours": lambda o: op.linear_backward(o["dy"], o["x"], None, o["y"], True, tf32)[1:],
@@ -108,14 +131,14 @@ def error(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 def errors(what: str, calls: dict[str, Call], o: dict[str, Tensor]) -> dict[str, float]:
     """Return each contestant's error; exit where it is out of all proportion to eager's."""
-    doubles = {name: t.double() for name, t in o.items()}
+    doubles = {name: t.detach().double() for name, t in o.items()}
+    if what == "autograd":
+        doubles = with_leaves(doubles)
     truth = contestants(what, False)["eager"](doubles)
     found = {name: error(call(o), truth) for name, call in calls.items()}
     for name, e in found.items():
         if not e <= max(4 * found["eager"], 4 * torch.finfo(o["x"].dtype).eps):
-            raise SystemExit(
-                f"{name} is wrong in {what}: error {e:.3g}, eager's {found['eager']:.3g}"
-            )
+            raise SystemExit(f"{name} is wrong in {what}: {e:.3g}, eager: {found['eager']:.3g}")
     return found
 
 
@@ -186,24 +209,27 @@ def _products(table: Table, dtype: torch.dtype, precision: str, shape: tuple) ->
             add_rows(table, graphs, len(used) * repeats, flops, found, row)
 
 
-def autograd(table: Table, device: str = "cuda") -> None:
+def timed_together(call: Callable[[], object], calls: int) -> Callable[[], None]:
+    """Return what makes so many calls, and waits for the last one."""
+
+    def run() -> None:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+
+    return run
+
+
+def autograd(table: Table) -> None:
     """Forward and backward of each MNIST layer as a user calls them: with Python and launches."""
+    calls = contestants("autograd", False)
     for rows in (64, 4096):
-        for in_features, out_features in MNIST_LAYERS:
-            shape = rows, in_features, out_features
-            o = operands(torch.float32, shape, device)
-            leaves = [o[n].requires_grad_() for n in ("x", "weight", "bias")]
-
-            def run(op: Callable[..., Tensor], leaves=leaves, dy=o["dy"]) -> tuple[Tensor, ...]:
-                return torch.autograd.grad(op(*leaves), leaves, dy)
-
-            calls = {
-                "ours": lambda run=run: run(lambda *t: functional.linear(*t, activation="relu")),
-                "eager": lambda run=run: run(lambda *t: torch.relu(F.linear(*t))),
-            }
-            truth = calls["eager"]()
-            found = {
-                name: error(call(), tuple(t.double() for t in truth))
+        for layer in MNIST_LAYERS:
+            shape = rows, *layer
+            o = with_leaves(operands(torch.float32, shape, "cuda"))
+            found = errors("autograd", calls, o)
+            timed = {
+                name: timed_together(lambda c=call, o=o: c(o), CALLS_TOGETHER)
                 for name, call in calls.items()
             }
             row = {
@@ -211,14 +237,4 @@ def autograd(table: Table, device: str = "cuda") -> None:
                 "shape": "x".join(map(str, shape)),
                 "dtype": "float32",
             }
-
-            def timed(call: Callable[[], object]) -> Callable[[], None]:
-                def many() -> None:
-                    for _ in range(50):
-                        call()
-                    torch.cuda.synchronize()
-
-                return many
-
-            timing_calls = {name: timed(call) for name, call in calls.items()}
-            add_rows(table, timing_calls, 50, 6.0 * math.prod(shape), found, row)
+            add_rows(table, timed, CALLS_TOGETHER, 6.0 * math.prod(shape), found, row)
