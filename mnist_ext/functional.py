@@ -29,8 +29,8 @@ Reduction = Literal["none", "mean", "sum"]
 _RELU = {"none": False, "relu": True}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions: its
-# products are faster then than float32 ones.
+# For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions:
+# its products are faster then than float32 ones.
 _LINEAR_DTYPES = tuple(
     dtype
     for dtype in _DTYPES

@@ -6,9 +6,11 @@
 import ctypes
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from torch.utils import cpp_extension
 
@@ -18,13 +20,14 @@ ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 
-CROSS_ENTROPY = (
+OPS = (  # that mnist_ext._autograd calls
+    "linear",
+    "linear_backward",
     "cross_entropy",
     "cross_entropy_with_gradient",
     "cross_entropy_gradient_",
     "cross_entropy_backward",
 )
-LINEAR = ("linear", "linear_backward")
 
 
 @functools.cache
@@ -161,19 +164,35 @@ def error_of(function: str) -> bytes:
     return error(getattr(library(), function))
 
 
+def _may_use_tf32(_: torch.Tensor) -> bool:
+    return _autograd._is_tf32_allowed()
+
+
 def patches() -> list:
     """Make mnist_ext run its CUDA kernels on the emulator, for CPU tensors."""
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
-        *(
-            mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default)
-            for n in (*CROSS_ENTROPY, *LINEAR)
-        ),
+        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in OPS),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
-        mock.patch.object(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed()),
+        mock.patch.object(_autograd, "_may_use_tf32", _may_use_tf32),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
     ]
+
+
+# For a fixture: the emulated kernels, or those on a GPU, for tensors made without a device.
+KERNELS = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on request.param, one of KERNELS."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulator")
+        yield request.param
+        return
+    torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)
 
 
 if __name__ == "__main__":

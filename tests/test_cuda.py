@@ -3,7 +3,6 @@
 First the tests of the CPU kernels once more, imported: their fixture `isa` is another one here.
 """
 
-import contextlib
 import copy
 import itertools
 
@@ -35,27 +34,10 @@ import mnist_ext
 from mnist_ext import functional
 
 
-@pytest.fixture
-def emulator():
-    """Send CPU tensors to the emulated CUDA kernels."""
-    with contextlib.ExitStack() as stack:
-        for patch in emulated.patches():
-            stack.enter_context(patch)
-        yield
-    emulated.set_seed(0)
-    emulated.set_device()
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=emulated.KERNELS)
 def isa(request):
     """Run the test on CUDA kernels instead of on each instruction set."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulator")
-        yield request.param
-        return
-    torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
+    yield from emulated.kernels(request)
 
 
 # Every case in one dtype after the other: on the emulator all in all take minutes.

@@ -36,7 +36,7 @@ def dump(*options: str) -> str:
 
 
 def code_name(number: str) -> str:
-    """Return what code for a compute capability is called: that for 9.0 uses all of its features."""
+    """Return what code for a compute capability is called: 9.0 with all of its features."""
     return number.replace("90", "90a")
 
 

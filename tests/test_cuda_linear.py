@@ -11,7 +11,6 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from op_cases import FLOATS, LINEAR
-from test_cuda import emulator, isa  # noqa: F401
 from test_linear import (  # noqa: F401
     forward_and_gradients,
     reference,
@@ -25,6 +24,12 @@ from test_semantics import test_values_and_gradients as values_and_gradients
 from torch import Tensor
 
 from mnist_ext import _autograd, functional
+
+
+@pytest.fixture(params=emulated.KERNELS)
+def isa(request):
+    """Run the test on CUDA kernels instead of on each instruction set."""
+    yield from emulated.kernels(request)
 
 
 # Every case in one dtype after the other.
@@ -97,6 +102,17 @@ def product(tensors, transposed=(), moved=()):
     return forward_and_gradients(functional.linear, layer, grad_output, "relu")
 
 
+# Which of input, weight, bias and grad_output lie the other way round; which are misaligned.
+LAYOUTS = [
+    ((0,), ()),
+    ((1,), ()),
+    ((0, 1), ()),
+    ((3,), ()),
+    ((), (0, 1, 2, 3)),
+    ((0, 3), (0, 1)),
+]
+
+
 class TestEveryTile:
     def test_accurate_in_every_layout(self, emulator, shape):
         """And the same bits in each: only the splits decide the order of the sums."""
@@ -108,8 +124,7 @@ class TestEveryTile:
         first = product(tensors)
         for our, their, true in zip(first, torchs, truth, strict=True):
             assert_as_accurate(our, their, true, factor=3)
-        layouts = [((0,), ()), ((1,), ()), ((0, 1), ()), ((3,), ()), ((), (0, 1, 2, 3)), ((0, 3), (0, 1))]
-        for transposed, moved in layouts:
+        for transposed, moved in LAYOUTS:
             for a, b in zip(first, product(tensors, transposed, moved), strict=True):
                 assert torch.equal(a, b)
 
@@ -136,7 +151,7 @@ def test_error_within_pytorchs(isa, dtype, sizes):
         assert_as_accurate(our, their, true, factor=2, floor=4 if dtype is torch.float64 else 2)
 
 
-@pytest.mark.parametrize("wanted", itertools.product((False, True), repeat=3), ids=str)
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)), ids=str)
 @pytest.mark.parametrize("relu", [False, True])
 def test_each_gradient_alone(isa, wanted, relu):
     """The bias's gradient comes with the weight's, or from a kernel that makes nothing else."""
@@ -224,15 +239,18 @@ class TestTf32:
 
     @pytest.fixture
     def told(self, emulator, monkeypatch):
-        """What the ops were told, in their order."""
+        """List what the ops were told, in their order."""
         told = []
-        for name in ("_linear", "_linear_backward"):
 
-            def op(*args, op=getattr(_autograd, name)):
+        def listening(op):
+            def run(*args):
                 told.append(args[-1])
                 return op(*args)
 
-            monkeypatch.setattr(_autograd, name, op)
+            return run
+
+        for name in ("_linear", "_linear_backward"):
+            monkeypatch.setattr(_autograd, name, listening(getattr(_autograd, name)))
         matmul = torch.backends.cuda.matmul
         before = matmul.fp32_precision
         yield told
@@ -327,5 +345,3 @@ def test_more_than_two_to_the_31_elements_on_gpu():
     output = functional.linear(input, weight)
     expected = input[-4:].float() @ weight.float().t()
     torch.testing.assert_close(output[-4:].float(), expected, rtol=1e-2, atol=1e-1)
-
-

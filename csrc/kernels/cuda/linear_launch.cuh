@@ -35,7 +35,7 @@ constexpr TileCost tile_cost(SimtPlan::Tile tile, double share_of_peak, double s
 }
 
 inline constexpr TileCost kTileCosts[] = {tile_cost<SmallTile>(SimtPlan::small, 0.5, 450),
-                                          tile_cost<MediumTile>(SimtPlan::medium, 0.75, 900),
+                                          tile_cost<MediumTile<float>>(SimtPlan::medium, 0.75, 900),
                                           tile_cost<LargeTile>(SimtPlan::large, 0.9, 2500)};
 
 // Of those tiles that are compiled for T. Half dtypes come here only where tensor cores cannot help.
@@ -163,7 +163,7 @@ void simt_product(const Product<T>& product, void* workspace, cudaStream_t strea
   if (kTiles<T> > SimtPlan::large && plan.tile == SimtPlan::large && work.vector_a && work.vector_b) {
     if constexpr (kTiles<T> > SimtPlan::large) launch_simt<T, LargeTile>(work, a, b, stream);
   } else if (kTiles<T> > SimtPlan::medium && plan.tile >= SimtPlan::medium) {
-    if constexpr (kTiles<T> > SimtPlan::medium) launch_simt<T, MediumTile>(work, a, b, stream);
+    if constexpr (kTiles<T> > SimtPlan::medium) launch_simt<T, MediumTile<ComputeType<T>>>(work, a, b, stream);
   } else {
     launch_simt<T, SmallTile>(work, a, b, stream);
   }

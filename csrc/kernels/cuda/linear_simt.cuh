@@ -26,7 +26,8 @@ struct SimtTile {
 // 8 x 16 products for 24 numbers read: shared memory is 3/8 as busy as the multipliers. Two such blocks of 128 threads
 // with 255 registers each share a multiprocessor, so that one multiplies while the other waits at its barrier.
 using LargeTile = SimtTile<128, 128, 8, 16, 2, true>;
-using MediumTile = SimtTile<64, 64, 8, 4, 4, false>;
+template <class S>  // doubles take twice the registers
+using MediumTile = SimtTile<64, 64, 8, 4, sizeof(S) == 8 ? 2 : 4, false>;
 using SmallTile = SimtTile<32, 64, 4, 4, 4, false>;
 
 inline constexpr int kStages = 3;
