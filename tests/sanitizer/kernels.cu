@@ -12,6 +12,8 @@
 
 #include "../../csrc/kernels/cuda/cross_entropy_launch.cuh"
 #include "../../csrc/kernels/cuda/linear_launch.cuh"
+#include "../../csrc/kernels/cuda/linear_mma_launch.cuh"
+#include "../../csrc/kernels/cuda/linear_wgmma_launch.cuh"
 #include "../../csrc/kernels/cuda/sgd.cuh"
 
 using namespace mnist_ext;

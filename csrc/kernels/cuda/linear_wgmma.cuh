@@ -267,13 +267,20 @@ struct WgmmaKernel {
   }
 };
 
-template <class T, Major kMajorA, Major kMajorB, bool kFragments, int kColumns>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) linear_wgmma_kernel(const __grid_constant__ WgmmaWork<T> work) {
+// Where the instructions are missing, the kernel is compiled for blocks too small to be launched with, which tells
+// wgmma_takes so.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>(work).run();
+inline constexpr int kWgmmaLargestBlock = kWgmmaThreads;
 #else
-  __trap();  // wgmma_takes says no
+inline constexpr int kWgmmaLargestBlock = kWarp;
 #endif
+
+template <class T, Major kMajorA, Major kMajorB, bool kFragments, int kColumns>
+__global__ void __launch_bounds__(kWgmmaLargestBlock, 1)
+    linear_wgmma_kernel(const __grid_constant__ WgmmaWork<T> work) {
+  if constexpr (kWgmmaLargestBlock == kWgmmaThreads) {
+    WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>(work).run();
+  }
 }
 
 }  // namespace mnist_ext::cuda

@@ -25,8 +25,7 @@ bool uses_fragments(const Product<T>& product) {
   return product.gate.data || product.row_sums || major_of(product.a) == Major::outer;
 }
 
-// Whether the device has these instructions, and this library code for them: that of another device, compiled by the
-// driver, has none.
+// Whether the device has these instructions, and this library code for them: plain sm_90's has none.
 template <class T>
 bool has_wgmma() {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
@@ -35,7 +34,7 @@ bool has_wgmma() {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, linear_wgmma_kernel<T, Major::depth, Major::depth, false, 128>),
           "cudaFuncGetAttributes");
-    return attributes.ptxVersion == 90;
+    return attributes.maxThreadsPerBlock >= kWgmmaThreads;
   }();
   return has_code;
 #else
