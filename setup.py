@@ -93,7 +93,10 @@ def cpu_library() -> Extension:
 
 def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
     numbers = [architecture.replace(".", "") for architecture in ARCHITECTURES]
-    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    # wgmma, the H100's and H200's own tensor core instruction, is in 9.0a alone. No later device
+    # runs code for 9.0a: the PTX, which is for those, is plain 9.0's.
+    names = [n.replace("90", "90a") for n in numbers]
+    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
     code.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     return Extension(
         "mnist_ext._cuda",

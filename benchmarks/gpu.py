@@ -8,7 +8,7 @@ inputs as no cache can hold. Contestants take turns. Times are medians in micros
 how many times as long a contestant takes as ours, the median of the ratio of each turn. "rate"
 counts one read and one write of the logits, whatever a contestant really moves; "limit" is its
 share of the rate of a large copy in the same run. "memory" is what a call needs beyond its inputs,
-in sizes of the logits. SGD counts what it must read and write.
+in sizes of the logits. SGD counts what it must read and write. Rows of linear: see gpu_linear.py.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_linear
 import torch
 import torch.nn.functional as F
+from graphs import MICROSECONDS_PER_GRAPH, graph_of
 from provenance import describe, fields
 from table import Table
 
@@ -36,7 +38,6 @@ SHAPES = [
 QUICK = [(8192, 32_000), (1_000_000, 10), (65_536, 1000), (64, 10)]
 DTYPES = [torch.bfloat16, torch.float32]
 COPY_BYTES = 4 << 30
-MICROSECONDS_PER_GRAPH = 2000  # at least: a replay costs the host some ten
 
 COLUMNS = {
     "what": "<28",
@@ -51,28 +52,8 @@ COLUMNS = {
     "unit": "<6",
     "limit": ">6.2f",
     "memory": ">7.2f",
+    "error": ">9.1e",
 }
-
-
-def graph_of(calls: list[Callable[[], object]], repeats: int) -> Callable[[], object]:
-    """Capture all calls, so often, into one graph; return what replays it and waits."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            for call in calls:
-                call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for call in calls:
-                call()
-
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return replay
 
 
 def extra_memory(call: Callable[[], object]) -> int:
@@ -228,6 +209,8 @@ def main() -> None:
             cross_entropy(table, shape, dtype, copy)
             torch.cuda.empty_cache()
     sgd(table, copy)
+    gpu_linear.products(table, args.quick)
+    gpu_linear.autograd(table)
     if args.csv:
         table.write(args.csv)
 

@@ -37,6 +37,22 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _is_compiling = torch.compiler.is_compiling
 
 
+# torch.backends.cuda.matmul.fp32_precision: unlike the older allow_tf32 it can be read whichever of
+# the two was set.
+_fp32_precision = torch._C._get_fp32_precision_getter
+
+
+# The compiler takes the answer as a constant: what it compiled is guarded by this very setting.
+@torch.compiler.assume_constant_result
+def _is_tf32_allowed() -> bool:
+    return _fp32_precision("cuda", "matmul") == "tf32"
+
+
+def _may_use_tf32(tensor: Tensor) -> bool:
+    # Asked before every product, as PyTorch does: the setting of the moment counts.
+    return tensor.is_cuda and _is_tf32_allowed()
+
+
 def _is_recorded() -> bool:
     # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist
     # of PyTorch's own ops.
@@ -51,7 +67,7 @@ class Linear(Function):
         ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
     ) -> Tensor:
         """Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N]."""
-        output = _linear(input, weight, bias, relu)
+        output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         ctx.save_for_backward(
             input if need_weight else None,  # type: ignore[arg-type]
@@ -63,8 +79,10 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are needed, None for the others."""
-        op: Any = _linear_backward_differentiable if _is_recorded() else _linear_backward
-        return *op(grad_output, *ctx.saved_tensors, ctx.needs_input_grad[2]), None
+        arguments = grad_output, *ctx.saved_tensors, ctx.needs_input_grad[2]
+        if _is_recorded():
+            return *_linear_backward_differentiable(*arguments), None
+        return *_linear_backward(*arguments, _may_use_tf32(grad_output)), None
 
 
 def _linear_backward_differentiable(

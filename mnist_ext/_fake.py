@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 @torch.library.register_fake("mnist_ext::linear")
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, allow_tf32: bool = False
+) -> Tensor:
     torch._check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
     torch._check(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],
@@ -26,6 +28,7 @@ def _(
     weight: Tensor | None,
     output: Tensor | None,
     need_bias: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     out_features = grad_output.shape[-1]
     grad_input = grad_weight = grad_bias = None

@@ -1,10 +1,10 @@
 """The fused ops as functions, with the signatures of ``torch.nn.functional``.
 
-The kernels cover float32, float64, bfloat16 and float16: on the CPU, and `cross_entropy` on CUDA
-too. What they do not cover runs PyTorch's own op, with its result at its speed: other devices,
-dtypes and layouts, tensor subclasses, torch.func transforms, forward-mode derivatives, `linear`
-under autocast, and `linear` in bfloat16 or float16 where oneDNN has the CPU's own instructions for
-it. ``docs/semantics.md`` lists every case.
+The kernels cover float32, float64, bfloat16 and float16, on the CPU and on CUDA. What they do not
+cover runs PyTorch's own op, with its result at its speed: other devices, dtypes and layouts, tensor
+subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast, and on the CPU
+`linear` in bfloat16 or float16 where oneDNN has the CPU's own instructions for it.
+``docs/semantics.md`` lists every case.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Reduction = Literal["none", "mean", "sum"]
 _RELU = {"none": False, "relu": True}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# For linear without the half dtypes for which oneDNN has this CPU's own instructions: its products
-# are faster then than float32 ones.
+# For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions:
+# its products are faster then than float32 ones.
 _LINEAR_DTYPES = tuple(
     dtype
     for dtype in _DTYPES
@@ -49,10 +49,22 @@ def _plain(tensor: Tensor) -> bool:
 
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
-    # Those of cross_entropy; linear has some on the CPU only.
     if device.type == "cuda" and _library.cuda is not None:
         return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
     return device.type == "cpu"
+
+
+def _runs_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if input.is_cpu:
+        fits = weight.is_cpu and (bias is None or bias.is_cpu)
+        return fits and input.dtype in _LINEAR_DTYPES
+    return (
+        input.is_cuda
+        and weight.device == input.device
+        and (bias is None or bias.device == input.device)
+        and input.dtype in _DTYPES
+        and _runs_kernels(input.device)
+    )
 
 
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -108,7 +120,8 @@ def linear(
 
     Returns:
         ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
-        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient in float64).
+        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient in float64). On CUDA
+        float32 products obey ``torch.backends.cuda.matmul.fp32_precision``.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
@@ -118,13 +131,11 @@ def linear(
     if (
         type(input) in _TYPES
         and type(weight) in _TYPES
-        and (bias is None or (type(bias) in _TYPES and bias.is_cpu))
+        and (bias is None or type(bias) in _TYPES)
         and relu is not None
-        and input.is_cpu
-        and weight.is_cpu
-        and input.dtype in _LINEAR_DTYPES
+        and _runs_linear(input, weight, bias)
         and not _transformed()
-        and not _is_autocast_enabled("cpu")
+        and not _is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         and not _is_compiling()
     ):
         # Nearly every call. The op checks the rest, where that costs nothing.
@@ -135,15 +146,14 @@ def linear(
     relu = _RELU[check_activation(activation)]
     if (
         _plain(input)
-        and input.is_cpu
-        and input.dtype in _LINEAR_DTYPES
-        and input.dim() > 0
         and _plain(weight)
-        and weight.is_cpu
+        and (bias is None or _plain(bias))
+        and _runs_linear(input, weight, bias)
+        and input.dim() > 0
         and weight.dim() == 2
-        and (bias is None or (_plain(bias) and bias.is_cpu and _one_per_feature(bias, weight)))
+        and (bias is None or _one_per_feature(bias, weight))
         and not _transformed()
-        and not _is_autocast_enabled("cpu")
+        and not _is_autocast_enabled(input.device.type)
     ):
         return Linear.apply(input, weight, bias, relu)
     try:

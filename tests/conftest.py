@@ -1,8 +1,10 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
+import contextlib
 import os
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 from run_folders import isolate, train_digits
@@ -27,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # tests/test_cuda.py runs the same tests with an `isa` of its own.
+    # tests/test_cuda*.py run the same tests with an `isa` of their own.
     if "isa" in metafunc.fixturenames and not hasattr(metafunc.module, "isa"):
         isas = _C.available_isas()
         best_alone = metafunc.config.getoption("best_isa")
@@ -51,6 +53,17 @@ def isa(request: pytest.FixtureRequest):
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before, reason)
+
+
+@pytest.fixture
+def emulator():
+    """Send CPU tensors to the emulated CUDA kernels."""
+    with contextlib.ExitStack() as stack:
+        for patch in emulated.patches():
+            stack.enter_context(patch)
+        yield
+    emulated.set_seed(0)
+    emulated.set_device()
 
 
 @pytest.fixture(autouse=True)

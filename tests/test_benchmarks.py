@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -45,6 +46,23 @@ def test_table_prints_and_writes_every_row(tmp_path, capsys):
         {"what": "x", "us": "1.25", "more": "3", "cpu": "a CPU"},
         {"what": "y", "us": "", "more": "", "cpu": "a CPU"},
     ]
+
+
+def test_contestants_of_linear_on_a_gpu_make_the_same_products():
+    """On the CPU, where their logic can be tried: each within a few roundings of float64."""
+    import gpu_linear
+
+    operands = gpu_linear.operands(torch.float32, (9, 7, 5), "cpu")
+    for what in (*gpu_linear.WHATS, "autograd"):
+        if what == "autograd":
+            operands = gpu_linear.with_leaves(operands)
+        calls = gpu_linear.contestants(what, False)
+        errors = gpu_linear.errors(what, calls, operands)
+        assert errors.keys() == calls.keys()
+        assert max(errors.values()) < 1e-6
+        calls["ours"] = lambda o, eager=calls["eager"]: [t * 1.01 for t in eager(o)]
+        with pytest.raises(SystemExit, match="ours is wrong"):
+            gpu_linear.errors(what, calls, operands)
 
 
 def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):

@@ -3,7 +3,6 @@
 First the tests of the CPU kernels once more, imported: their fixture `isa` is another one here.
 """
 
-import contextlib
 import copy
 import itertools
 
@@ -35,27 +34,10 @@ import mnist_ext
 from mnist_ext import functional
 
 
-@pytest.fixture
-def emulator():
-    """Send CPU tensors to the emulated CUDA kernels."""
-    with contextlib.ExitStack() as stack:
-        for patch in emulated.patches():
-            stack.enter_context(patch)
-        yield
-    emulated.set_seed(0)
-    emulated.set_device()
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=emulated.KERNELS)
 def isa(request):
     """Run the test on CUDA kernels instead of on each instruction set."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulator")
-        yield request.param
-        return
-    torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
+    yield from emulated.kernels(request)
 
 
 # Every case in one dtype after the other: on the emulator all in all take minutes.
@@ -194,6 +176,26 @@ class TestEmulator:
 
     def test_a_write_beyond_shared_memory(self):
         assert b"beyond its 64 bytes" in emulated.error_of("emulator_overflow")
+
+    def test_an_access_that_is_not_aligned(self):
+        assert b"not aligned" in emulated.error_of("emulator_misaligned")
+
+    def test_a_copy_that_is_not_waited_for(self):
+        sum_of_copies = emulated.library().emulator_sum_of_copies
+        assert sum_of_copies(True, False) == 64 * 63 // 2
+        assert sum_of_copies(False, False) == -64
+
+    def test_a_missing_barrier_behind_a_copy(self):
+        results = set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            results.add(emulated.library().emulator_sum_of_copies(True, True))
+        emulated.set_seed(0)
+        assert len(results) > 1
+
+    def test_a_copy_that_cannot_be(self):
+        assert b"not aligned" in emulated.error_of("emulator_misaligned_copy")
+        assert b"beyond shared memory" in emulated.error_of("emulator_copy_beyond")
 
 
 # What only a device can show.

@@ -35,11 +35,24 @@ def dump(*options: str) -> str:
     return process.stdout
 
 
+def code_name(number: str) -> str:
+    """Return what code for a compute capability is called: 9.0 with all of its features."""
+    return number.replace("90", "90a")
+
+
+def kernels(pattern: str) -> dict[str, str]:
+    """Return name and SASS of the kernels whose name matches, of one architecture."""
+    number = mnist_ext.build_info()["cuda"][0].replace(".", "")
+    functions = dump("-sass", "-arch", f"sm_{code_name(number)}").split("Function : ")[1:]
+    texts = {text.split(maxsplit=1)[0]: text for text in functions}
+    return {name: text for name, text in texts.items() if re.search(pattern, name)}
+
+
 def test_code_for_each_architecture():
     """And the last one's PTX, which newer devices compile for themselves."""
-    architectures = [a.replace(".", "") for a in mnist_ext.build_info()["cuda"]]
-    assert set(re.findall(r"\.sm_(\d+)a?\.cubin", dump("-lelf"))) == set(architectures)
-    assert set(re.findall(r"\.sm_(\d+)a?\.ptx", dump("-lptx"))) == {architectures[-1]}
+    numbers = [a.replace(".", "") for a in mnist_ext.build_info()["cuda"]]
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", dump("-lelf"))) == set(map(code_name, numbers))
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", dump("-lptx"))) == {numbers[-1]}
 
 
 def test_nothing_that_counts_is_spilled():
@@ -52,20 +65,37 @@ def test_nothing_that_counts_is_spilled():
     usage = re.findall(line, dump("-res-usage"))
     assert len(usage) >= 12
     for kernel, registers, stack, local in usage:
-        limit = 160 if "kernelId" in kernel else 80
+        if "mma_kernel" in kernel:  # test_cuda_tensor_core_binary.py
+            continue
+        product = "linear_" in kernel
+        limit = 0 if product else 160 if "kernelId" in kernel else 80
         assert int(stack) <= limit, kernel
         assert int(local) == 0, kernel
-        assert int(registers) <= 128, kernel
+        assert int(registers) <= (255 if product else 128), kernel
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time():
-    architecture = mnist_ext.build_info()["cuda"][0].replace(".", "")
-    functions = dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
-    kernels = {text.split(maxsplit=1)[0]: text for text in functions}
-    rows = [name for name in kernels if re.search(r"(short|warp|block|cluster)_rows_kernel", name)]
+    rows = kernels(r"(short|warp|block|cluster)_rows_kernel")
     assert len(rows) == 4 * 4 * 2  # kernels, dtypes, the common case and the rest
-    for name in [*rows, *(name for name in kernels if "sgd_kernel" in name)]:
+    for name, sass in {**rows, **kernels("sgd_kernel")}.items():
         if "short_rows_kernelId" in name:  # a float64 row is copied in two halves
             continue
-        assert re.search(r"\bLDG?\.E\.128", kernels[name]), name
-        assert re.search(r"\bSTG?\.E\.128", kernels[name]), name
+        assert re.search(r"\bLDG?\.E\.128", sass), name
+        assert re.search(r"\bSTG?\.E\.128", sass), name
+
+
+def test_products_keep_their_sums_in_registers_and_read_16_bytes_at_a_time():
+    """The kernels without tensor cores; half dtypes are widened element by element on their way."""
+    products = kernels("linear_simt_kernel")
+    assert len(products) == 4 * (3 + 2 + 1 + 1)  # layouts; tiles of each dtype
+    for name, sass in products.items():
+        assert not re.search(r"\b(LDL|STL)\b", sass), name
+        assert re.search(r"\bLDS\.128", sass), name
+        if re.search("kernelI[fd]", name):
+            assert re.search(r"\bLDGSTS\.E\.BYPASS\S*\.128", sass), name
+    large = [sass for name, sass in products.items() if "Li128E" in name]
+    assert len(large) == 4
+    for sass in large:
+        # A step of the depth multiplies 8 x 16 elements by 16, and 4 x 24 vectors are read for it.
+        assert sass.count("FFMA ") >= 2048
+        assert sass.count("LDS.128 ") <= 120

@@ -6,14 +6,15 @@ namespace mnist_ext::ops {
 
 template <class Library>
 void define_ops(Library& m) {
-  // relu(input @ weight.T + bias), or without relu.
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor");
+  // relu(input @ weight.T + bias), or without relu. allow_tf32: products of float32 on CUDA may round their factors to
+  // TF32; the CPU has no such thing.
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu, bool allow_tf32=False) -> Tensor");
 
   // (grad_input if weight is given, grad_weight if input is given, grad_bias if need_bias); the others are undefined
   // (None). output: what `linear` returned if relu was set, else None.
   m.def(
-      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias) "
-      "-> (Tensor, Tensor, Tensor)");
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias, "
+      "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 
   // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
   // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or

@@ -3,13 +3,15 @@
 //
 // Modelled: grids, blocks and clusters of them; dynamic shared memory, its own for each block, filled with 0xff at
 // first and followed by a guard that must not change; __syncthreads, __syncwarp, the cluster's barrier, shuffles of a
-// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits.
+// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits;
+// alignment, where a kernel goes through load_vector and store_vector; cp.async, whose target holds 0xff from the start
+// of the copy until its thread has waited for it, whoever reads it.
 // Blocks, and threads between two waits, run in a shuffled order, some warps far ahead of others (`emulator::seed`):
 // where a barrier is missing the results change with the seed, and the tests run several.
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
-// missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, alignment,
-// accesses beyond global memory, tensor cores, asynchronous copies, streams, and speed.
+// missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
+// global memory, streams, and speed. Tensor cores are in tensor_cores.h, and what only Hopper has in hopper.h.
 #pragma once
 
 #include <math.h>  // the overloads for float, in the global namespace
@@ -18,6 +20,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -31,10 +34,15 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y = 1, z = 1;
   dim3(unsigned size = 1) : x(size) {}
+};
+
+struct float2 {
+  float x, y;
 };
 
 struct uint4 {
@@ -51,6 +59,7 @@ inline constexpr int64_t kStackBytes = 64 << 10;
 inline unsigned seed = 0;                      // of the order in which threads and blocks run
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
+inline int multiprocessors = 132;              // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -67,6 +76,13 @@ struct Barrier {
   unsigned round = 0;
 };
 
+// By cp.async.
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes, valid_bytes;
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -76,6 +92,8 @@ struct Thread {
   const unsigned* waiting_for = nullptr;  // a barrier's round, which must differ from...
   unsigned waiting_in = 0;
   bool done = false;
+  std::vector<Copy> started;             // and not in a group yet
+  std::deque<std::vector<Copy>> groups;  // not waited for yet, the oldest first
 
   bool can_run() const { return !done && (waiting_for == nullptr || *waiting_for != waiting_in); }
 };
@@ -99,6 +117,8 @@ struct State {
   Thread* thread = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
+  std::vector<std::function<void()>> background;  // what copies and the like have yet to do, in any order
+  std::mt19937 random;
   std::exception_ptr error;
 };
 inline State now;
@@ -121,6 +141,35 @@ void arrive_and_wait(AnyBarrier& barrier) {
 }
 
 inline char* shared_memory() { return now.thread->block->shared_begin; }
+
+inline void check_aligned(const void* place, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(place) % static_cast<uintptr_t>(bytes) == 0) return;
+  throw std::logic_error("emulator: an access of " + std::to_string(bytes) + " bytes that is not aligned to them");
+}
+
+inline void start_copy(void* shared, const void* global, int bytes, int valid_bytes) {
+  const char* begin = static_cast<char*>(shared);
+  const Block& block = *now.thread->block;
+  if (begin < block.shared_begin || begin + bytes > block.shared_begin + block.shared_bytes) {
+    throw std::logic_error("emulator: a copy to beyond shared memory");
+  }
+  if (valid_bytes < 0 || valid_bytes > bytes) throw std::logic_error("emulator: a copy of impossible size");
+  check_aligned(shared, bytes);
+  if (valid_bytes > 0) check_aligned(global, bytes);
+  memset(shared, kFill, static_cast<size_t>(bytes));
+  now.thread->started.push_back({shared, global, bytes, valid_bytes});
+}
+
+inline void commit_copies() { now.thread->groups.push_back(std::exchange(now.thread->started, {})); }
+
+inline void wait_for_copies(size_t groups) {
+  for (auto& waiting = now.thread->groups; waiting.size() > groups; waiting.pop_front()) {
+    for (const Copy& copy : waiting.front()) {
+      memset(copy.shared, 0, static_cast<size_t>(copy.bytes));
+      if (copy.valid_bytes > 0) memcpy(copy.shared, copy.global, static_cast<size_t>(copy.valid_bytes));
+    }
+  }
+}
 
 inline void run_thread() {
   try {
@@ -147,6 +196,16 @@ inline void leave(Thread& thread) {
   }
 }
 
+inline void run_in_background() {
+  const auto work = std::move(now.background.back());
+  now.background.pop_back();
+  try {
+    work();
+  } catch (...) {
+    if (!now.error) now.error = std::current_exception();
+  }
+}
+
 inline void check_guard(const Block& block) {
   const char* guard = block.shared_begin + block.shared_bytes;
   for (int64_t i = 0; i < kGuardBytes; ++i) {
@@ -164,7 +223,8 @@ inline std::unique_ptr<char[]> take_stack(std::vector<std::unique_ptr<char[]>>& 
   return stack;
 }
 
-inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937& random) {
+inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
+  std::mt19937& random = now.random;
   static std::vector<std::unique_ptr<char[]>> stacks;
   const unsigned threads = now.threads;
   std::vector<Block> blocks(now.cluster_size);
@@ -204,6 +264,11 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
       }
     }
     bool moved = false;
+    std::shuffle(now.background.begin(), now.background.end(), random);
+    while (!now.background.empty() && random() % 4 != 0) {
+      moved = true;
+      run_in_background();
+    }
     for (Thread* thread : order) {
       if (!thread->can_run()) continue;
       if (thread->warp->held) {
@@ -217,11 +282,18 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
       if (thread->done) leave(*thread);
       if (now.error) break;
     }
-    if (!moved)
+    if (!moved && !now.background.empty()) {
+      run_in_background();
+    } else if (!moved) {
       now.error = std::make_exception_ptr(std::logic_error("emulator: a barrier is not reached by all threads"));
+    }
     std::erase_if(order, [](const Thread* thread) { return thread->done; });
   }
   now.thread = nullptr;
+  if (!now.error && !now.background.empty()) {
+    now.error = std::make_exception_ptr(std::logic_error("emulator: a block ended before its asynchronous copies"));
+  }
+  now.background.clear();
   for (Thread& thread : all) stacks.push_back(std::move(thread.stack));
   if (now.error) std::rethrow_exception(std::exchange(now.error, nullptr));
   for (const Block& block : blocks) check_guard(block);
@@ -237,11 +309,11 @@ inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t share
   now.threads = block.x;
   now.cluster_size = cluster_size;
   now.kernel = std::move(kernel);
-  std::mt19937 random(seed);
+  now.random.seed(seed);
   std::vector<unsigned> clusters(grid.x / cluster_size);
   for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i * cluster_size;
-  std::shuffle(clusters.begin(), clusters.end(), random);
-  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes, random);
+  std::shuffle(clusters.begin(), clusters.end(), now.random);
+  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes);
 }
 
 }  // namespace emulator
@@ -312,7 +384,11 @@ using cudaStream_t = CUstream_st*;
 
 enum cudaError_t { cudaSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
 struct cudaLaunchAttribute {
@@ -341,8 +417,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulator::compute_capability_major
-                                                          : emulator::shared_bytes_of_block;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = emulator::compute_capability_major; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes_of_block; break;
+    case cudaDevAttrMultiProcessorCount: *value = emulator::multiprocessors; break;
+  }
   return cudaSuccess;
 }
 

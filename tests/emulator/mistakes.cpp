@@ -1,5 +1,5 @@
 // Kernels with mistakes that the emulator has to notice; tests/test_cuda.py calls them.
-#include "../../csrc/kernels/cuda/device.cuh"
+#include "../../csrc/kernels/cuda/async_copy.cuh"
 
 namespace {
 
@@ -21,9 +21,35 @@ void deadlock() {
 
 void overflow() { shared_memory()[64 + threadIdx.x] = 0; }
 
+void misaligned() { store_vector(shared_memory() + 8, uint4{}); }
+
+// Each thread copies one number and adds up its own, or its neighbour's.
+void copied(bool wait, bool of_neighbour, const int* numbers, int* sum) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  cp_async<4>(shared + threadIdx.x, numbers + threadIdx.x);
+  cp_async_commit();
+  if (wait) cp_async_wait<0>();
+  const int number = shared[(threadIdx.x + (of_neighbour ? 1 : 0)) % blockDim.x];
+  __syncthreads();
+  *sum += number;
+}
+
+void misaligned_copy(const int* numbers) { cp_async<16>(shared_memory(), numbers + 1); }
+
+void copy_beyond() { cp_async<16>(shared_memory() + 64, nullptr, 0); }
+
 }  // namespace
 
 extern "C" {
+
+int emulator_sum_of_copies(bool wait, bool of_neighbour) {
+  alignas(16) int numbers[64];
+  for (int i = 0; i < 64; ++i) numbers[i] = i;
+  int sum = 0;
+  launch("copied", copied, {1, 64, 1, sizeof numbers}, nullptr, wait, of_neighbour, static_cast<const int*>(numbers),
+         &sum);
+  return sum;
+}
 
 int emulator_sum_of_neighbours(bool with_barrier) {
   int sum = 0;
@@ -31,9 +57,15 @@ int emulator_sum_of_neighbours(bool with_barrier) {
   return sum;
 }
 
-// Both throw: tests/emulated.py reads what.
+// These throw: tests/emulated.py reads what.
 void emulator_deadlock() { launch("deadlock", deadlock, {1, 64}, nullptr); }
 void emulator_overflow() { launch("overflow", overflow, {1, 8, 1, 64}, nullptr); }
+void emulator_misaligned() { launch("misaligned", misaligned, {1, 1, 1, 64}, nullptr); }
+void emulator_misaligned_copy() {
+  alignas(16) const int numbers[8] = {};
+  launch("misaligned_copy", misaligned_copy, {1, 1, 1, 64}, nullptr, static_cast<const int*>(numbers));
+}
+void emulator_copy_beyond() { launch("copy_beyond", copy_beyond, {1, 1, 1, 64}, nullptr); }
 
 const char* emulator_error_of(void (*function)()) {
   static std::string what;

@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "../../csrc/kernels/cuda/cross_entropy_launch.cuh"
+#include "../../csrc/kernels/cuda/linear_launch.cuh"
+#include "../../csrc/kernels/cuda/linear_mma_launch.cuh"
+#include "../../csrc/kernels/cuda/linear_wgmma_launch.cuh"
 #include "../../csrc/kernels/cuda/sgd.cuh"
 
 using namespace mnist_ext;
@@ -108,10 +111,69 @@ bool run_sgd() {
   return right;
 }
 
+// A product of [rows, depth] and [columns, depth], each of which may lie the other way round in memory, with bias,
+// ReLU, gate and sums of rows.
+bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, bool b_turned) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 1);
+  const auto numbers = [&](int64_t size) {
+    std::vector<float> values(static_cast<size_t>(size));
+    for (float& x : values) x = normal(random);
+    return values;
+  };
+  const std::vector<float> a = numbers(rows * depth), gate = numbers(rows * depth), b = numbers(columns * depth);
+  const std::vector<float> bias = numbers(columns);
+  const DeviceArray<float> da(a), dgate(gate), db(b), dbias(bias), out(rows * columns), row_sums(rows);
+  const auto operand = [&](const DeviceArray<float>& data, int64_t outer, bool turned) {
+    return turned ? cuda::Operand<float>{data.get(), 1, outer} : cuda::Operand<float>{data.get(), depth, 1};
+  };
+  const cuda::Product<float> product = {.rows = rows,
+                                        .columns = columns,
+                                        .depth = depth,
+                                        .a = operand(da, rows, a_turned),
+                                        .gate = operand(dgate, rows, a_turned),
+                                        .b = operand(db, columns, b_turned),
+                                        .bias = dbias.get(),
+                                        .relu = true,
+                                        .out = out.get(),
+                                        .row_sums = row_sums.get()};
+  const DeviceArray<char> workspace(cuda::product_workspace_bytes(product, cuda::Precision::full));
+  cuda::product(product, cuda::Precision::full, workspace.get(), nullptr);
+  check(cudaDeviceSynchronize(), "linear");
+  const std::vector<float> ours = out.host(rows * columns), sums = row_sums.host(rows);
+  double error = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum_of_row = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = bias[c];
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t i = a_turned ? k * rows + r : r * depth + k;
+        const double x = gate[i] <= 0 ? 0 : a[i];
+        sum += x * b[b_turned ? k * columns + c : c * depth + k];
+        if (c == 0) sum_of_row += x;
+      }
+      error = std::max(error, std::abs(ours[r * columns + c] - std::max(sum, 0.0)));
+    }
+    error = std::max(error, std::abs(sums[r] - sum_of_row));
+  }
+  const bool right = error < 1e-5 * static_cast<double>(depth);
+  std::printf("linear %lld x %lld x %lld, %d %d: error %.1e%s\n", static_cast<long long>(rows),
+              static_cast<long long>(columns), static_cast<long long>(depth), a_turned, b_turned, error,
+              right ? "" : "  WRONG");
+  return right;
+}
+
 }  // namespace
 
 int main() {
   bool right = run_sgd();
+  // The small tile whole and split, the medium one, the large one; single elements and vectors.
+  const int64_t products[][3] = {{64, 10, 64}, {64, 128, 784}, {33, 35, 37}, {900, 840, 128}, {1500, 1480, 64}};
+  for (const auto& p : products) {
+    for (int layout = 0; layout < 4; ++layout) {
+      right = run_linear(p[0], p[1], p[2], layout & 1, layout & 2) && right;
+    }
+  }
   const int64_t shapes[][3] = {{1, 1, 1},     {64, 10, 1},    {700, 10, 1},    {5000, 32, 1}, {300, 257, 1},
                                {40, 5003, 1}, {3, 33'001, 1}, {2, 140'001, 1}, {3, 11, 1000}};
   for (const auto& shape : shapes) right = run(shape[0], shape[1], shape[2]) && right;

@@ -70,6 +70,23 @@ __device__ inline char* shared_memory() {
 #endif
 }
 
+// One access of sizeof(Vector) bytes, to which p is aligned.
+template <class Vector>
+__device__ Vector load_vector(const void* p) {
+#ifndef __CUDACC__
+  emulator::check_aligned(p, sizeof(Vector));
+#endif
+  return *static_cast<const Vector*>(p);
+}
+
+template <class Vector>
+__device__ void store_vector(void* p, const Vector& value) {
+#ifndef __CUDACC__
+  emulator::check_aligned(p, sizeof(Vector));
+#endif
+  *static_cast<Vector*>(p) = value;
+}
+
 // Clusters exist from compute capability 9.0 on; older devices are never asked for one.
 __device__ inline void cluster_sync() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

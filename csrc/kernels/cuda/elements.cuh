@@ -98,7 +98,7 @@ template <class T, int N>
 __device__ Pack<T, N> load_pack(const T* p) {
   Pack<T, N> pack;
   if constexpr (N == kPack<T> && N > 1) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    const uint4 bits = load_vector<uint4>(p);
     T elements[N];
     memcpy(elements, &bits, sizeof bits);
     for (int k = 0; k < N; ++k) pack.at[k] = widen(elements[k]);
@@ -108,23 +108,29 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return pack;
 }
 
-// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
+// Two neighbours of a half dtype in a 32-bit word.
 template <class Half>
-__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
+__device__ uint32_t word_of(float low, float high) {
 #ifdef __CUDA_ARCH__
   uint32_t word;
   if constexpr (std::is_same_v<Half, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(pack.at[2 * i + 1]), "f"(pack.at[2 * i]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   }
   return word;
 #else
-  Half low, high;
-  narrow(pack.at[2 * i], low);
-  narrow(pack.at[2 * i + 1], high);
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  Half first, second;
+  narrow(low, first);
+  narrow(high, second);
+  return first.bits | static_cast<uint32_t>(second.bits) << 16;
 #endif
+}
+
+// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
+template <class Half>
+__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
+  return word_of<Half>(pack.at[2 * i], pack.at[2 * i + 1]);
 }
 __device__ inline uint32_t word_of(const Pack<float, 4>& pack, int i) {
   uint32_t word;
@@ -141,7 +147,7 @@ __device__ inline uint32_t word_of(const Pack<double, 2>& pack, int i) {
 template <class T, int N>
 __device__ void store_pack(T* p, const Pack<T, N>& pack) {
   if constexpr (N == kPack<T> && N > 1) {
-    *reinterpret_cast<uint4*>(p) = uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)};
+    store_vector(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
   } else {
     for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
   }

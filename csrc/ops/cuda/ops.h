@@ -29,6 +29,13 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
                                                   double label_smoothing, int64_t reduction, bool need_logits,
                                                   bool need_target);
 
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu, bool allow_tf32);
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& output, bool need_bias,
+                                                   bool allow_tf32);
+
 int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                  const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first_step);
@@ -40,6 +47,8 @@ void implement_ops(Library& m) {
   m.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
   m.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient_));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("sgd_step", TORCH_BOX(&sgd_step));
 }
 

@@ -1,0 +1,18 @@
+// The products of a linear layer on the tensor cores of compute capability 9.0: bfloat16 and float16.
+#pragma once
+
+#include "linear.h"
+
+namespace mnist_ext::cuda {
+
+// Whether wgmma_product does this product on the current device.
+template <class T>
+bool wgmma_takes(const Product<T>& product);
+
+template <class T>
+int64_t wgmma_workspace_bytes(const Product<T>& product);
+
+template <class T>
+void wgmma_product(const Product<T>& product, void* workspace, CUstream_st* stream);
+
+}  // namespace mnist_ext::cuda

@@ -1,0 +1,10 @@
+// The products of a linear layer by wgmma, for float16.
+#include "linear_wgmma_launch.cuh"
+
+namespace mnist_ext::cuda {
+
+template bool wgmma_takes(const Product<Float16>&);
+template int64_t wgmma_workspace_bytes(const Product<Float16>&);
+template void wgmma_product(const Product<Float16>&, void*, cudaStream_t);
+
+}  // namespace mnist_ext::cuda

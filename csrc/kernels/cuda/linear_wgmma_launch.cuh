@@ -1,0 +1,143 @@
+// Which products wgmma_product takes, and which tiles it cuts them into.
+#pragma once
+
+#include "linear_wgmma.cuh"
+#include "linear_wgmma.h"
+
+namespace mnist_ext::cuda {
+
+// As the Tensor Memory Accelerator copies it: rows that begin at multiples of 16 bytes and do not overlap.
+template <class T>
+bool is_copied_in_boxes(const Operand<T>& operand, int64_t outer, int64_t depth) {
+  constexpr int64_t kMost = 0x7fffffff, kMostBytes = int64_t{1} << 40;
+  const bool by_depth = major_of(operand) == Major::depth;
+  const int64_t unit = by_depth ? operand.depth_stride : operand.outer_stride, row_size = by_depth ? depth : outer;
+  const int64_t stride = (by_depth ? operand.outer_stride : operand.depth_stride) * static_cast<int64_t>(sizeof(T));
+  return unit == 1 && elements_past_alignment(operand.data) == 0 && stride % 16 == 0 && stride < kMostBytes &&
+         stride >= row_size * static_cast<int64_t>(sizeof(T)) && outer <= kMost - 256 && depth <= kMost - 256;
+}
+
+// Below that mma_product's smaller tiles waste less.
+inline constexpr int64_t kWgmmaLeast = 128;
+
+template <class T>
+bool uses_fragments(const Product<T>& product) {
+  return product.gate.data || product.row_sums || major_of(product.a) == Major::outer;
+}
+
+// Whether the device has these instructions, and this library code for them: plain sm_90's has none.
+template <class T>
+bool has_wgmma() {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
+#ifdef __CUDACC__
+  static const bool has_code = [] {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, linear_wgmma_kernel<T, Major::depth, Major::depth, false, 128>),
+          "cudaFuncGetAttributes");
+    return attributes.maxThreadsPerBlock >= kWgmmaThreads;
+  }();
+  return has_code;
+#else
+  return true;
+#endif
+}
+
+template <class T>
+bool wgmma_takes(const Product<T>& product) {
+  if constexpr (sizeof(T) != 2) {
+    return false;
+  } else {
+    const Product<T>& p = product;
+    if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
+    if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
+    if (!is_copied_in_boxes(p.a, p.rows, p.depth) || !is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
+    if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a)))
+      return false;
+    // Of the layouts with fragments only those of a layer's gradients are compiled.
+    if (uses_fragments(p) && major_of(p.b) != Major::outer) return false;
+    return has_wgmma<T>();
+  }
+}
+
+struct WgmmaPlan {
+  int columns;       // of a tile
+  unsigned cluster;  // blocks
+  int row_tiles, column_tiles;
+  int depth_tiles, depth_tiles_of_part, parts;
+};
+
+// Wide tiles where they fill the device; else narrow ones, and where these do not fill it either, the depth in parts.
+template <class T>
+WgmmaPlan wgmma_plan(const Product<T>& product) {
+  constexpr int kLeastTiles = 8, kFewRowTiles = 8;  // of which a cluster would waste too much if they are odd
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const auto tiles = [](int64_t size, int side) { return static_cast<int>(tiles_of(size, side)); };
+  WgmmaPlan plan{};
+  plan.row_tiles = tiles(product.rows, kWgmmaRows);
+  plan.columns = tiles_of(product.rows, kWgmmaRows) * tiles_of(product.columns, 256) >= processors ? 256 : 128;
+  plan.column_tiles = tiles(product.columns, plan.columns);
+  plan.cluster = plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles ? 2 : 1;
+  plan.row_tiles += plan.row_tiles % static_cast<int>(plan.cluster);
+  plan.depth_tiles = tiles(product.depth, kWgmmaDepth);
+  int parts = processors / (plan.row_tiles * plan.column_tiles);
+  if (parts > plan.depth_tiles / kLeastTiles) parts = plan.depth_tiles / kLeastTiles;
+  if (parts < 1) parts = 1;
+  plan.depth_tiles_of_part = tiles(plan.depth_tiles, parts);
+  plan.parts = tiles(plan.depth_tiles, plan.depth_tiles_of_part);
+  return plan;
+}
+
+template <class T>
+int64_t wgmma_workspace_bytes(const Product<T>& product) {
+  return parts_bytes(product, wgmma_plan(product).parts);
+}
+
+// In boxes of `outer` by 64 of the depth, or of 64 by 64.
+template <class T>
+TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t depth, int box) {
+  const bool by_depth = major_of(operand) == Major::depth;
+  const int64_t stride = (by_depth ? operand.outer_stride : operand.depth_stride) * static_cast<int64_t>(sizeof(T));
+  return by_depth ? tensor_map(operand.data, depth, outer, stride, box)
+                  : tensor_map(operand.data, outer, depth, stride, kWgmmaDepth);
+}
+
+template <class T, Major kMajorA, Major kMajorB, bool kFragments>
+void launch_wgmma(const WgmmaWork<T>& work, const WgmmaPlan& plan, cudaStream_t stream) {
+  const int cluster = static_cast<int>(plan.cluster);
+  const int items = plan.row_tiles / cluster * plan.column_tiles * plan.parts;
+  const int at_once = device_attribute(cudaDevAttrMultiProcessorCount) / cluster;
+  const int clusters = at_once < 1 ? 1 : items < at_once ? items : at_once;
+  const auto start = [&]<int kColumns>() {
+    const Shape shape = {static_cast<unsigned>(clusters) * plan.cluster, kWgmmaThreads, plan.cluster,
+                         WgmmaKernel<T, kMajorA, kMajorB, kFragments, kColumns>::kSharedBytes};
+    launch("linear wgmma", linear_wgmma_kernel<T, kMajorA, kMajorB, kFragments, kColumns>, shape, stream, work);
+  };
+  plan.columns == 256 ? start.template operator()<256>() : start.template operator()<128>();
+}
+
+template <class T>
+void wgmma_product(const Product<T>& product, void* workspace, cudaStream_t stream) {
+  const WgmmaPlan plan = wgmma_plan(product);
+  const TensorMap a = boxes_of(product.a, product.rows, product.depth, kWgmmaRows);
+  const WgmmaWork<T> work = {
+      .a = a,
+      .gate = product.gate.data ? boxes_of(product.gate, product.rows, product.depth, kWgmmaRows) : a,
+      .b = boxes_of(product.b, product.columns, product.depth, plan.columns / static_cast<int>(plan.cluster)),
+      .gated = product.gate.data != nullptr,
+      .row_tiles = plan.row_tiles,
+      .column_tiles = plan.column_tiles,
+      .depth_tiles = plan.depth_tiles,
+      .depth_tiles_of_part = plan.depth_tiles_of_part,
+      .parts = plan.parts,
+      .output = output_of(product, plan.parts, workspace)};
+  if (!uses_fragments(product)) {
+    major_of(product.b) == Major::depth ? launch_wgmma<T, Major::depth, Major::depth, false>(work, plan, stream)
+                                        : launch_wgmma<T, Major::depth, Major::outer, false>(work, plan, stream);
+  } else {
+    major_of(product.a) == Major::depth ? launch_wgmma<T, Major::depth, Major::outer, true>(work, plan, stream)
+                                        : launch_wgmma<T, Major::outer, Major::outer, true>(work, plan, stream);
+  }
+  finish(work.output, plan.parts, stream);
+}
+
+}  // namespace mnist_ext::cuda

@@ -1,0 +1,24 @@
+// The wgmma kernels, as ordinary C++ on the emulator.
+#include "../../csrc/kernels/cuda/linear_wgmma_bfloat16.cu"
+#include "../../csrc/kernels/cuda/linear_wgmma_float16.cu"
+#include "linear_products.h"
+
+namespace {
+
+template <class T>
+const char* wgmma_product(const emulated::Product& arguments) {
+  return emulated::error_of([&] {
+    const auto product = emulated::typed<T>(arguments);
+    if (!mnist_ext::cuda::wgmma_takes(product)) throw std::logic_error("not taken");
+    emulated::with_workspace(mnist_ext::cuda::wgmma_workspace_bytes(product),
+                             [&](void* workspace) { mnist_ext::cuda::wgmma_product(product, workspace, nullptr); });
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* emulator_wgmma_bfloat16(const emulated::Product* p) { return wgmma_product<mnist_ext::BFloat16>(*p); }
+const char* emulator_wgmma_float16(const emulated::Product* p) { return wgmma_product<mnist_ext::Float16>(*p); }
+}

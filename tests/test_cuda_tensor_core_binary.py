@@ -1,0 +1,99 @@
+"""What the CUDA compiler made of the tensor-core kernels, read with NVIDIA's disassembler."""
+
+import re
+
+import pytest
+from test_cuda_binary import code_name, dump, pytestmark  # noqa: F401
+
+import mnist_ext
+
+HALVES = ("BFloat16", "Float16")
+
+
+@pytest.fixture(scope="module")
+def usage():
+    """List each kernel's mangled name, registers, bytes of stack and of local memory."""
+    line = r"Function (\w*mma_kernel\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
+    return [(name, *map(int, rest)) for name, *rest in re.findall(line, dump("-res-usage"))]
+
+
+def kernels_for(architecture: str) -> dict[str, str]:
+    """Disassemble each kernel."""
+    built_for = [code_name(a.replace(".", "")) for a in mnist_ext.build_info()["cuda"]]
+    if architecture not in built_for:
+        pytest.skip(f"the library was built without code for sm_{architecture}")
+    functions = dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]
+    return {text.split(maxsplit=1)[0]: text for text in functions}
+
+
+@pytest.fixture(scope="module")
+def sm_80():
+    return kernels_for("80")
+
+
+@pytest.fixture(scope="module")
+def sm_90a():
+    return kernels_for("90a")
+
+
+def instances(kernels, name, *parts):
+    """Pick a template's instances by parts of their mangled names."""
+    return [sass for n, sass in kernels.items() if all(part in n for part in (name, *parts))]
+
+
+def test_nothing_is_spilled(usage):
+    assert len(usage) >= 3 * 16
+    for kernel, registers, stack, local in usage:
+        assert (stack, local) == (0, 0), kernel
+        if "wgmma_kernel" in kernel:  # what each of three warpgroups gets at the start
+            assert registers <= 168, kernel
+        else:  # two blocks of 128 threads at once with large tiles, four with small ones
+            assert registers <= (255 if "ELi128E" in kernel else 128), kernel
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    ("dtype", "instruction"),
+    [
+        ("8BFloat16", "HMMA.16816.F32.BF16"),
+        ("7Float16", "HMMA.16816.F32 "),
+        ("If", "HMMA.1688.F32.TF32"),
+    ],
+)
+def test_mma(request, architecture, dtype, instruction):
+    """Tensor cores of the right dtype, fed by 16-byte copies and ldmatrix; 16-byte stores."""
+    kernels = instances(request.getfixturevalue(architecture), "linear_mma_kernel", dtype)
+    assert len(kernels) == 16
+    for kernel in kernels:
+        assert kernel.count("HMMA") == kernel.count(instruction) > 0
+        assert re.search(r"LDGSTS\.E\.\S*128", kernel)
+        assert "LDSM" in kernel or dtype == "If"
+        assert re.search(r"STG\.E\.128" if dtype != "If" else r"STG\.E\.64", kernel)
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma(sm_90a, dtype, columns):
+    kernels = instances(sm_90a, "linear_wgmma_kernel", dtype, f"ELi{columns}E")
+    assert len(kernels) == 4
+    of_dtype = ".BF16" if dtype == "BFloat16" else ""
+    for kernel in kernels:
+        assert kernel.count("HGMMA") == kernel.count(f"HGMMA.64x{columns}x16.F32{of_dtype} ") > 0
+        assert "UTMALDG.2D.MULTICAST" in kernel
+        assert "USETMAXREG" in kernel
+        assert re.search(r"STG\.E\.128", kernel)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmmas_of_a_stage_follow_each_other(sm_90a, dtype):
+    """Four at a time are in flight: only the last of them is waited for."""
+    kernels = instances(sm_90a, "linear_wgmma_kernel", dtype)
+    assert len(kernels) == 8
+    for kernel in kernels:
+        order = re.findall(r"HGMMA[^;]*|WARPGROUP\.DEPBAR[^;]*", kernel)
+        products = [x for x in order if x.startswith("HGMMA")]
+        assert len(products) % 4 == 0
+        for first in range(0, len(products), 4):
+            assert ["gsb0" in x for x in products[first : first + 4]] == [False, False, False, True]
+        waits = [i for i, x in enumerate(order) if x.startswith("WARPGROUP")]
+        assert all("gsb0" in order[i - 1] or order[i - 1].startswith("WARPGROUP") for i in waits)
