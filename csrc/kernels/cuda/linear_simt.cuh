@@ -216,7 +216,7 @@ struct ThreadTile {
   }
 
   __device__ void add_step(const S* a, const S* b) {
-#pragma unroll
+#pragma unroll 2  // more would take more registers, to load further ahead
     for (int depth = 0; depth < A::kDepth; depth += kVector) {
       S x[kVector][Tile::kThreadRows];
       read_rows(a, depth, x);
