@@ -48,9 +48,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
-# A100, H100/H200, B200, RTX 50; a GPU in between runs the code of the one before it, and a newer
-# one compiles the last one's for itself.
-ARCHITECTURES = os.environ.get("MNIST_EXT_CUDA_ARCH", "8.0;9.0;10.0;12.0").split(";")
+ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version) if TOOLKIT else []
 
 # No fast-math: inf and NaN are part of the contract. Contracting a * b + c is not fast-math.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]

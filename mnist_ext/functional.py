@@ -39,7 +39,6 @@ _LINEAR_DTYPES = tuple(
 )
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _TYPES = (Tensor, torch.nn.Parameter)
-_OLDEST_GPU = (8, 0)  # compute capability: of the oldest one that the kernels are built for
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -47,10 +46,19 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in _TYPES and tensor.layout is torch.strided and not tensor.is_nested
 
 
+def _is_built_for(capability: tuple[int, int], architectures: str) -> bool:
+    # A GPU runs the code of an older one of its major number; newer ones compile the last one's.
+    built = [tuple(map(int, name.split("."))) for name in architectures.split(";")]
+    return capability >= built[-1] or any(
+        major == capability[0] and minor <= capability[1] for major, minor in built
+    )
+
+
 @functools.cache
 def _runs_kernels(device: torch.device) -> bool:
     if device.type == "cuda" and _library.cuda is not None:
-        return torch.cuda.get_device_capability(device) >= _OLDEST_GPU
+        capability = torch.cuda.get_device_capability(device)
+        return _is_built_for(capability, _library.cuda.architectures)
     return device.type == "cpu"
 
 

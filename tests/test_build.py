@@ -24,7 +24,7 @@ def make_toolkit(home: Path, number: int) -> Path:
 @pytest.fixture(autouse=True)
 def bare_machine(monkeypatch, tmp_path):
     """Hide every toolkit that this machine may have."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "MNIST_EXT_CUDA"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "MNIST_EXT_CUDA", "MNIST_EXT_CUDA_ARCH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(cuda_toolkit.glob, "glob", lambda pattern: [])
@@ -61,6 +61,29 @@ def test_a_folder_without_the_compiler_is_passed_over(monkeypatch, tmp_path):
     assert cuda_toolkit.find("13.0") is None
 
 
+def test_a_folder_without_the_headers_is_passed_over(monkeypatch, tmp_path):
+    home = make_toolkit(tmp_path / "toolkit", 13000)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    (home / "include" / "cuda.h").unlink()
+    assert cuda_toolkit.find("13.0") is None
+
+
+@pytest.mark.parametrize("unset", [None, "", " "])
+def test_architectures_that_the_toolkit_knows(monkeypatch, unset):
+    if unset is not None:
+        monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", unset)  # make gpu leaves it empty without a GPU
+    assert cuda_toolkit.architectures("12.6") == ["8.0", "9.0"]
+    assert cuda_toolkit.architectures("13.0") == ["8.0", "9.0", "10.0", "12.0"]
+
+
+def test_architectures_asked_for(monkeypatch):
+    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "10.0;9.0")
+    assert cuda_toolkit.architectures("13.0") == ["9.0", "10.0"]
+    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "hopper")
+    with pytest.raises(SystemExit, match="got 'hopper'"):
+        cuda_toolkit.architectures("13.0")
+
+
 def test_compiler_on_path_that_is_a_script_elsewhere(tmp_path):
     home = make_toolkit(tmp_path / "toolkit", 13000)
     script = tmp_path / "bin" / "nvcc"
@@ -86,3 +109,21 @@ def test_what_pip_is_asked_for(monkeypatch, tmp_path):
     assert ask() == []
     monkeypatch.setattr(torch.version, "cuda", "12.8")  # for which PyPI has none
     assert ask() == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((7, 5), "8.0;9.0", False),
+        ((8, 0), "9.0", False),
+        ((8, 6), "8.0;9.0", True),
+        ((9, 0), "8.0;9.0", True),
+        ((11, 0), "8.0;9.0;10.0;12.0", False),
+        ((10, 3), "8.0;9.0;10.0;12.0", True),
+        ((13, 0), "8.0;9.0;10.0;12.0", True),
+    ],
+)
+def test_gpus_that_the_kernels_run_on(capability, architectures, expected):
+    """Others get PyTorch's ops."""
+    functional = pytest.importorskip("mnist_ext.functional")
+    assert functional._is_built_for(capability, architectures) == expected

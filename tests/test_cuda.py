@@ -31,7 +31,7 @@ from test_semantics import test_int32_and_uint8_targets  # noqa: F401
 from test_semantics import test_values_and_gradients as values_and_gradients
 
 import mnist_ext
-from mnist_ext import functional
+from mnist_ext import _autograd, functional
 
 
 @pytest.fixture(params=emulated.KERNELS)
@@ -134,6 +134,18 @@ def test_gradient_for_a_grad_output(isa, dtype):
     )
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(halves[0].double(), truth, rtol=0.6 * eps + 1e-6, atol=1e-6)
+
+
+def test_gradient_at_any_address(emulator):
+    """The op may be called with a gradient of the caller's; rows of an odd number of classes."""
+    logits, target = make((300, 9))
+    moved = torch.empty(logits.numel() + 1)[1:].view(300, 9)
+    assert moved.data_ptr() % 16 != 0
+    options = None, -100, 0.0, 2
+    _autograd._cross_entropy_gradient_(moved, torch.tensor(0.5), logits, target, *options)
+    leaf = logits.double().requires_grad_()
+    F.cross_entropy(leaf, target, reduction="sum").backward(torch.tensor(0.5).double())
+    torch.testing.assert_close(moved.double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_launches(emulator):

@@ -55,6 +55,29 @@ def requirements(torch_cuda: str) -> list[str]:
     return [f"{package}=={version}.*" for package in packages]
 
 
+def architectures(toolkit_version: str) -> list[str]:
+    """Name the compute capabilities to compile for, the newest last.
+
+    A100, H100 and H200; B200 and RTX 50 where the toolkit knows them. A GPU of the same major
+    number runs the code of the one before it, and a newer one compiles the last one's for itself.
+    """
+    if asked := os.environ.get("MNIST_EXT_CUDA_ARCH", "").strip():
+        names = asked.split(";")
+    else:
+        blackwell = _numbers(toolkit_version) >= (12, 8)
+        names = ["8.0", "9.0", *(["10.0", "12.0"] if blackwell else [])]
+    try:
+        return sorted(names, key=_numbers)
+    except ValueError:
+        raise SystemExit(
+            f"MNIST_EXT_CUDA_ARCH: expected compute capabilities such as 8.0;9.0, got {asked!r}"
+        ) from None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
 def _homes(major: str) -> Iterator[Path]:
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):
@@ -77,7 +100,8 @@ def _home_of_compiler() -> Path | None:
 
 def _at(home: Path) -> Toolkit | None:
     headers = home / "include"
-    if not ((home / "bin" / "nvcc").exists() and (headers / "cuda_runtime.h").exists()):
+    needed = (home / "bin" / "nvcc", headers / "cuda.h", headers / "cuda_runtime.h")
+    if not all(path.exists() for path in needed):
         return None
     found = re.search(r"#define CUDA_VERSION (\d+)", (headers / "cuda.h").read_text())
     if found is None:

@@ -448,7 +448,7 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
     const T* logits = p.logits.data + first * p.logits.batch_stride;
     T* gradient = work.grad_logits ? work.grad_logits + first * classes : nullptr;
     for (int i = threadIdx.x; aligned && i < packs; i += blockDim.x) {
-      reinterpret_cast<uint4*>(tile)[i] = reinterpret_cast<const uint4*>(logits)[i];
+      store_vector(tile + i * kPack<T>, load_vector<uint4>(logits + i * kPack<T>));
     }
     for (int i = (aligned ? packs * kPack<T> : 0) + threadIdx.x; i < elements; i += blockDim.x) {
       const int row = i / classes, c = i % classes;
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
     }
     __syncthreads();
     for (int i = threadIdx.x; gradient && aligned_gradient && i < packs; i += blockDim.x) {
-      reinterpret_cast<uint4*>(gradient)[i] = reinterpret_cast<const uint4*>(tile)[i];
+      store_vector(gradient + i * kPack<T>, load_vector<uint4>(tile + i * kPack<T>));
     }
     for (int i = (aligned_gradient ? packs * kPack<T> : 0) + threadIdx.x; gradient && i < elements; i += blockDim.x) {
       gradient[i] = tile[i / classes * pitch + i % classes];
