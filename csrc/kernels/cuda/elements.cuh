@@ -153,21 +153,25 @@ __device__ void store_pack(T* p, const Pack<T, N>& pack) {
   }
 }
 
-// To global memory, whether p is aligned to 16 bytes or not. Left to itself the compiler merges the two branches into
-// narrower stores for both.
+// 16 bytes to global memory, to which p is aligned. Beside a branch for other addresses, the compiler left to itself
+// merges the two into narrower stores for both.
+__device__ inline void store_words_global(void* p, uint4 words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  store_vector(p, words);
+#endif
+}
+
+// To global memory, whether p is aligned to 16 bytes or not.
 template <class T, int N>
 __device__ void store_pack_global(T* p, const Pack<T, N>& pack, bool aligned) {
   if constexpr (N == kPack<T> && N > 1) {
     if (aligned) {
-#ifdef __CUDA_ARCH__
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                   :
-                   : "l"(__cvta_generic_to_global(p)), "r"(word_of(pack, 0)), "r"(word_of(pack, 1)),
-                     "r"(word_of(pack, 2)), "r"(word_of(pack, 3))
-                   : "memory");
-#else
-      store_pack(p, pack);
-#endif
+      store_words_global(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
       return;
     }
   }

@@ -150,7 +150,7 @@ __device__ void store_halves(const Output<Half>& output, const float (&sum)[kTil
       if (i >= output.rows || j >= output.columns) continue;
       Half* place = output.out + i * output.columns + j;
       if (output.aligned) {
-        store_vector(place, uint4{word[0], word[1], word[2], word[3]});
+        store_words_global(place, uint4{word[0], word[1], word[2], word[3]});
       } else {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
