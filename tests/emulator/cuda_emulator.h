@@ -272,8 +272,9 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes, std::mt19937
 }
 
 inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t shared_bytes, std::function<void()> kernel) {
-  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block || cluster_size > largest_cluster ||
-      grid.x % cluster_size != 0 || (cluster_size > 1 && compute_capability_major < 9)) {
+  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block ||
+      cluster_size > largest_cluster || grid.x % cluster_size != 0 ||
+      (cluster_size > 1 && compute_capability_major < 9)) {
     throw std::logic_error("emulator: a launch that no device can do");
   }
   ++launches;
@@ -367,10 +368,7 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 enum cudaError_t { cudaSuccess };
-enum cudaFuncAttribute {
-  cudaFuncAttributeMaxDynamicSharedMemorySize,
-  cudaFuncAttributeNonPortableClusterSizeAllowed
-};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,

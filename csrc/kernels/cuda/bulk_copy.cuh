@@ -1,5 +1,5 @@
-// Bulk copies from global to shared memory (compute capability 9.0): one thread starts a copy, the copy engine makes it,
-// and a barrier in shared memory counts the bytes that have come.
+// Bulk copies from global to shared memory (compute capability 9.0): one thread starts a copy, the copy engine makes
+// it, and a barrier in shared memory counts the bytes that have come.
 //
 // Once: barrier.init() by one thread, then a barrier of the block. Then in turns: one thread announces all bytes of a
 // round by expect(), bulk_copy() brings them, and every thread that reads them calls wait(round). A round begins when

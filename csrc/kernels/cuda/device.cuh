@@ -63,9 +63,8 @@ void with_config(const char* name, void (*kernel)(Parameters...), Shape shape, c
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), Shape shape, cudaStream_t stream,
             Parameters... parameters) {
-  with_config(name, kernel, shape, stream, [&](const cudaLaunchConfig_t& config) {
-    return cudaLaunchKernelEx(&config, kernel, parameters...);
-  });
+  with_config(name, kernel, shape, stream,
+              [&](const cudaLaunchConfig_t& config) { return cudaLaunchKernelEx(&config, kernel, parameters...); });
 }
 
 // How many such clusters the device can hold at once.

@@ -13,13 +13,12 @@
 // rows of those columns: it fetches them while the weights of the step are still in place.
 #pragma once
 
-#include <cstdio>
-
 #include "bulk_copy.cuh"
 #include "elements.cuh"
 #include "groups.cuh"
 #include "sgd.cuh"
 #include "train_step.h"
+#include "train_step_examples.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -42,8 +41,8 @@ struct alignas(8) Pair {
 // Places in shared memory are in floats from its begin. Of a block where nothing else is said.
 struct ClusterLayer {
   TrainedParameter<float> weight, bias;
-  int features, neurons;  // of the layer
-  int slice;              // neurons of each block, a multiple of 4; the last blocks may have fewer, or none
+  int features, neurons;          // of the layer
+  int slice;                      // neurons of each block, a multiple of 4; the last blocks may have fewer, or none
   int input_pitch, output_pitch;  // features and neurons, rounded up to whole quads
   bool relu;
   int weights, weights_buffer;  // [slice, input_pitch]
@@ -81,12 +80,6 @@ struct ClusterWork {
 };
 static_assert(sizeof(ClusterWork) <= 4096, "a kernel's arguments");
 
-[[noreturn]] __device__ inline void report_bad_example(const char* what, int64_t count, int64_t got, int64_t position) {
-  printf("mnist_ext.train_steps: %s: expected indices in [0, %lld), got %lld at position %lld\n", what,
-         static_cast<long long>(count), static_cast<long long>(got), static_cast<long long>(position));
-  __trap();
-}
-
 // Four numbers of a row of images or activations.
 __device__ inline Quad numbers_of(const float* row, int quad, const Images<float>&) {
   return load_vector<Quad>(row + kQuad * quad);
@@ -104,8 +97,8 @@ __device__ inline Quad numbers_of(const uint8_t* row, int quad, const Images<flo
 
 __device__ inline float relu_of(float x) { return x <= 0 ? 0 : x; }  // NaN stays
 
-// Sums over all lanes of 2 * kHalf numbers each. Each exchange halves a lane's numbers: with 2 left, they are those from
-// 2 * lane on.
+// Sums over all lanes of 2 * kHalf numbers each. Each exchange halves a lane's numbers: with 2 left, they are those
+// from 2 * lane on.
 template <int kHalf>
 __device__ void exchange(float (&sums)[kTile * kTile]) {
   constexpr int kDistance = kHalf / 2;
@@ -118,9 +111,9 @@ __device__ void exchange(float (&sums)[kTile * kTile]) {
   if constexpr (kHalf > 2) exchange<kHalf / 2>(sums);
 }
 
-// Products of 8 rows of x with 8 rows of w, of which there are x_rows and w_rows (at least 1; the others' results do not
-// count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets the sums of the
-// row lane / 4 with two rows of w from 2 * (lane % 4) on.
+// Products of 8 rows of x with 8 rows of w, of which there are x_rows and w_rows (at least 1; the others' results do
+// not count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets the sums of
+// the row lane / 4 with two rows of w from 2 * (lane % 4) on.
 template <class Number>
 __device__ Pair tile_products(const Number* x, int x_pitch, int x_rows, const float* w, int w_pitch, int w_rows,
                               int quads, const Images<float>& images) {
@@ -175,9 +168,7 @@ struct ClusterSteps {
     return static_cast<int>(left < w.batch_size ? left : w.batch_size);
   }
 
-  __device__ const Number* images() const {
-    return reinterpret_cast<const Number*>(shared + w.images_at[step % 2]);
-  }
+  __device__ const Number* images() const { return reinterpret_cast<const Number*>(shared + w.images_at[step % 2]); }
   __device__ int image_pitch() const { return w.image_bytes / static_cast<int>(sizeof(Number)); }
   __device__ const int* targets(int of_step) const { return reinterpret_cast<int*>(shared + w.targets[of_step % 2]); }
   __device__ CopyBarrier* barrier(int of_step) const {
@@ -226,12 +217,7 @@ struct ClusterSteps {
   }
 
   __device__ int64_t image_of(int of_step, int row) const {
-    const int64_t at = w.first + static_cast<int64_t>(of_step) * w.batch_size + row;
-    const int64_t image = w.order ? w.order[at] : at;
-    if (static_cast<uint64_t>(image) >= static_cast<uint64_t>(w.image_count)) {
-      report_bad_example("order", w.image_count, image, at);
-    }
-    return image;
+    return checked_image(w.order, w.first + static_cast<int64_t>(of_step) * w.batch_size + row, w.image_count);
   }
 
   // Begins to fetch the images of a step; its targets are there after the block's next barrier.
@@ -240,18 +226,8 @@ struct ClusterSteps {
     int* targets_of_rows = const_cast<int*>(targets(of_step));
     for (int row = thread(); row < count; row += kStepThreads) {
       const int64_t image = image_of(of_step, row);
-      int64_t target = -1;
-      switch (w.target.type) {
-        case ClassIndices::Type::int64: target = static_cast<const int64_t*>(w.target.data)[image]; break;
-        case ClassIndices::Type::int32: target = static_cast<const int32_t*>(w.target.data)[image]; break;
-        default: target = static_cast<const uint8_t*>(w.target.data)[image];
-      }
-      if (target == w.ignore_index) {
-        target = -1;
-      } else if (static_cast<uint64_t>(target) >= static_cast<uint64_t>(classes)) {
-        report_bad_example("labels", classes, target, image);
-      }
-      targets_of_rows[row] = static_cast<int>(target);
+      const int64_t target = checked_label(w.target, image, w.ignore_index, classes);
+      targets_of_rows[row] = target == w.ignore_index ? -1 : static_cast<int>(target);
     }
     char* to = reinterpret_cast<char*>(shared + w.images_at[of_step % 2]);
     const Number* from;

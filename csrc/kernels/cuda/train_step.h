@@ -1,6 +1,6 @@
-// Many training steps of a small multilayer perceptron in one launch: ../train_step.h says what is computed. One cluster
-// of blocks keeps parameters and momentum buffers in shared memory from the first step to the last; device memory sees
-// images, labels and losses only, and the parameters once at the end.
+// Many training steps of a small multilayer perceptron in one launch: ../train_step.h says what is computed. One
+// cluster of blocks keeps parameters and momentum buffers in shared memory from the first step to the last; device
+// memory sees images, labels and losses only, and the parameters once at the end.
 //
 // Here pointers are to the device's memory, but for layers, groups and lr, which are read before the call returns, and
 // these differ from the CPU:
