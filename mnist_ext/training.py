@@ -230,7 +230,7 @@ def train(
         model.train()
         if step is not None:
             # The order that `batches` would draw.
-            order = torch.randperm(len(train_split), generator=generator)
+            order = torch.randperm(len(train_split), generator=generator).to(device)
             rates = _Rates(optimizer, scheduler)
             train_loss = step.epoch(
                 train_split.images, train_split.labels, config.batch_size, order, rates

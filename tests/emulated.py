@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "kernels.cpp"),
             str(EMULATOR / "library.cpp"),
             str(EMULATOR / "mistakes.cpp"),
-            str(EMULATOR / "train_step.cpp"),
+            str(EMULATOR / "train_step_kernels.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
             str(ROOT / "csrc/ops/cuda/linear.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
@@ -65,11 +65,9 @@ def set_device(
     multiprocessors: int = 132,
     largest_cluster: int = 8,
 ) -> None:
-    """Choose the device that is played; an H200 unless told, but one whose clusters have 8 blocks."""
+    """Choose the device that is played; an H200 unless told, with clusters of at most 8 blocks."""
     library().emulator_set_largest_cluster(largest_cluster)
-    library().emulator_set_device(
-        compute_capability_major, shared_kilobytes << 10, multiprocessors
-    )
+    library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
 def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
@@ -95,7 +93,10 @@ def patches() -> list:
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in (*CROSS_ENTROPY, *LINEAR)),
+        *(
+            mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default)
+            for n in (*CROSS_ENTROPY, *LINEAR)
+        ),
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
         mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
