@@ -299,7 +299,7 @@ def test_hundreds_of_steps_take_more_than_one_launch(emulator):
 
 
 def test_the_readmes_model(emulator):
-    """At its real size, a batch of 64 in the 16 blocks of an H200: the shared memory just holds it."""
+    """At its real size, a batch of 64 in 16 blocks: an H200's shared memory just holds it."""
     emulated.set_device(largest_cluster=16)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)

@@ -24,7 +24,9 @@ namespace mnist_ext::cuda {
 
 inline constexpr unsigned kStepThreads = 256;
 inline constexpr int kStepWarps = kStepThreads / kWarp;
-inline constexpr int kTile = 8;  // a warp's products: so many rows by so many neurons
+inline constexpr int kTileRows = 8;  // a warp's products: so many rows by so many neurons
+// Of images the block has usually 8 neurons, and each number of an image is to be converted once; above it has fewer.
+inline constexpr int kImageNeurons = 8, kHiddenNeurons = 4;
 inline constexpr int kQuad = 4;  // numbers of one access of 16 bytes; rows are padded to whole ones, with zeros
 inline constexpr int kLanesOfRow = 4;
 
@@ -32,10 +34,6 @@ inline constexpr int kClusterLayers = 8, kClusterGroups = 8, kClusterRates = 384
 
 struct alignas(16) Quad {
   float at[kQuad];
-};
-
-struct alignas(8) Pair {
-  float at[2];
 };
 
 // Places in shared memory are in floats from its begin. Of a block where nothing else is said.
@@ -97,46 +95,54 @@ __device__ inline Quad numbers_of(const uint8_t* row, int quad, const Images<flo
 
 __device__ inline float relu_of(float x) { return x <= 0 ? 0 : x; }  // NaN stays
 
-// Sums over all lanes of 2 * kHalf numbers each. Each exchange halves a lane's numbers: with 2 left, they are those
-// from 2 * lane on.
-template <int kHalf>
-__device__ void exchange(float (&sums)[kTile * kTile]) {
-  constexpr int kDistance = kHalf / 2;
+// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange halves a lane's numbers: in the end it
+// has the sums of kNeurons / 4 of them, from the number lane * kNeurons / 4 on.
+template <int kHalf, int kDistance, int kNumbers>
+__device__ void exchange(float (&sums)[kNumbers]) {
   const bool upper = threadIdx.x & kDistance;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const float given = upper ? sums[i] : sums[i + kHalf], kept = upper ? sums[i + kHalf] : sums[i];
     sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kDistance);
   }
-  if constexpr (kHalf > 2) exchange<kHalf / 2>(sums);
+  if constexpr (kDistance > 1) exchange<kHalf / 2, kDistance / 2>(sums);
 }
 
-// Products of 8 rows of x with 8 rows of w, of which there are x_rows and w_rows (at least 1; the others' results do
-// not count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets the sums of
-// the row lane / 4 with two rows of w from 2 * (lane % 4) on.
-template <class Number>
-__device__ Pair tile_products(const Number* x, int x_pitch, int x_rows, const float* w, int w_pitch, int w_rows,
-                              int quads, const Images<float>& images) {
+// Neighbours in a row of outputs, that one lane has.
+template <int kNumbers>
+struct alignas(4 * kNumbers) Neighbours {
+  float at[kNumbers];
+};
+
+// Products of 8 rows of x with kNeurons rows of w, of which there are x_rows and w_rows (at least 1; the others'
+// results do not count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets
+// the sums of the row lane / 4 with kNeurons / 4 rows of w from lane % 4 * kNeurons / 4 on.
+template <int kNeurons, class Number>
+__device__ Neighbours<kNeurons / 4> tile_products(const Number* x, int x_pitch, int x_rows, const float* w, int w_pitch,
+                                                  int w_rows, int quads, const Images<float>& images) {
   const int lane = threadIdx.x % kWarp;
-  float sums[kTile * kTile] = {};
+  float sums[kTileRows * kNeurons] = {};
   for (int q = lane; q < quads; q += kWarp) {
-    Quad of_w[kTile];
+    Quad of_w[kNeurons];
 #pragma unroll
-    for (int n = 0; n < kTile; ++n) of_w[n] = load_vector<Quad>(w + (n < w_rows ? n : 0) * w_pitch + kQuad * q);
+    for (int n = 0; n < kNeurons; ++n) of_w[n] = load_vector<Quad>(w + (n < w_rows ? n : 0) * w_pitch + kQuad * q);
 #pragma unroll
-    for (int r = 0; r < kTile; ++r) {
+    for (int r = 0; r < kTileRows; ++r) {
       const Quad of_x = numbers_of(x + (r < x_rows ? r : 0) * x_pitch, q, images);
 #pragma unroll
-      for (int n = 0; n < kTile; ++n) {
+      for (int n = 0; n < kNeurons; ++n) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
-          sums[r * kTile + n] = fmaf(of_x.at[i], of_w[n].at[i], sums[r * kTile + n]);
+          sums[r * kNeurons + n] = fmaf(of_x.at[i], of_w[n].at[i], sums[r * kNeurons + n]);
         }
       }
     }
   }
-  exchange<kTile * kTile / 2>(sums);
-  return {sums[0], sums[1]};
+  exchange<kTileRows * kNeurons / 2, kWarp / 2>(sums);
+  Neighbours<kNeurons / 4> own;
+#pragma unroll
+  for (int i = 0; i < kNeurons / 4; ++i) own.at[i] = sums[i];
+  return own;
 }
 
 // Number: of the images.
@@ -254,37 +260,48 @@ struct ClusterSteps {
   }
 
   // To the same place in every block.
-  __device__ void store_to_all(float* place, Pair pair) const {
-    for (int block = 0; block < cluster; ++block) store_vector(shared_memory_of(block, place), pair);
+  template <int kNumbers>
+  __device__ void store_to_all(float* place, const Neighbours<kNumbers>& numbers) const {
+    for (int block = 0; block < cluster; ++block) store_vector(shared_memory_of(block, place), numbers);
+  }
+
+  // Calls f(first row, first neuron) for each tile of the warp, of the block's so many neurons.
+  template <int kNeurons, class F>
+  __device__ void for_tiles(int count, const F& f) const {
+    const int tiles_of_row = (count + kNeurons - 1) / kNeurons;
+    const int tiles = (rows + kTileRows - 1) / kTileRows * tiles_of_row;
+    for (int tile = warp(); tile < tiles; tile += kStepWarps) {
+      f(tile / tiles_of_row * kTileRows, tile % tiles_of_row * kNeurons);
+    }
   }
 
   // Outputs of a layer's own neurons from x [rows, input_pitch]. before_storing is called once, by whole warps.
-  template <class X, class Before>
+  template <int kNeurons, class X, class Before>
   __device__ void forward(const ClusterLayer& layer, const X* x, int pitch, const Before& before_storing) const {
-    const int count = neurons(layer), tiles_of_row = (count + kTile - 1) / kTile;
-    const int tiles = (rows + kTile - 1) / kTile * tiles_of_row;
+    const int count = neurons(layer);
     bool stored = false;
-    for (int tile = warp(); tile < tiles; tile += kStepWarps) {
-      const int row = tile / tiles_of_row * kTile, neuron = tile % tiles_of_row * kTile;
-      Pair sums = tile_products(x + row * pitch, pitch, rows - row, shared + layer.weights + neuron * layer.input_pitch,
-                                layer.input_pitch, count - neuron, layer.input_pitch / kQuad, w.images);
+    for_tiles<kNeurons>(count, [&](int row, int neuron) {
+      auto sums = tile_products<kNeurons>(x + row * pitch, pitch, rows - row,
+                                          shared + layer.weights + neuron * layer.input_pitch, layer.input_pitch,
+                                          count - neuron, layer.input_pitch / kQuad, w.images);
       if (!stored) before_storing();
       stored = true;
-      const int r = row + lane() / 4, n = neuron + lane() % 4 * 2;
-      if (r >= rows || n >= layer.slice || first_neuron(layer) + n >= layer.output_pitch) continue;
+      constexpr int kOwn = kNeurons / 4;
+      const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn;
+      if (r >= rows || n >= layer.slice || first_neuron(layer) + n >= layer.output_pitch) return;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < kOwn; ++i) {
         if (layer.bias.data) sums.at[i] += shared[layer.biases + n + i];
         if (layer.relu) sums.at[i] = relu_of(sums.at[i]);
         if (n + i >= count) sums.at[i] = 0;
       }
       store_to_all(shared + layer.outputs + r * layer.output_pitch + first_neuron(layer) + n, sums);
-    }
+    });
     if (!stored) before_storing();
   }
 
   __device__ void forward(int l) const {
-    forward(w.layers[l], shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch, [] {});
+    forward<kHiddenNeurons>(w.layers[l], shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch, [] {});
   }
 
   // The weights of a layer that belong to the block's own neurons of the layer below.
@@ -375,26 +392,26 @@ struct ClusterSteps {
   // The gradient of the own neurons' outputs in the layer below, from that of all outputs of layer l.
   __device__ void backward(int l) const {
     const ClusterLayer &layer = w.layers[l], &below = w.layers[l - 1];
-    const int count = neurons(below), tiles_of_row = (count + kTile - 1) / kTile;
-    const int tiles = (rows + kTile - 1) / kTile * tiles_of_row;
-    for (int tile = warp(); tile < tiles; tile += kStepWarps) {
-      const int row = tile / tiles_of_row * kTile, neuron = tile % tiles_of_row * kTile;
-      Pair sums = tile_products(shared + layer.grads + row * layer.output_pitch, layer.output_pitch, rows - row,
-                                shared + layer.columns + neuron * layer.output_pitch, layer.output_pitch,
-                                count - neuron, layer.output_pitch / kQuad, w.images);
-      const int r = row + lane() / 4, n = neuron + lane() % 4 * 2, of_layer = first_neuron(below) + n;
-      if (r >= rows || n >= below.slice || of_layer >= below.output_pitch) continue;
-      const Pair outputs = load_vector<Pair>(shared + below.outputs + r * below.output_pitch + of_layer);
+    const int count = neurons(below);
+    for_tiles<kHiddenNeurons>(count, [&](int row, int neuron) {
+      auto sums =
+          tile_products<kHiddenNeurons>(shared + layer.grads + row * layer.output_pitch, layer.output_pitch, rows - row,
+                                        shared + layer.columns + neuron * layer.output_pitch, layer.output_pitch,
+                                        count - neuron, layer.output_pitch / kQuad, w.images);
+      constexpr int kOwn = kHiddenNeurons / 4;
+      const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn, of_layer = first_neuron(below) + n;
+      if (r >= rows || n >= below.slice || of_layer >= below.output_pitch) return;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (n + i >= count || (below.relu && outputs.at[i] <= 0)) sums.at[i] = 0;
+      for (int i = 0; i < kOwn; ++i) {
+        const float output = shared[below.outputs + r * below.output_pitch + of_layer + i];
+        if (n + i >= count || (below.relu && output <= 0)) sums.at[i] = 0;
       }
       if (below.grads_of_all) {
         store_to_all(shared + below.grads + r * below.grads_pitch + of_layer, sums);
       } else {
         store_vector(shared + below.grads + r * below.grads_pitch + n, sums);
       }
-    }
+    });
   }
 
   __device__ SgdOptions options(const TrainedParameter<float>& p) const {
@@ -404,24 +421,30 @@ struct ClusterSteps {
     return o;
   }
 
-  // Weight gradients and update of the own neurons: a thread has 8 neurons' weights of 4 inputs.
-  template <class X>
-  __device__ void update(const ClusterLayer& layer, const X* x, int pitch) const {
+  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Each layer's
+  // work begins with another warp: that of the layers above is little, and is done beside that of the first one.
+  template <int kNeurons, class X>
+  __device__ void update(int l, const X* x, int pitch) const {
+    const ClusterLayer& layer = w.layers[l];
+    const int first = (thread() + l * kWarp) % static_cast<int>(kStepThreads);
     const int count = neurons(layer), quads = layer.input_pitch / kQuad;
     const float* grads = shared + layer.grads + (layer.grads_of_all ? first_neuron(layer) : 0);
     if (layer.weight.group >= 0) {
       const SgdOptions o = options(layer.weight);
-      for (int i = thread(); i < (count + kTile - 1) / kTile * quads; i += kStepThreads) {
-        const int neuron = i / quads * kTile, quad = i % quads;
-        const int upper = neuron + kQuad < layer.slice ? kQuad : 0;  // the slice may end in the middle of the eight
-        float sums[kTile][kQuad] = {};
+      for (int i = first; i < (count + kNeurons - 1) / kNeurons * quads; i += kStepThreads) {
+        const int neuron = i / quads * kNeurons, quad = i % quads;
+        float sums[kNeurons][kQuad] = {};
 #pragma unroll 4
         for (int row = 0; row < rows; ++row) {
           const float* g = grads + row * layer.grads_pitch + neuron;
           const Quad of_x = numbers_of(x + row * pitch, quad, w.images);
-          const Quad of_g[] = {load_vector<Quad>(g), load_vector<Quad>(g + upper)};
+          Quad of_g[kNeurons / kQuad];
 #pragma unroll
-          for (int n = 0; n < kTile; ++n) {
+          for (int n = 0; n < kNeurons; n += kQuad) {  // the slice may end in the middle of eight
+            of_g[n / kQuad] = load_vector<Quad>(g + (neuron + n < layer.slice ? n : 0));
+          }
+#pragma unroll
+          for (int n = 0; n < kNeurons; ++n) {
 #pragma unroll
             for (int k = 0; k < kQuad; ++k) {
               sums[n][k] = fmaf(of_g[n / kQuad].at[n % kQuad], of_x.at[k], sums[n][k]);
@@ -429,22 +452,25 @@ struct ClusterSteps {
           }
         }
 #pragma unroll
-        for (int n = 0; n < kTile; ++n) {
+        for (int n = 0; n < kNeurons; ++n) {
           if (neuron + n < count) update_quad(layer, o, (neuron + n) * layer.input_pitch, quad, sums[n]);
         }
       }
     }
     if (layer.bias.group < 0) return;
-    // By the last threads, which have the least to do above.
-    for (int n = kStepThreads - 1 - thread(); n < count; n += kStepThreads) {
+    for (int n = kStepThreads - 1 - first; n < count; n += kStepThreads) {
       Pack<float, 1> gradient = {}, bias, buffer;
 #pragma unroll 8
       for (int row = 0; row < rows; ++row) gradient.at[0] += grads[row * layer.grads_pitch + n];
       bias.at[0] = shared[layer.biases + n];
       float* of_buffer = layer.bias.momentum_buffer ? shared + layer.biases_buffer + n : nullptr;
-      if (of_buffer) buffer.at[0] = *of_buffer;
-      sgd_elements<float, 1>(options(layer.bias), bias, gradient, of_buffer ? &buffer : nullptr);
-      if (of_buffer) *of_buffer = buffer.at[0];
+      if (of_buffer) {
+        buffer.at[0] = *of_buffer;
+        sgd_elements<float, 1>(options(layer.bias), bias, gradient, &buffer);
+        *of_buffer = buffer.at[0];
+      } else {
+        sgd_elements<float, 1>(options(layer.bias), bias, gradient, nullptr);
+      }
       shared[layer.biases + n] = bias.at[0];
     }
   }
@@ -453,21 +479,29 @@ struct ClusterSteps {
                               const float (&gradient)[kQuad]) const {
     float* weights = shared + layer.weights + row + kQuad * quad;
     float* buffers = layer.weight.momentum_buffer ? shared + layer.weights_buffer + row + kQuad * quad : nullptr;
-    Pack<float, kQuad> p = load_pack<float, kQuad>(weights), g, buffer = {};
-    if (buffers) buffer = load_pack<float, kQuad>(buffers);
+    const auto clear_padding = [&](Pack<float, kQuad>& pack) {
+#pragma unroll
+      for (int k = 1; k < kQuad; ++k) {
+        if (kQuad * quad + k >= layer.features) pack.at[k] = 0;
+      }
+    };
+    Pack<float, kQuad> p = load_pack<float, kQuad>(weights), g;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) g.at[k] = gradient[k];
-    sgd_elements<float, kQuad>(o, p, g, buffers ? &buffer : nullptr);
-#pragma unroll
-    for (int k = 1; k < kQuad; ++k) {  // the padding stays 0
-      if (kQuad * quad + k >= layer.features) p.at[k] = buffer.at[k] = 0;
+    if (buffers) {
+      Pack<float, kQuad> buffer = load_pack<float, kQuad>(buffers);
+      sgd_elements<float, kQuad>(o, p, g, &buffer);
+      clear_padding(buffer);
+      store_pack(buffers, buffer);
+    } else {
+      sgd_elements<float, kQuad>(o, p, g, nullptr);
     }
-    if (buffers) store_pack(buffers, buffer);
+    clear_padding(p);
     store_pack(weights, p);
   }
 
   __device__ void update(int l) const {
-    update(w.layers[l], shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
+    update<kHiddenNeurons>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
   }
 
   __device__ void run_step() {
@@ -475,7 +509,7 @@ struct ClusterSteps {
     __syncthreads();  // the images of the step before have been read; those of this one are there, if plainly copied
     if (step + 1 < w.steps) fetch(step + 1);
     if (w.bulk) barrier(step)->wait(static_cast<unsigned>(step / 2));
-    forward(w.layers[0], images(), image_pitch(), [] { cluster_wait(); });
+    forward<kImageNeurons>(w.layers[0], images(), image_pitch(), [] { cluster_wait(); });
     cluster_sync();
     for (int l = w.lowest + 1; l < w.depth; ++l) fetch_columns(l);
     for (int l = 1; l < w.depth; ++l) {
@@ -494,7 +528,7 @@ struct ClusterSteps {
     }
     for (int l = w.depth - 1; l > 0 && l >= w.lowest; --l) update(l);
     if (w.depth > 1) cluster_arrive();  // what other blocks store here has been read
-    if (w.lowest == 0) update(w.layers[0], images(), image_pitch());
+    if (w.lowest == 0) update<kImageNeurons>(0, images(), image_pitch());
     if (w.depth == 1) cluster_arrive();
   }
 
