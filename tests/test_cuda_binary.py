@@ -66,10 +66,12 @@ def test_nothing_that_counts_is_spilled():
     assert len(usage) >= 12
     for kernel, registers, stack, local in usage:
         product = "linear_" in kernel
+        # A block of these has a multiprocessor to itself, with 255 registers for a thread.
+        alone = product or "train_steps_kernel" in kernel
         limit = 0 if product else 160 if "kernelId" in kernel else 80
         assert int(stack) <= limit, kernel
         assert int(local) == 0, kernel
-        assert int(registers) <= (255 if product else 128), kernel
+        assert int(registers) <= (255 if alone else 128), kernel
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time():
@@ -97,3 +99,16 @@ def test_products_keep_their_sums_in_registers_and_read_16_bytes_at_a_time():
         # A step of the depth multiplies 8 x 16 elements by 16, and 4 x 24 vectors are read for it.
         assert sass.count("FFMA ") >= 2048
         assert sass.count("LDS.128 ") <= 120
+
+
+def test_training_steps_keep_their_sums_in_registers_and_read_16_bytes_at_a_time():
+    """In code for devices with clusters; that for others holds nothing."""
+    found = kernels("train_steps_kernel")
+    assert len(found) == 2  # images of uint8, of float32
+    for name, sass in found.items():
+        if "UCGABAR_ARV" not in sass:
+            continue
+        assert sass.count("LDS.128 ") >= 40, name
+        assert "UBLKCP" in sass, name
+        # The products of an image's tile, of a hidden layer's, and the weights' gradients.
+        assert sass.count("FFMA ") >= 8 * 8 * 4 + 8 * 4 * 4 + 2 * 8 * 4 * 4, name

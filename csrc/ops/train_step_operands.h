@@ -65,7 +65,7 @@ struct TrainStepsArguments {
 
 enum LayerFlags : int64_t { kBias = 1, kRelu = 2 };
 enum GroupFlags : int64_t { kFrozen = -1, kFirstStep = 1 };
-constexpr int64_t kTrainStepstions = 5;  // of a group: momentum, dampening, weight_decay, nesterov, maximize
+constexpr int64_t kOptions = 5;  // of a group: momentum, dampening, weight_decay, nesterov, maximize
 
 inline void check_parameter(const TrainStepsArguments& a, std::size_t i, bool fitting, int64_t group_count) {
   const Tensor& p = a.params[i];
@@ -77,7 +77,7 @@ inline void check_parameter(const TrainStepsArguments& a, std::size_t i, bool fi
   check(kFrozen <= group && group < group_count, kTrainSteps, ": groups: expected -1 to ", group_count - 1, ", got ",
         group);
   if (a.momentum_buffers.empty() || a.momentum_buffers[i].numel() == 0) {
-    check(group == kFrozen || a.options[group * kTrainStepstions] == 0, kTrainSteps, ": momentum_buffers[", i,
+    check(group == kFrozen || a.options[group * kOptions] == 0, kTrainSteps, ": momentum_buffers[", i,
           "]: expected a tensor like params[", i, "], as its group has momentum, got none");
     return;
   }
@@ -93,7 +93,7 @@ inline void check_parameter(const TrainStepsArguments& a, std::size_t i, bool fi
 template <class T>
 TrainedParameter<T> parameter(const TrainStepsArguments& a, std::size_t i) {
   const int64_t group = a.groups[2 * i];
-  const bool has_buffer = group != kFrozen && a.options[group * kTrainStepstions] != 0;
+  const bool has_buffer = group != kFrozen && a.options[group * kOptions] != 0;
   return {static_cast<T*>(a.params[i].mutable_data_ptr()),
           has_buffer ? static_cast<T*>(a.momentum_buffers[i].mutable_data_ptr()) : nullptr, static_cast<int>(group),
           (a.groups[2 * i + 1] & kFirstStep) != 0};
@@ -252,8 +252,8 @@ Tensor train_steps_by_dtype(const TrainStepsArguments& a, const Run& run) {
   check(momentum_buffers.empty() || momentum_buffers.size() == params.size(), kTrainSteps,
         ": momentum_buffers: expected none or one for each of ", params.size(), " params, got ",
         momentum_buffers.size());
-  check(options.size() % kTrainStepstions == 0, kTrainSteps, ": options: expected ", kTrainStepstions,
-        " for each group, got ", options.size());
+  check(options.size() % kOptions == 0, kTrainSteps, ": options: expected ", kOptions, " for each group, got ",
+        options.size());
   check(batch_size >= 0, kTrainSteps, ": batch_size: expected at least 0, got ", batch_size);
   check(0 <= label_smoothing && label_smoothing <= 1, kTrainSteps,
         ": label_smoothing: expected a number in [0, 1], got ", label_smoothing);
