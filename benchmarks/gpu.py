@@ -13,8 +13,8 @@ in sizes of the logits. SGD counts what it must read and write.
 Training step: of the 784-128-64-10 model with ReLU, on batches that lie ready on the device, uint8
 pixels for `mnist_ext.TrainStep`, which normalizes them, and float32 for the others. Launches count
 here, as they do for users. Contestants: PyTorch eager; under torch.compile; its whole step as one
-CUDA graph; ours as a call for each step, that as a graph, and as `epoch`. The first losses of all are compared with
-those of TrainStep on the CPU. "rate" counts the step's arithmetic.
+CUDA graph; ours as a call for each step, that as a graph, and as `epoch`. The first losses of all
+are compared with those of TrainStep on the CPU. "rate" counts the step's arithmetic.
 """
 
 import argparse

@@ -397,7 +397,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  // What is asked once for each device is asked again when another one is played.
+  *device = emulator::compute_capability_major * 100 + static_cast<int>(emulator::largest_cluster);
   return cudaSuccess;
 }
 

@@ -1,4 +1,7 @@
 // Training steps in one cluster: what a block keeps where, and the launches, some hundred steps in each.
+#include <map>
+#include <mutex>
+
 #include "train_step.cuh"
 
 namespace mnist_ext::cuda {
@@ -20,7 +23,7 @@ class SharedPlaces {
 
 int64_t whole_quads(int64_t numbers) { return (numbers + kQuad - 1) / kQuad * kQuad; }
 
-// Everything but what differs between launches. Returns the floats of each block, or -1 where `work` has no room.
+// Fills in what the launches have in common. Returns the floats of each block, or -1 where `work` has no room.
 int64_t plan_cluster(const TrainSteps<float>& x, unsigned cluster, ClusterWork& work) {
   constexpr int64_t kLargest = 1 << 20;  // no row of as many numbers fits, and the sums below do not overflow
   if (x.depth > kClusterLayers || x.group_count > kClusterGroups) return -1;
@@ -78,35 +81,35 @@ int64_t plan_cluster(const TrainSteps<float>& x, unsigned cluster, ClusterWork& 
   return places.floats();
 }
 
-Shape cluster_shape(unsigned cluster, int64_t floats) {
-  return {cluster, kStepThreads, cluster, floats * static_cast<int64_t>(sizeof(float))};
-}
-
-// The number of blocks with which they fit, or 0. 16 where the device can: half of the work for each.
-unsigned fitting_cluster(const TrainSteps<float>& x, ClusterWork& work) {
-  if (device_attribute(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  for (unsigned cluster : {2 * kPortableCluster, kPortableCluster}) {
-    const int64_t floats = plan_cluster(x, cluster, work);
-    if (floats < 0 || floats * static_cast<int64_t>(sizeof(float)) > room) continue;
-    const Shape shape = cluster_shape(cluster, floats);
-    const auto kernel = x.images.pixels ? train_steps_kernel<uint8_t> : train_steps_kernel<float>;
-    if (max_active_clusters("train_steps", kernel, shape) > 0) return cluster;
+// The most blocks of a cluster, each with all of a multiprocessor's shared memory, that the current device can run: 16
+// or 8, or 0 before compute capability 9.0. Asking takes longer than a step, so it is asked once for each device.
+unsigned largest_cluster() {
+  static std::mutex mutex;
+  static std::map<int, unsigned> of_devices;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  const auto known = of_devices.find(device);
+  if (known != of_devices.end()) return known->second;
+  unsigned largest = 0;
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    largest = kPortableCluster;
+    const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    const Shape shape = {2 * kPortableCluster, kStepThreads, 2 * kPortableCluster, room};
+    if (max_active_clusters("train_steps", train_steps_kernel<uint8_t>, shape) > 0) largest = 2 * kPortableCluster;
   }
-  return 0;
+  of_devices[device] = largest;
+  return largest;
 }
 
 }  // namespace
 
-bool train_steps_fit_in_cluster(const TrainSteps<float>& x) {
+bool train_steps_in_cluster(const TrainSteps<float>& x, int64_t images, cudaStream_t stream) {
+  const unsigned cluster = largest_cluster();
+  if (cluster == 0) return false;
   ClusterWork work;
-  return fitting_cluster(x, work) > 0;
-}
-
-void train_steps_in_cluster(const TrainSteps<float>& x, int64_t images, cudaStream_t stream) {
-  ClusterWork work;
-  const unsigned cluster = fitting_cluster(x, work);
-  if (cluster == 0) throw std::logic_error("mnist_ext: train_steps_in_cluster: the model does not fit");
+  const int64_t bytes = plan_cluster(x, cluster, work) * static_cast<int64_t>(sizeof(float));
+  if (bytes < 0 || bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) return false;
   const double classes = static_cast<double>(x.layers[x.depth - 1].out_features);
   work.batch_size = static_cast<int>(x.batch_size < work.rows ? x.batch_size : work.rows);
   work.images = x.images;
@@ -133,8 +136,9 @@ void train_steps_in_cluster(const TrainSteps<float>& x, int64_t images, cudaStre
       work.lr[i] = static_cast<float>(x.lr[step * x.group_count + i]);
     }
     const auto kernel = x.images.pixels ? train_steps_kernel<uint8_t> : train_steps_kernel<float>;
-    launch("train_steps", kernel, cluster_shape(cluster, work.floats), stream, work);
+    launch("train_steps", kernel, Shape{cluster, kStepThreads, cluster, bytes}, stream, work);
   }
+  return true;
 }
 
 }  // namespace mnist_ext::cuda

@@ -176,7 +176,7 @@ struct ClusterSteps {
 
   __device__ const Number* images() const { return reinterpret_cast<const Number*>(shared + w.images_at[step % 2]); }
   __device__ int image_pitch() const { return w.image_bytes / static_cast<int>(sizeof(Number)); }
-  __device__ const int* targets(int of_step) const { return reinterpret_cast<int*>(shared + w.targets[of_step % 2]); }
+  __device__ int* targets(int of_step) const { return reinterpret_cast<int*>(shared + w.targets[of_step % 2]); }
   __device__ CopyBarrier* barrier(int of_step) const {
     return reinterpret_cast<CopyBarrier*>(shared + w.barriers) + of_step % 2;
   }
@@ -229,7 +229,7 @@ struct ClusterSteps {
   // Begins to fetch the images of a step; its targets are there after the block's next barrier.
   __device__ void fetch(int of_step) const {
     const int count = rows_of(of_step), features = w.layers[0].features, classes = w.layers[w.depth - 1].neurons;
-    int* targets_of_rows = const_cast<int*>(targets(of_step));
+    int* targets_of_rows = targets(of_step);
     for (int row = thread(); row < count; row += kStepThreads) {
       const int64_t image = image_of(of_step, row);
       const int64_t target = checked_label(w.target, image, w.ignore_index, classes);
@@ -330,10 +330,13 @@ struct ClusterSteps {
     const float scale = w.mean ? static_cast<float>(1 / total) : 1;
     const int sub = thread() % kLanesOfRow;
     for (int first = 0; first < rows; first += kStepThreads / kLanesOfRow) {
+      if (first + warp() * (kWarp / kLanesOfRow) >= rows) continue;
+      // What lies beyond the last row goes through its sums, as the whole warp makes them, and writes nothing.
       const int row = first + thread() / kLanesOfRow;
       const bool counts = row < rows;
-      loss_of_row(shared + top.outputs + (counts ? row : 0) * top.output_pitch, counts ? target[row] : -1, sub, scale,
-                  counts, shared + w.row_losses + row);
+      const int of_row = counts ? row : rows - 1;
+      loss_of_row(shared + top.outputs + of_row * top.output_pitch, target[of_row], sub, scale, counts,
+                  shared + w.row_losses + of_row);
     }
     __syncthreads();
     if (rank != 0 || warp() != 0) return;

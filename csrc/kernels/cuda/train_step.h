@@ -19,10 +19,8 @@ struct CUstream_st;  // a cudaStream_t points to one
 
 namespace mnist_ext::cuda {
 
-// Whether the current device can: it has clusters, and what a block keeps fits into its shared memory.
-bool train_steps_fit_in_cluster(const TrainSteps<float>& x);
-
-// images: how many there are, of which order names some. Only where they fit.
-void train_steps_in_cluster(const TrainSteps<float>& x, int64_t images, CUstream_st* stream);
+// Returns false, having done nothing, where the current device cannot: it has no clusters, or what a block keeps does
+// not fit into its shared memory. images: how many there are, of which order names some.
+bool train_steps_in_cluster(const TrainSteps<float>& x, int64_t images, CUstream_st* stream);
 
 }  // namespace mnist_ext::cuda

@@ -14,9 +14,7 @@ template <class T>
 void run(const TrainStepsOperands<T>& operands, const Tensor& param) {
   const OnDeviceOf device(param);
   if constexpr (std::is_same_v<T, float>) {
-    if (mnist_ext::cuda::train_steps_fit_in_cluster(operands.steps)) {
-      return mnist_ext::cuda::train_steps_in_cluster(operands.steps, operands.image_count, device.stream());
-    }
+    if (mnist_ext::cuda::train_steps_in_cluster(operands.steps, operands.image_count, device.stream())) return;
   }
   const int64_t bytes = mnist_ext::cuda::train_steps_sequence_workspace_bytes(operands.steps);
   const Tensor workspace = empty(device_of(param), aoti_torch_dtype_uint8(), {bytes});
