@@ -343,6 +343,30 @@ def test_a_bad_index_ends_the_kernel(path, capfd):
     assert "order: expected indices in [0, 12), got 12 at position 1" in capfd.readouterr().out
 
 
+class TestEmulator:
+    """That it notices what it says it notices."""
+
+    def test_bulk_copies_that_are_not_waited_for(self):
+        for seed in range(3):
+            emulated.set_seed(seed)
+            assert emulated.library().emulator_sum_of_bulk_copies(1) == 128 * 127 // 2
+            assert emulated.library().emulator_sum_of_bulk_copies(0) != 128 * 127 // 2
+        emulated.set_seed(0)
+
+    def test_a_bulk_copy_that_is_not_aligned(self):
+        assert b"not aligned" in emulated.error_of("emulator_misaligned_bulk_copy")
+
+    def test_a_cluster_that_does_not_wait(self):
+        waited, not_waited = set(), set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            waited.add(emulated.library().emulator_sum_of_cluster(1))
+            not_waited.add(emulated.library().emulator_sum_of_cluster(0))
+        emulated.set_seed(0)
+        assert waited == {4 * (0 + 1 + 2 + 3)}
+        assert not_waited != waited
+
+
 # What only a device can show.
 
 
