@@ -11,7 +11,11 @@
 namespace mnist_ext::cuda {
 namespace {
 
-// Where everything of a step lies in the workspace; without one it counts the bytes.
+// Stands for the workspace while its bytes are counted: what a product needs depends on which results it is to have,
+// and on their alignment.
+char* const kNowhere = reinterpret_cast<char*>(uintptr_t{256});
+
+// Where everything of a step lies in the workspace.
 template <class T>
 class Sequence {
  public:
@@ -65,7 +69,7 @@ class Sequence {
 
   template <class E>
   E* take(int64_t elements) {
-    char* place = workspace_ ? workspace_ + bytes_ : nullptr;
+    char* place = workspace_ + bytes_;
     bytes_ += (elements * static_cast<int64_t>(sizeof(E)) + 15) / 16 * 16;
     return reinterpret_cast<E*>(place);
   }
@@ -183,7 +187,7 @@ class Sequence {
 
 template <class T>
 int64_t train_steps_sequence_workspace_bytes(const TrainSteps<T>& x) {
-  return Sequence<T>(x, nullptr).bytes();
+  return Sequence<T>(x, kNowhere).bytes();
 }
 
 template <class T>
