@@ -81,11 +81,7 @@ void stored_to_all(bool wait, int* sum) {
   cluster_sync();
 }
 
-}  // namespace
-
-extern "C" {
-
-int emulator_sum_of_bulk_copies(bool wait) {
+int sum_of_bulk_copies(bool wait) {
   alignas(16) int numbers[128];
   for (int i = 0; i < 128; ++i) numbers[i] = i;
   int sum = 0;
@@ -93,6 +89,13 @@ int emulator_sum_of_bulk_copies(bool wait) {
          static_cast<const int*>(numbers), &sum);
   return sum;
 }
+
+}  // namespace
+
+extern "C" {
+
+int emulator_sum_of_bulk_copies() { return sum_of_bulk_copies(true); }
+void emulator_bulk_copies_not_waited_for() { sum_of_bulk_copies(false); }
 
 int emulator_sum_of_cluster(bool wait) {
   int sum = 0;
