@@ -416,8 +416,8 @@ class TrainStep:
         ):
             _refuse(
                 f"{where}: expected a contiguous tensor, not empty, of float32 or of float64, on "
-                f"the CPU or on a CUDA device, as all others, got {list(param.shape)} {param.dtype} "
-                f"on {param.device}"
+                "the CPU or on a CUDA device, as all others, got "
+                f"{list(param.shape)} {param.dtype} on {param.device}"
             )
         if param.device.type == "cuda" and _library.cuda is None:
             _refuse(f"{where} is on {param.device}, but: {_library.cuda_reason}")
