@@ -59,7 +59,8 @@ gpu:  ## on a machine with a GPU: build, test, look for memory errors and races,
 		$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 	mkdir -p $(SANITIZER)
-	nvcc -std=c++20 -arch=native -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels
+	nvcc -std=c++20 -arch=$$($(PYTHON) -c 'import torch; c = "%d%d" % torch.cuda.get_device_capability(); \
+		print("sm_" + c.replace("90", "90a"))') -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels
 	@if command -v compute-sanitizer >/dev/null; then \
 		for tool in memcheck racecheck initcheck; do \
 			echo $$tool; compute-sanitizer --tool $$tool --error-exitcode 3 $(SANITIZER)/kernels || exit 1; \

@@ -9,9 +9,16 @@ how many times as long a contestant takes as ours, the median of the ratio of ea
 counts one read and one write of the logits, whatever a contestant really moves; "limit" is its
 share of the rate of a large copy in the same run. "memory" is what a call needs beyond its inputs,
 in sizes of the logits. SGD counts what it must read and write. Rows of linear: see gpu_linear.py.
+
+Training step: of the 784-128-64-10 model with ReLU, on batches that lie ready on the device, uint8
+pixels for `mnist_ext.TrainStep`, which normalizes them, and float32 for the others. Launches count
+here, as they do for users. Contestants: PyTorch eager; under torch.compile; its whole step as one
+CUDA graph; ours as a call for each step, that as a graph, and as `epoch`. The first losses of all
+are compared with those of TrainStep on the CPU. "rate" counts the step's arithmetic.
 """
 
 import argparse
+import copy as copying
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +32,7 @@ from table import Table
 
 import mnist_ext
 from mnist_ext import functional
+from mnist_ext.models import mlp
 from mnist_ext.timing import take_turns
 
 SHAPES = [
@@ -38,6 +46,9 @@ SHAPES = [
 QUICK = [(8192, 32_000), (1_000_000, 10), (65_536, 1000), (64, 10)]
 DTYPES = [torch.bfloat16, torch.float32]
 COPY_BYTES = 4 << 30
+BATCH_SIZES = [1, 16, 64, 256, 1024, 4096]
+NORMALIZE = (0.1307, 0.3081)
+CHECKED_STEPS, TIMED_STEPS = 20, 400
 
 COLUMNS = {
     "what": "<28",
@@ -49,7 +60,7 @@ COLUMNS = {
     "p80": ">10.1f",
     "ratio": ">7.2f",
     "rate": ">8.1f",
-    "unit": "<6",
+    "unit": "<8",
     "limit": ">6.2f",
     "memory": ">7.2f",
     "error": ">9.1e",
@@ -165,6 +176,128 @@ def sgd(table: Table, copy: float) -> None:
         add_rows(table, graphs, repeats, moved, copy, {}, row)
 
 
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def captured(step: Step, model: torch.nn.Module, images, labels) -> Step:
+    """Return the step as one CUDA graph over inputs of its own."""
+    x, y = images.clone(), labels.clone()
+    before = copying.deepcopy(model.state_dict())
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(x, y)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(x, y)
+    model.load_state_dict(before)
+
+    def replay(images, labels):
+        x.copy_(images)
+        y.copy_(labels)
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def eager_step(model: torch.nn.Module, compiled: bool = False) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loss_of(images, labels):
+        return F.cross_entropy(model(images), labels)
+
+    function = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+
+    def step(images, labels):
+        optimizer.zero_grad()
+        loss = function(images, labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def one_call(model: torch.nn.Module) -> mnist_ext.TrainStep:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    criterion = torch.nn.CrossEntropyLoss()
+    return mnist_ext.TrainStep(model, criterion, optimizer, normalize=NORMALIZE)
+
+
+def training_step(table: Table, batch_size: int) -> None:
+    torch.manual_seed(0)
+    number = max(2, min(64, 16384 // batch_size))
+    pixels = torch.randint(0, 256, (number, batch_size, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (number, batch_size))
+    model = mlp((128, 64), "relu")
+    on_cpu = one_call(copying.deepcopy(model))
+    expected = [float(on_cpu(pixels[i % number], labels[i % number])) for i in range(CHECKED_STEPS)]
+    model, pixels, labels = model.cuda(), pixels.cuda(), labels.cuda()
+    images = (pixels[:, :, None] / 255 - NORMALIZE[0]) / NORMALIZE[1]
+    torch._dynamo.reset()
+    models = {name: copying.deepcopy(model) for name in ("eager", "ours", "epoch")}
+    graph_models = [copying.deepcopy(model) for _ in range(2)]
+    epoch = one_call(models["epoch"])
+    order = torch.arange(number * batch_size, device="cuda")
+    order = order.repeat(-(-TIMED_STEPS // number))[: TIMED_STEPS * batch_size]
+
+    def run_epoch(steps: int) -> float:
+        images_and_labels = pixels.flatten(0, 1), labels.flatten()
+        return epoch.epoch(*images_and_labels, batch_size, order[: steps * batch_size])
+
+    steps = {
+        "eager": (eager_step(models["eager"]), images),
+        "torch.compile": (eager_step(copying.deepcopy(model), compiled=True), images),
+        "graph of eager": (
+            captured(eager_step(graph_models[0]), graph_models[0], images[0], labels[0]),
+            images,
+        ),
+        "ours": (one_call(models["ours"]), pixels),
+        "graph of ours": (
+            captured(one_call(graph_models[1]), graph_models[1], pixels[0], labels[0]),
+            pixels,
+        ),
+    }
+    for name, (step, x) in steps.items():
+        found = [float(step(x[i % number], labels[i % number])) for i in range(CHECKED_STEPS)]
+        if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, expected, strict=True)):
+            raise SystemExit(f"{name} is wrong at batch {batch_size}: losses {found}")
+    mean = run_epoch(CHECKED_STEPS)
+    if not math.isclose(mean, sum(expected) / CHECKED_STEPS, rel_tol=1e-3):
+        raise SystemExit(f"ours epoch is wrong at batch {batch_size}: mean loss {mean}")
+
+    def timed(step: Step, x: torch.Tensor) -> Callable[[], None]:
+        def run() -> None:
+            for i in range(TIMED_STEPS):
+                step(x[i % number], labels[i % number])
+            torch.cuda.synchronize()
+
+        return run
+
+    runs = {name: timed(*step) for name, step in steps.items()}
+    runs["ours epoch"] = lambda: run_epoch(TIMED_STEPS)
+    times = take_turns(runs, table.turns)
+    operations = 2.0 * batch_size * (2 * 784 * 128 + 3 * (128 * 64 + 64 * 10))
+    for name in runs:
+        p20, median, p80 = (t / TIMED_STEPS * 1e6 for t in times.percentiles(name))
+        table.add(
+            what="training step",
+            shape=f"batch {batch_size}",
+            dtype="float32",
+            contestant=name,
+            us=median,
+            p20=p20,
+            p80=p80,
+            ratio=times.ratio(name, to="ours")[1],
+            rate=operations / median / 1e3,
+            unit="GFLOP/s",
+            limit=None,
+            memory=None,
+        )
+
+
 def add_rows(table, graphs, calls, moved, copy, memory, row) -> None:
     times = take_turns(graphs, table.turns)
     for name in graphs:
@@ -211,6 +344,8 @@ def main() -> None:
     sgd(table, copy)
     gpu_linear.products(table, args.quick)
     gpu_linear.autograd(table)
+    for batch_size in [1, 64, 4096] if args.quick else BATCH_SIZES:
+        training_step(table, batch_size)
     if args.csv:
         table.write(args.csv)
 

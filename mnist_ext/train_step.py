@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 from torch.optim import optimizer as _global_optimizer_hooks
 
+from mnist_ext import _library, optim
 from mnist_ext import nn as _ours
-from mnist_ext import optim
 
 _train_steps = torch.ops.mnist_ext.train_steps.default
 _set_grad_enabled = torch._C._set_grad_enabled
@@ -58,10 +58,16 @@ class TrainStep:
     settings are read at each step. Frozen parameters, and those that the optimizer does not hold,
     stay as they are.
 
+    On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
+    A float32 model that is small enough stays in the shared memory of some multiprocessors for
+    hundreds of steps (compute capability 9.0; docs/persistent-step.md). There an index or label
+    out of range that a step meets ends with a device-side assertion, as in PyTorch.
+
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
             or ours), each optionally followed by ``ReLU``. A ``Sequential``, or a module whose
-            forward consists of such calls. Parameters of float32 or of float64, on the CPU.
+            forward consists of such calls. Parameters of float32 or of float64, on the CPU or on
+            one CUDA device.
         criterion: ``CrossEntropyLoss`` (PyTorch's or ours), reduction ``"mean"`` or ``"sum"``.
         optimizer: ``torch.optim.SGD`` or ``mnist_ext.optim.SGD``, over parameters of model.
         normalize: (mean, std) of the pixels on the scale 0 to 1, for images of uint8: they count as
@@ -94,8 +100,9 @@ class TrainStep:
         """Train on one batch.
 
         Args:
-            images: [n, ...] of the parameters' dtype, or of uint8 with ``normalize``; without a
-                Flatten in the model [n, in_features]. Any strides. n may differ from call to call.
+            images: [n, ...] of the parameters' dtype, or of uint8 with ``normalize``, on the
+                parameters' device; without a Flatten in the model [n, in_features]. Any strides.
+                n may differ from call to call.
             labels: class indices [n] of int64, int32 or uint8.
 
         Returns:
@@ -103,6 +110,7 @@ class TrainStep:
 
         Raises:
             IndexError: a label is neither a class nor ``ignore_index``; nothing has been updated.
+                On a CUDA device a device-side assertion instead.
             TypeError: images or labels are no plain dense tensor.
             ValueError: the shapes or dtypes do not fit, or the model is not as it was and cannot be
                 taken any more; nothing has been updated.
@@ -163,7 +171,7 @@ class TrainStep:
         permutation: Tensor | None = None,
         scheduler: Scheduler | None = None,
     ) -> Iterator[Tensor]:
-        """Train as ``epoch`` does, and hand over control after each native call.
+        """Train as ``epoch`` does, and hand over control after each native call, when it is done.
 
         Between two parts model, optimizer and scheduler agree, and one may stop for good.
 
@@ -218,6 +226,8 @@ class TrainStep:
                 else:
                     chosen = images, labels, permutation[begin:end]
                 losses = self._run(*chosen, batch_size, rates)
+                if losses.is_cuda:
+                    torch.cuda.current_stream(losses.device).synchronize()
             if failure is not None:
                 raise failure
             steps = max(1, int(_SECONDS_PER_CALL * len(lrs) / (time.perf_counter() - started)))
@@ -294,10 +304,12 @@ class TrainStep:
         if self._state() != self._parsed_state:
             self._build()
         self._groups = self._optimizer.param_groups
-        if any(self._hooks) or torch.is_autocast_enabled("cpu"):
+        if any(self._hooks):
             self._refuse_hooks()
         if torch.is_inference_mode_enabled():
             _refuse("inference_mode is on, where nothing can be trained: leave it for TrainStep")
+        if torch.is_autocast_enabled(self._params[0].device.type):
+            _refuse("autocast is on, which would change the dtypes: leave it for TrainStep")
 
     def _state(self) -> list[Any]:
         groups = self._optimizer.param_groups
@@ -333,13 +345,14 @@ class TrainStep:
         if dims != 2 and not (self._flattens and dims > 2):
             shape = "[n, ...]" if self._flattens else "[n, in_features], as model does not flatten"
             _refuse(f"images: expected {shape}, got {list(images.shape)}")
-        if not images.is_cpu or images.requires_grad:
+        device = self._params[0].device
+        if images.device != device or images.requires_grad:
             _refuse(
-                "images: expected a tensor on the CPU that needs no gradient: call "
-                "images.detach().cpu()"
+                f"images: expected a plain tensor on {device} that needs no gradient, got one on "
+                f"{images.device}: call images.detach().to({str(device)!r})"
             )
-        if not labels.is_cpu:
-            _refuse(f"labels: expected a tensor on the CPU, got one on {labels.device}")
+        if labels.device != device:
+            _refuse(f"labels: expected a tensor on {device}, got one on {labels.device}")
 
     def _check_labels(self, images: Tensor, labels: Tensor, permutation: Tensor | None) -> None:
         """Refuse what is wrong anywhere in the epoch, before its first step."""
@@ -348,6 +361,11 @@ class TrainStep:
         chosen = labels
         if permutation is not None:
             _expect_tensor("permutation", permutation)
+            if permutation.device != images.device:
+                _refuse(
+                    f"permutation: expected a tensor on {images.device}, got one on "
+                    f"{permutation.device}"
+                )
             if permutation.dtype is not torch.int64 or permutation.dim() != 1:
                 _refuse(
                     "permutation: expected indices of int64 [examples], got "
@@ -406,8 +424,6 @@ class TrainStep:
                         f"{self._names[module]} ({type(module).__name__}) has {hooks[1:]}, which "
                         "would not run: remove them, or train with the ordinary loop"
                     )
-        if torch.is_autocast_enabled("cpu"):
-            _refuse("autocast is on, which would change the dtypes: leave it for TrainStep")
         _refuse(
             "optimizer has step hooks, or hooks of all modules or optimizers are registered, which "
             "would not run: remove them, or train with the ordinary loop"
@@ -471,16 +487,20 @@ class TrainStep:
             _refuse(f"{where} is shared with another layer: give each layer its own")
         first = self._params[0] if self._params else param
         if (
-            param.device.type != "cpu"
+            param.device.type not in ("cpu", "cuda")
+            or param.device != first.device
             or param.dtype not in (torch.float32, torch.float64)
             or param.dtype is not first.dtype
             or not param.is_contiguous()
             or param.numel() == 0
         ):
             _refuse(
-                f"{where}: expected a contiguous tensor on the CPU, not empty, of float32 or of "
-                f"float64 as all others, got {list(param.shape)} {param.dtype} on {param.device}"
+                f"{where}: expected a contiguous tensor, not empty, of float32 or of float64, on "
+                "the CPU or on a CUDA device, as all others, got "
+                f"{list(param.shape)} {param.dtype} on {param.device}"
             )
+        if param.device.type == "cuda" and _library.cuda is None:
+            _refuse(f"{where} is on {param.device}, but: {_library.cuda_reason}")
         if param._backward_hooks or param._post_accumulate_grad_hooks:
             _refuse(f"{where} has hooks, which would not run: remove them")
         self._params.append(param)

@@ -324,6 +324,7 @@ class Trainer:
         )
         rates = _Rates(self._optimizer, self._scheduler)
         images, labels = self._train.images, self._train.labels
+        order = order.to(images.device)
         for losses in step.parts(images, labels, self._config.batch_size, order, rates):
             yield losses, rates.take()
 

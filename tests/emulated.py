@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mnist_ext import _autograd, optim
+from mnist_ext import _autograd, optim, train_step
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
@@ -44,9 +44,11 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "linear_mma.cpp"),
             str(EMULATOR / "linear_wgmma.cpp"),
             str(EMULATOR / "mistakes.cpp"),
+            str(EMULATOR / "train_step_kernels.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
             str(ROOT / "csrc/ops/cuda/linear.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
+            str(ROOT / "csrc/ops/cuda/train_step.cpp"),
         ],
         # -O1: the kernels are small, and most of the time goes to switching threads.
         extra_cflags=["-std=c++20", "-O1", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
@@ -64,9 +66,13 @@ def set_seed(seed: int) -> None:
 
 
 def set_device(
-    compute_capability_major: int = 9, shared_kilobytes: int = 227, multiprocessors: int = 132
+    compute_capability_major: int = 9,
+    shared_kilobytes: int = 227,
+    multiprocessors: int = 132,
+    largest_cluster: int = 8,
 ) -> None:
-    """Choose the device that is played; an H200 unless told."""
+    """Choose the device that is played; an H200 unless told, with clusters of at most 8 blocks."""
+    library().emulator_set_largest_cluster(largest_cluster)
     library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
@@ -177,6 +183,7 @@ def patches() -> list:
         mock.patch.object(_autograd, "_host_may_read", return_value=False),
         mock.patch.object(_autograd, "_may_use_tf32", _may_use_tf32),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
+        mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
     ]
 
 

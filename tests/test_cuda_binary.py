@@ -68,10 +68,12 @@ def test_nothing_that_counts_is_spilled():
         if "mma_kernel" in kernel:  # test_cuda_tensor_core_binary.py
             continue
         product = "linear_" in kernel
+        # A block of these has a multiprocessor to itself, with 255 registers for a thread.
+        alone = product or "train_steps_kernel" in kernel
         limit = 0 if product else 160 if "kernelId" in kernel else 80
         assert int(stack) <= limit, kernel
         assert int(local) == 0, kernel
-        assert int(registers) <= (255 if product else 128), kernel
+        assert int(registers) <= (255 if alone else 128), kernel
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time():

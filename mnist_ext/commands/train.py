@@ -220,8 +220,8 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--one-call",
         action=argparse.BooleanOptionalAction,
-        help="run many training steps per native call (mnist_ext.TrainStep); only with --impl ext "
-        f"on the CPU, in one process (default: {TrainConfig.one_call})",
+        help="run many training steps per native call (mnist_ext.TrainStep); only with --impl ext, "
+        f"in one process (default: {TrainConfig.one_call})",
     )
     add("--device", metavar="DEVICE", help=f"cpu, cuda or cuda:N (default: {TrainConfig.device})")
     add(

@@ -60,6 +60,7 @@ inline unsigned seed = 0;                      // of the order in which threads 
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
 inline int multiprocessors = 132;              // likewise
+inline unsigned largest_cluster = 8;           // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -92,6 +93,7 @@ struct Thread {
   const unsigned* waiting_for = nullptr;  // a barrier's round, which must differ from...
   unsigned waiting_in = 0;
   bool done = false;
+  unsigned cluster_round = 0;            // of the cluster's barrier, when this thread arrived there
   std::vector<Copy> started;             // and not in a group yet
   std::deque<std::vector<Copy>> groups;  // not waited for yet, the oldest first
 
@@ -300,8 +302,9 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
 }
 
 inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t shared_bytes, std::function<void()> kernel) {
-  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block || cluster_size > 8 ||
-      grid.x % cluster_size != 0 || (cluster_size > 1 && compute_capability_major < 9)) {
+  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block ||
+      cluster_size > largest_cluster || grid.x % cluster_size != 0 ||
+      (cluster_size > 1 && compute_capability_major < 9)) {
     throw std::logic_error("emulator: a launch that no device can do");
   }
   ++launches;
@@ -369,10 +372,22 @@ T __ldcg(const T* place) {
 
 inline unsigned __clusterRelativeBlockRank() { return emulator::now.thread->block->rank; }
 inline unsigned __clusterSizeInBlocks() { return emulator::now.cluster_size; }
-inline void __cluster_barrier_arrive() {}  // always followed by the wait, which does both
-inline void __cluster_barrier_wait() { emulator::arrive_and_wait(emulator::now.cluster); }
 
-inline const void* __cluster_map_shared_rank(const void* here, unsigned rank) {
+inline void __cluster_barrier_arrive() {
+  emulator::Barrier& barrier = emulator::now.cluster;
+  emulator::now.thread->cluster_round = barrier.round;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.round;
+  }
+}
+
+inline void __cluster_barrier_wait() {
+  const unsigned& round = emulator::now.cluster.round;
+  if (round == emulator::now.thread->cluster_round) emulator::wait(round);
+}
+
+inline void* __cluster_map_shared_rank(const void* here, unsigned rank) {
   const auto offset = static_cast<const char*>(here) - emulator::shared_memory();
   return (*emulator::now.blocks)[rank].shared_begin + offset;
 }
@@ -383,7 +398,7 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
 enum cudaError_t { cudaSuccess };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -412,7 +427,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  // What is asked once for each device is asked again when another one is played.
+  *device = emulator::compute_capability_major * 100 + static_cast<int>(emulator::largest_cluster);
   return cudaSuccess;
 }
 
@@ -436,5 +452,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   emulator::run_grid(config->gridDim, config->blockDim, cluster, static_cast<int64_t>(config->dynamicSmemBytes),
                      [=] { kernel(parameters...); });
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = config->attrs->val.clusterDim.x <= emulator::largest_cluster ? 1 : 0;
   return cudaSuccess;
 }

@@ -1,5 +1,6 @@
 // Kernels with mistakes that the emulator has to notice; tests/test_cuda.py calls them.
 #include "../../csrc/kernels/cuda/async_copy.cuh"
+#include "../../csrc/kernels/cuda/bulk_copy.cuh"
 
 namespace {
 
@@ -38,9 +39,74 @@ void misaligned_copy(const int* numbers) { cp_async<16>(shared_memory(), numbers
 
 void copy_beyond() { cp_async<16>(shared_memory() + 64, nullptr, 0); }
 
+// One thread has 64 numbers copied, in two rounds to the same place; all add them up after each.
+void bulk_copied(bool wait, const int* numbers, int* sum) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  CopyBarrier* barrier = reinterpret_cast<CopyBarrier*>(shared + 64);
+  if (threadIdx.x == 0) barrier->init();
+  __syncthreads();
+  for (unsigned round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) {
+      barrier->expect(64 * sizeof(int));
+      for (int part = 0; part < 64; part += 16) {
+        bulk_copy(shared + part, numbers + 64 * round + part, 16 * sizeof(int), barrier);
+      }
+    }
+    if (wait) barrier->wait(round);
+    const int number = shared[threadIdx.x];
+    __syncthreads();
+    *sum += number;
+  }
+}
+
+void misaligned_bulk_copy(const int* numbers) {
+  CopyBarrier* barrier = reinterpret_cast<CopyBarrier*>(shared_memory() + 64);
+  barrier->init();
+  bulk_copy(shared_memory(), numbers + 1, 16, barrier);
+}
+
+// Each block stores its number to all of its cluster; arrived is not waited.
+void stored_to_all(bool wait, int* sum) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  cluster_sync();
+  for (unsigned i = 0; i < cluster_size(); ++i) {
+    *shared_memory_of(i, shared + cluster_rank()) = static_cast<int>(cluster_rank());
+  }
+  cluster_arrive();
+  int of_block = 0;
+  if (wait) cluster_wait();
+  for (unsigned i = 0; i < cluster_size(); ++i) of_block += shared[i];
+  if (!wait) cluster_wait();
+  *sum += of_block;
+  cluster_sync();
+}
+
+int sum_of_bulk_copies(bool wait) {
+  alignas(16) int numbers[128];
+  for (int i = 0; i < 128; ++i) numbers[i] = i;
+  int sum = 0;
+  launch("bulk_copied", bulk_copied, {1, 64, 1, 64 * sizeof(int) + sizeof(CopyBarrier)}, nullptr, wait,
+         static_cast<const int*>(numbers), &sum);
+  return sum;
+}
+
 }  // namespace
 
 extern "C" {
+
+int emulator_sum_of_bulk_copies() { return sum_of_bulk_copies(true); }
+void emulator_bulk_copies_not_waited_for() { sum_of_bulk_copies(false); }
+
+int emulator_sum_of_cluster(bool wait) {
+  int sum = 0;
+  launch("stored_to_all", stored_to_all, {4, 1, 4, 4 * sizeof(int)}, nullptr, wait, &sum);
+  return sum;
+}
+
+void emulator_misaligned_bulk_copy() {
+  alignas(16) const int numbers[8] = {};
+  launch("misaligned_bulk_copy", misaligned_bulk_copy, {1, 1, 1, 80}, nullptr, static_cast<const int*>(numbers));
+}
 
 int emulator_sum_of_copies(bool wait, bool of_neighbour) {
   alignas(16) int numbers[64];

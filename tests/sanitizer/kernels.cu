@@ -15,6 +15,7 @@
 #include "../../csrc/kernels/cuda/linear_mma_launch.cuh"
 #include "../../csrc/kernels/cuda/linear_wgmma_launch.cuh"
 #include "../../csrc/kernels/cuda/sgd.cuh"
+#include "../../csrc/kernels/cuda/train_step.cu"
 
 using namespace mnist_ext;
 using mnist_ext::cuda::check;
@@ -163,6 +164,61 @@ bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, boo
   return right;
 }
 
+// Steps of a model with one hidden layer, features - 20 - 5, in one cluster, where the device can. Its weights are 0 at
+// first, so that the first loss is log(5); all labels are the same, so that the following ones are smaller.
+bool run_train_steps(int64_t features, int64_t batch_size) {
+  constexpr int64_t kHidden = 20, kClasses = 5, kImages = 50;
+  const auto zeros = [](int64_t n) { return std::vector<float>(static_cast<size_t>(n)); };
+  const DeviceArray<float> weights[] = {DeviceArray<float>(zeros(kHidden * features)),
+                                        DeviceArray<float>(zeros(kClasses * kHidden))};
+  const DeviceArray<float> biases[] = {DeviceArray<float>(zeros(kHidden)), DeviceArray<float>(zeros(kClasses))};
+  const DeviceArray<float> buffer(zeros(kClasses));
+  const TrainedLayer<float> layers[] = {{features,
+                                         kHidden,
+                                         {weights[0].get(), nullptr, 0, false},
+                                         {biases[0].get(), nullptr, 0, false},
+                                         Activation::relu},
+                                        {kHidden,
+                                         kClasses,
+                                         {weights[1].get(), nullptr, 0, false},
+                                         {biases[1].get(), buffer.get(), 1, true},
+                                         Activation::none}};
+  const DeviceArray<uint8_t> pixels(std::vector<uint8_t>(static_cast<size_t>(kImages * features), 100));
+  const DeviceArray<int64_t> labels(std::vector<int64_t>(kImages, 3));
+  const SgdOptions groups[] = {{0, 0, 0, 0.1, false, false, false}, {0, 0.9, 0, 0, true, false, false}};
+  TrainSteps<float> x = {.layers = layers,
+                         .depth = 2,
+                         .images = {nullptr, pixels.get(), features, 0.01f, -0.5f},
+                         .target = {labels.get(), ClassIndices::Type::int64},
+                         .order = nullptr,
+                         .examples = kImages,
+                         .batch_size = batch_size,
+                         .class_weight = nullptr,
+                         .ignore_index = -100,
+                         .label_smoothing = 0,
+                         .reduction = Reduction::mean,
+                         .groups = groups,
+                         .group_count = 2,
+                         .lr = nullptr,
+                         .losses = nullptr};
+  const std::vector<double> rates(static_cast<size_t>(x.steps() * 2), 0.1);
+  const DeviceArray<float> losses(x.steps());
+  x.lr = rates.data();
+  x.losses = losses.get();
+  if (!cuda::train_steps_in_cluster(x, kImages, nullptr)) {
+    std::printf("train_steps: not on this device\n");
+    return true;
+  }
+  check(cudaDeviceSynchronize(), "train_steps");
+  const std::vector<float> found = losses.host(x.steps());
+  bool right = std::abs(found[0] - std::log(5.0f)) < 1e-6f;
+  for (size_t i = 1; i < found.size(); ++i) right = right && found[i] < found[i - 1];
+  std::printf("train_steps %lld features, batches of %lld: losses from %.6f to %.6f%s\n",
+              static_cast<long long>(features), static_cast<long long>(batch_size), static_cast<double>(found[0]),
+              static_cast<double>(found.back()), right ? "" : "  WRONG");
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +229,9 @@ int main() {
     for (int layout = 0; layout < 4; ++layout) {
       right = run_linear(p[0], p[1], p[2], layout & 1, layout & 2) && right;
     }
+  }
+  for (const int64_t features : {13, 16, 784}) {
+    for (const int64_t batch_size : {7, 32}) right = run_train_steps(features, batch_size) && right;
   }
   const int64_t shapes[][3] = {{1, 1, 1},     {64, 10, 1},    {700, 10, 1},    {5000, 32, 1}, {300, 257, 1},
                                {40, 5003, 1}, {3, 33'001, 1}, {2, 140'001, 1}, {3, 11, 1000}};

@@ -40,6 +40,13 @@ int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& g
                  const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first_step);
 
+Tensor train_steps(const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order, int64_t batch_size,
+                   const std::vector<Tensor>& params, const std::vector<Tensor>& momentum_buffers,
+                   const std::vector<int64_t>& layers, const std::vector<int64_t>& groups,
+                   const std::vector<double>& options, const std::vector<double>& lr, double scale, double shift,
+                   const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
+                   int64_t reduction);
+
 // Registers them all.
 template <class Library>
 void implement_ops(Library& m) {
@@ -50,6 +57,7 @@ void implement_ops(Library& m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("sgd_step", TORCH_BOX(&sgd_step));
+  m.impl("train_steps", TORCH_BOX(&train_steps));
 }
 
 }  // namespace mnist_ext::ops::cuda

@@ -1,0 +1,556 @@
+// Training steps in one cluster of blocks. Each block has, in its shared memory, `slice` neurons of each layer: their
+// weights, biases and momentum buffers. It computes their outputs for all examples of the batch and stores these to
+// every block of the cluster, as all need them in the next layer.
+//
+//   first layer forward                                                       wait: nobody reads the last outputs
+//   other layers forward, each                                                barrier before
+//   logits -> loss and their gradient, by every block for itself              barrier before
+//   gradient of each hidden layer's output from the top, own neurons          barrier between
+//   weight gradients and update, own neurons; the first layer's come last, as they need nothing of other blocks:
+//   arrive before them, so that the others can go on
+//
+// For the gradient of a layer's input a block needs the weights of its own neurons as inputs of the layer above, all
+// rows of those columns: it fetches them while the weights of the step are still in place.
+#pragma once
+
+#include "bulk_copy.cuh"
+#include "elements.cuh"
+#include "groups.cuh"
+#include "sgd.cuh"
+#include "train_step.h"
+#include "train_step_examples.cuh"
+
+namespace mnist_ext::cuda {
+
+inline constexpr unsigned kStepThreads = 256;
+inline constexpr int kStepWarps = kStepThreads / kWarp;
+inline constexpr int kTileRows = 8;  // a warp's products: so many rows by so many neurons
+// Of images the block has usually 8 neurons, and each number of an image is to be converted once; above it has fewer.
+inline constexpr int kImageNeurons = 8, kHiddenNeurons = 4;
+inline constexpr int kQuad = 4;  // numbers of one access of 16 bytes; rows are padded to whole ones, with zeros
+inline constexpr int kLanesOfRow = 4;
+
+inline constexpr int kClusterLayers = 8, kClusterGroups = 8, kClusterRates = 384;  // what a kernel's arguments hold
+
+struct alignas(16) Quad {
+  float at[kQuad];
+};
+
+// Places in shared memory are in floats from its begin. Of a block where nothing else is said.
+struct ClusterLayer {
+  TrainedParameter<float> weight, bias;
+  int features, neurons;          // of the layer
+  int slice;                      // neurons of each block, a multiple of 4; the last blocks may have fewer, or none
+  int input_pitch, output_pitch;  // features and neurons, rounded up to whole quads
+  bool relu;
+  int weights, weights_buffer;  // [slice, input_pitch]
+  int biases, biases_buffer;    // [slice]
+  int columns;                  // [slice of the layer below, output_pitch], or -1: not needed
+  int outputs;                  // [rows, output_pitch]: of the whole layer
+  int grads, grads_pitch;       // of outputs; [rows, output_pitch] of the whole layer, or [rows, slice]
+  bool grads_of_all;
+};
+
+struct ClusterWork {
+  ClusterLayer layers[kClusterLayers];
+  int depth, lowest;  // lowest: the first layer that is trained
+  int batch_size, steps, rows;
+  Images<float> images;
+  int64_t image_count;
+  bool bulk;  // rows of images can be fetched by bulk copies
+  ClassIndices target;
+  const int64_t* order;
+  int64_t first, examples;  // of this launch, in order
+  const float* class_weight;
+  int64_t ignore_index;
+  float every, of_target;  // s / classes, 1 - s, with the label smoothing s
+  bool mean;
+  SgdOptions groups[kClusterGroups];
+  int group_count;
+  bool first_launch;
+  float* losses;
+  int images_at[2], image_bytes;  // [rows, image_bytes], of two steps
+  int targets[2];                 // [rows] of int: -1 where ignored
+  int row_losses;                 // [rows]
+  int barriers;                   // two
+  int floats;                     // all in all
+  float lr[kClusterRates];        // [steps, group_count]
+};
+static_assert(sizeof(ClusterWork) <= 4096, "a kernel's arguments");
+
+// Four numbers of a row of images or activations.
+__device__ inline Quad numbers_of(const float* row, int quad, const Images<float>&) {
+  return load_vector<Quad>(row + kQuad * quad);
+}
+
+__device__ inline Quad numbers_of(const uint8_t* row, int quad, const Images<float>& images) {
+  const uint32_t pixels = load_vector<uint32_t>(row + kQuad * quad);
+  Quad x;
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    x.at[i] = fmaf(static_cast<float>((pixels >> (8 * i)) & 0xff), images.scale, images.shift);
+  }
+  return x;
+}
+
+__device__ inline float relu_of(float x) { return x <= 0 ? 0 : x; }  // NaN stays
+
+// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange halves a lane's numbers: in the end it
+// has the sums of kNeurons / 4 of them, from the number lane * kNeurons / 4 on.
+template <int kHalf, int kDistance, int kNumbers>
+__device__ void exchange(float (&sums)[kNumbers]) {
+  const bool upper = threadIdx.x & kDistance;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float given = upper ? sums[i] : sums[i + kHalf], kept = upper ? sums[i + kHalf] : sums[i];
+    sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kDistance);
+  }
+  if constexpr (kDistance > 1) exchange<kHalf / 2, kDistance / 2>(sums);
+}
+
+// Neighbours in a row of outputs, that one lane has.
+template <int kNumbers>
+struct alignas(4 * kNumbers) Neighbours {
+  float at[kNumbers];
+};
+
+// Products of 8 rows of x with kNeurons rows of w, of which there are x_rows and w_rows (at least 1; the others'
+// results do not count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets
+// the sums of the row lane / 4 with kNeurons / 4 rows of w from lane % 4 * kNeurons / 4 on.
+template <int kNeurons, class Number>
+__device__ Neighbours<kNeurons / 4> tile_products(const Number* x, int x_pitch, int x_rows, const float* w, int w_pitch,
+                                                  int w_rows, int quads, const Images<float>& images) {
+  const int lane = threadIdx.x % kWarp;
+  float sums[kTileRows * kNeurons] = {};
+  for (int q = lane; q < quads; q += kWarp) {
+    Quad of_w[kNeurons];
+#pragma unroll
+    for (int n = 0; n < kNeurons; ++n) of_w[n] = load_vector<Quad>(w + (n < w_rows ? n : 0) * w_pitch + kQuad * q);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const Quad of_x = numbers_of(x + (r < x_rows ? r : 0) * x_pitch, q, images);
+#pragma unroll
+      for (int n = 0; n < kNeurons; ++n) {
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          sums[r * kNeurons + n] = fmaf(of_x.at[i], of_w[n].at[i], sums[r * kNeurons + n]);
+        }
+      }
+    }
+  }
+  exchange<kTileRows * kNeurons / 2, kWarp / 2>(sums);
+  Neighbours<kNeurons / 4> own;
+#pragma unroll
+  for (int i = 0; i < kNeurons / 4; ++i) own.at[i] = sums[i];
+  return own;
+}
+
+// Number: of the images.
+template <class Number>
+struct ClusterSteps {
+  const ClusterWork& w;
+  float* shared;
+  int rank, cluster;
+  int step = 0, rows = 0;  // rows: of this step
+
+  __device__ ClusterSteps(const ClusterWork& work)
+      : w(work),
+        shared(reinterpret_cast<float*>(shared_memory())),
+        rank(static_cast<int>(cluster_rank())),
+        cluster(static_cast<int>(cluster_size())) {}
+
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ int warp() const { return thread() / kWarp; }
+  __device__ int lane() const { return thread() % kWarp; }
+
+  __device__ int first_neuron(const ClusterLayer& layer) const { return rank * layer.slice; }
+  __device__ int neurons(const ClusterLayer& layer) const {
+    const int left = layer.neurons - first_neuron(layer);
+    return left < 0 ? 0 : left < layer.slice ? left : layer.slice;
+  }
+
+  __device__ int rows_of(int of_step) const {
+    const int64_t left = w.examples - static_cast<int64_t>(of_step) * w.batch_size;
+    return static_cast<int>(left < w.batch_size ? left : w.batch_size);
+  }
+
+  __device__ const Number* images() const { return reinterpret_cast<const Number*>(shared + w.images_at[step % 2]); }
+  __device__ int image_pitch() const { return w.image_bytes / static_cast<int>(sizeof(Number)); }
+  __device__ int* targets(int of_step) const { return reinterpret_cast<int*>(shared + w.targets[of_step % 2]); }
+  __device__ CopyBarrier* barrier(int of_step) const {
+    return reinterpret_cast<CopyBarrier*>(shared + w.barriers) + of_step % 2;
+  }
+
+  // What is copied at begin and end: calls f(global, shared) for every number of the block's parameters.
+  template <class F>
+  __device__ void for_parameters(const F& f) const {
+    for (int l = 0; l < w.depth; ++l) {
+      const ClusterLayer& layer = w.layers[l];
+      const int64_t first = first_neuron(layer);
+      const int count = neurons(layer), features = layer.features;
+      for (int i = thread(); i < count * features; i += kStepThreads) {
+        const int at = i / features * layer.input_pitch + i % features;
+        f(layer.weight, first * features + i, layer.weights + at, layer.weights_buffer + at);
+      }
+      if (!layer.bias.data) continue;
+      for (int i = thread(); i < count; i += kStepThreads) {
+        f(layer.bias, first + i, layer.biases + i, layer.biases_buffer + i);
+      }
+    }
+  }
+
+  __device__ void begin() const {
+    const int end = w.bulk ? w.images_at[0] : w.floats;  // the images come last
+    for (int i = thread(); i < end; i += kStepThreads) shared[i] = 0;
+    __syncthreads();
+    for_parameters([&](const TrainedParameter<float>& p, int64_t from, int to, int buffer_to) {
+      shared[to] = p.data[from];
+      if (p.momentum_buffer && !(p.first_step && w.first_launch)) shared[buffer_to] = p.momentum_buffer[from];
+    });
+    if (thread() == 0) {
+      barrier(0)->init();
+      barrier(1)->init();
+    }
+    __syncthreads();
+  }
+
+  __device__ void end() const {
+    for_parameters([&](const TrainedParameter<float>& p, int64_t to, int from, int buffer_from) {
+      if (p.group < 0) return;
+      p.data[to] = shared[from];
+      if (p.momentum_buffer) p.momentum_buffer[to] = shared[buffer_from];
+    });
+  }
+
+  __device__ int64_t image_of(int of_step, int row) const {
+    return checked_image(w.order, w.first + static_cast<int64_t>(of_step) * w.batch_size + row, w.image_count);
+  }
+
+  // Begins to fetch the images of a step; its targets are there after the block's next barrier.
+  __device__ void fetch(int of_step) const {
+    const int count = rows_of(of_step), features = w.layers[0].features, classes = w.layers[w.depth - 1].neurons;
+    int* targets_of_rows = targets(of_step);
+    for (int row = thread(); row < count; row += kStepThreads) {
+      const int64_t image = image_of(of_step, row);
+      const int64_t target = checked_label(w.target, image, w.ignore_index, classes);
+      targets_of_rows[row] = target == w.ignore_index ? -1 : static_cast<int>(target);
+    }
+    char* to = reinterpret_cast<char*>(shared + w.images_at[of_step % 2]);
+    const Number* from;
+    if constexpr (sizeof(Number) == 1) {
+      from = w.images.pixels;
+    } else {
+      from = w.images.values;
+    }
+    if (w.bulk) {
+      if (warp() != 0) return;
+      if (lane() == 0) barrier(of_step)->expect(static_cast<unsigned>(count * w.image_bytes));
+      __syncwarp();
+      for (int row = lane(); row < count; row += kWarp) {
+        bulk_copy(to + row * w.image_bytes, from + image_of(of_step, row) * w.images.row_stride,
+                  static_cast<unsigned>(w.image_bytes), barrier(of_step));
+      }
+      return;
+    }
+    for (int row = warp(); row < count; row += kStepWarps) {
+      const Number* image = from + image_of(of_step, row) * w.images.row_stride;
+      Number* place = reinterpret_cast<Number*>(to + row * w.image_bytes);
+      for (int i = lane(); i < features; i += kWarp) place[i] = image[i];
+    }
+  }
+
+  // To the same place in every block.
+  template <int kNumbers>
+  __device__ void store_to_all(float* place, const Neighbours<kNumbers>& numbers) const {
+    for (int block = 0; block < cluster; ++block) store_vector(shared_memory_of(block, place), numbers);
+  }
+
+  // Calls f(first row, first neuron) for each tile of the warp, of the block's so many neurons.
+  template <int kNeurons, class F>
+  __device__ void for_tiles(int count, const F& f) const {
+    const int tiles_of_row = (count + kNeurons - 1) / kNeurons;
+    const int tiles = (rows + kTileRows - 1) / kTileRows * tiles_of_row;
+    for (int tile = warp(); tile < tiles; tile += kStepWarps) {
+      f(tile / tiles_of_row * kTileRows, tile % tiles_of_row * kNeurons);
+    }
+  }
+
+  // Outputs of a layer's own neurons from x [rows, input_pitch]. before_storing is called once, by whole warps.
+  template <int kNeurons, class X, class Before>
+  __device__ void forward(const ClusterLayer& layer, const X* x, int pitch, const Before& before_storing) const {
+    const int count = neurons(layer);
+    bool stored = false;
+    for_tiles<kNeurons>(count, [&](int row, int neuron) {
+      auto sums = tile_products<kNeurons>(x + row * pitch, pitch, rows - row,
+                                          shared + layer.weights + neuron * layer.input_pitch, layer.input_pitch,
+                                          count - neuron, layer.input_pitch / kQuad, w.images);
+      if (!stored) before_storing();
+      stored = true;
+      constexpr int kOwn = kNeurons / 4;
+      const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn;
+      if (r >= rows || n >= layer.slice || first_neuron(layer) + n >= layer.output_pitch) return;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (layer.bias.data) sums.at[i] += shared[layer.biases + n + i];
+        if (layer.relu) sums.at[i] = relu_of(sums.at[i]);
+        if (n + i >= count) sums.at[i] = 0;
+      }
+      store_to_all(shared + layer.outputs + r * layer.output_pitch + first_neuron(layer) + n, sums);
+    });
+    if (!stored) before_storing();
+  }
+
+  __device__ void forward(int l) const {
+    forward<kHiddenNeurons>(w.layers[l], shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch, [] {});
+  }
+
+  // The weights of a layer that belong to the block's own neurons of the layer below.
+  __device__ void fetch_columns(int l) const {
+    const ClusterLayer &layer = w.layers[l], &below = w.layers[l - 1];
+    if (layer.columns < 0) return;
+    const int quads = (neurons(below) + kQuad - 1) / kQuad, first = first_neuron(below);
+    for (int i = thread(); i < quads * layer.neurons; i += kStepThreads) {
+      const int neuron = i / quads, column = i % quads * kQuad;
+      const float* row = shared + layer.weights + neuron % layer.slice * layer.input_pitch + first + column;
+      const Quad quad = load_vector<Quad>(shared_memory_of(neuron / layer.slice, row));
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) shared[layer.columns + (column + k) * layer.output_pitch + neuron] = quad.at[k];
+    }
+  }
+
+  // The loss of each row, and in place of the logits their gradient; see ../cross_entropy.h.
+  __device__ void loss() const {
+    const ClusterLayer& top = w.layers[w.depth - 1];
+    const int* target = targets(step);
+    double total = 0;
+    for (int row = lane(); row < rows; row += kWarp) {
+      if (target[row] >= 0) total += static_cast<double>(weight_of_class(target[row]));
+    }
+    total = reduce_warp(total, Add{});
+    const float scale = w.mean ? static_cast<float>(1 / total) : 1;
+    const int sub = thread() % kLanesOfRow;
+    for (int first = 0; first < rows; first += kStepThreads / kLanesOfRow) {
+      if (first + warp() * (kWarp / kLanesOfRow) >= rows) continue;
+      // What lies beyond the last row goes through its sums, as the whole warp makes them, and writes nothing.
+      const int row = first + thread() / kLanesOfRow;
+      const bool counts = row < rows;
+      const int of_row = counts ? row : rows - 1;
+      loss_of_row(shared + top.outputs + of_row * top.output_pitch, target[of_row], sub, scale, counts,
+                  shared + w.row_losses + of_row);
+    }
+    __syncthreads();
+    if (rank != 0 || warp() != 0) return;
+    double sum = 0;
+    for (int row = lane(); row < rows; row += kWarp) sum += static_cast<double>(shared[w.row_losses + row]);
+    sum = reduce_warp(sum, Add{});
+    if (lane() == 0) w.losses[step] = static_cast<float>(w.mean ? sum / total : sum);
+  }
+
+  __device__ float weight_of_class(int c) const { return w.class_weight ? w.class_weight[c] : 1; }
+
+  template <class Operation>
+  __device__ static float reduce_row(float x, Operation operation) {
+#pragma unroll
+    for (int distance = kLanesOfRow / 2; distance > 0; distance /= 2) {
+      x = operation(x, __shfl_xor_sync(kAllLanes, x, distance));
+    }
+    return x;
+  }
+
+  __device__ void loss_of_row(float* x, int target, int sub, float scale, bool counts, float* loss) const {
+    const ClusterLayer& top = w.layers[w.depth - 1];
+    const bool smooth = w.every > 0;
+    const float x_target = target >= 0 ? x[target] : 0;
+    float max = -INFINITY;
+    for (int c = sub; c < top.neurons; c += kLanesOfRow) max = Max{}(max, x[c]);
+    max = reduce_row(max, Max{});
+    float others = 0, of_every = 0, loss_of_every = 0;  // others: the exponentials of all classes but the target
+    for (int c = sub; c < top.neurons; c += kLanesOfRow) {
+      if (c != target) others += expf(x[c] - max);
+      if (smooth) {
+        of_every += w.every * weight_of_class(c);
+        loss_of_every -= w.every * weight_of_class(c) * (x[c] - max);
+      }
+    }
+    others = reduce_row(others, Add{});
+    const float sum = others + (target >= 0 ? expf(x_target - max) : 0);
+    const float log_sum = logf(sum);
+    if (smooth) {
+      of_every = reduce_row(of_every, Add{});
+      loss_of_every = reduce_row(loss_of_every, Add{}) + of_every * log_sum;
+    }
+    if (!counts) return;
+    const float of_target = target >= 0 ? w.of_target * weight_of_class(target) : 0;
+    if (sub == 0) *loss = target >= 0 ? of_target * (log_sum - (x_target - max)) + loss_of_every : 0;
+    for (int c = sub; c < top.neurons; c += kLanesOfRow) {
+      const float p = expf(x[c] - max) / sum, e = smooth ? w.every * weight_of_class(c) : 0;
+      // p - 1 of the target from the others: the difference would be lost as p approaches 1.
+      float gradient = p * of_every - e + of_target * (c == target ? -(others / sum) : p);
+      gradient *= scale;
+      if (target < 0 || (top.relu && x[c] <= 0)) gradient = 0;
+      x[c] = gradient;
+    }
+  }
+
+  // The gradient of the own neurons' outputs in the layer below, from that of all outputs of layer l.
+  __device__ void backward(int l) const {
+    const ClusterLayer &layer = w.layers[l], &below = w.layers[l - 1];
+    const int count = neurons(below);
+    for_tiles<kHiddenNeurons>(count, [&](int row, int neuron) {
+      auto sums =
+          tile_products<kHiddenNeurons>(shared + layer.grads + row * layer.output_pitch, layer.output_pitch, rows - row,
+                                        shared + layer.columns + neuron * layer.output_pitch, layer.output_pitch,
+                                        count - neuron, layer.output_pitch / kQuad, w.images);
+      constexpr int kOwn = kHiddenNeurons / 4;
+      const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn, of_layer = first_neuron(below) + n;
+      if (r >= rows || n >= below.slice || of_layer >= below.output_pitch) return;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float output = shared[below.outputs + r * below.output_pitch + of_layer + i];
+        if (n + i >= count || (below.relu && output <= 0)) sums.at[i] = 0;
+      }
+      if (below.grads_of_all) {
+        store_to_all(shared + below.grads + r * below.grads_pitch + of_layer, sums);
+      } else {
+        store_vector(shared + below.grads + r * below.grads_pitch + n, sums);
+      }
+    });
+  }
+
+  __device__ SgdOptions options(const TrainedParameter<float>& p) const {
+    SgdOptions o = w.groups[p.group];
+    o.lr = static_cast<double>(w.lr[step * w.group_count + p.group]);
+    o.first_step = p.first_step && w.first_launch && step == 0;
+    return o;
+  }
+
+  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Each layer's
+  // work begins with another warp: that of the layers above is little, and is done beside that of the first one.
+  template <int kNeurons, class X>
+  __device__ void update(int l, const X* x, int pitch) const {
+    const ClusterLayer& layer = w.layers[l];
+    const int first = (thread() + l * kWarp) % static_cast<int>(kStepThreads);
+    const int count = neurons(layer), quads = layer.input_pitch / kQuad;
+    const float* grads = shared + layer.grads + (layer.grads_of_all ? first_neuron(layer) : 0);
+    if (layer.weight.group >= 0) {
+      const SgdOptions o = options(layer.weight);
+      for (int i = first; i < (count + kNeurons - 1) / kNeurons * quads; i += kStepThreads) {
+        const int neuron = i / quads * kNeurons, quad = i % quads;
+        float sums[kNeurons][kQuad] = {};
+#pragma unroll 4
+        for (int row = 0; row < rows; ++row) {
+          const float* g = grads + row * layer.grads_pitch + neuron;
+          const Quad of_x = numbers_of(x + row * pitch, quad, w.images);
+          Quad of_g[kNeurons / kQuad];
+#pragma unroll
+          for (int n = 0; n < kNeurons; n += kQuad) {  // the slice may end in the middle of eight
+            of_g[n / kQuad] = load_vector<Quad>(g + (neuron + n < layer.slice ? n : 0));
+          }
+#pragma unroll
+          for (int n = 0; n < kNeurons; ++n) {
+#pragma unroll
+            for (int k = 0; k < kQuad; ++k) {
+              sums[n][k] = fmaf(of_g[n / kQuad].at[n % kQuad], of_x.at[k], sums[n][k]);
+            }
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kNeurons; ++n) {
+          if (neuron + n < count) update_quad(layer, o, (neuron + n) * layer.input_pitch, quad, sums[n]);
+        }
+      }
+    }
+    if (layer.bias.group < 0) return;
+    for (int n = kStepThreads - 1 - first; n < count; n += kStepThreads) {
+      Pack<float, 1> gradient = {}, bias, buffer;
+#pragma unroll 8
+      for (int row = 0; row < rows; ++row) gradient.at[0] += grads[row * layer.grads_pitch + n];
+      bias.at[0] = shared[layer.biases + n];
+      float* of_buffer = layer.bias.momentum_buffer ? shared + layer.biases_buffer + n : nullptr;
+      if (of_buffer) {
+        buffer.at[0] = *of_buffer;
+        sgd_elements<float, 1>(options(layer.bias), bias, gradient, &buffer);
+        *of_buffer = buffer.at[0];
+      } else {
+        sgd_elements<float, 1>(options(layer.bias), bias, gradient, nullptr);
+      }
+      shared[layer.biases + n] = bias.at[0];
+    }
+  }
+
+  __device__ void update_quad(const ClusterLayer& layer, const SgdOptions& o, int row, int quad,
+                              const float (&gradient)[kQuad]) const {
+    float* weights = shared + layer.weights + row + kQuad * quad;
+    float* buffers = layer.weight.momentum_buffer ? shared + layer.weights_buffer + row + kQuad * quad : nullptr;
+    const auto clear_padding = [&](Pack<float, kQuad>& pack) {
+#pragma unroll
+      for (int k = 1; k < kQuad; ++k) {
+        if (kQuad * quad + k >= layer.features) pack.at[k] = 0;
+      }
+    };
+    Pack<float, kQuad> p = load_pack<float, kQuad>(weights), g;
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) g.at[k] = gradient[k];
+    if (buffers) {
+      Pack<float, kQuad> buffer = load_pack<float, kQuad>(buffers);
+      sgd_elements<float, kQuad>(o, p, g, &buffer);
+      clear_padding(buffer);
+      store_pack(buffers, buffer);
+    } else {
+      sgd_elements<float, kQuad>(o, p, g, nullptr);
+    }
+    clear_padding(p);
+    store_pack(weights, p);
+  }
+
+  __device__ void update(int l) const {
+    update<kHiddenNeurons>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
+  }
+
+  __device__ void run_step() {
+    rows = rows_of(step);
+    __syncthreads();  // the images of the step before have been read; those of this one are there, if plainly copied
+    if (step + 1 < w.steps) fetch(step + 1);
+    if (w.bulk) barrier(step)->wait(static_cast<unsigned>(step / 2));
+    forward<kImageNeurons>(w.layers[0], images(), image_pitch(), [] { cluster_wait(); });
+    cluster_sync();
+    for (int l = w.lowest + 1; l < w.depth; ++l) fetch_columns(l);
+    for (int l = 1; l < w.depth; ++l) {
+      forward(l);
+      cluster_sync();
+    }
+    loss();
+    __syncthreads();
+    for (int l = w.depth - 1; l > w.lowest; --l) {
+      backward(l);
+      if (w.layers[l - 1].grads_of_all) {
+        cluster_sync();
+      } else {
+        __syncthreads();
+      }
+    }
+    for (int l = w.depth - 1; l > 0 && l >= w.lowest; --l) update(l);
+    if (w.depth > 1) cluster_arrive();  // what other blocks store here has been read
+    if (w.lowest == 0) update<kImageNeurons>(0, images(), image_pitch());
+    if (w.depth == 1) cluster_arrive();
+  }
+
+  __device__ void run() {
+    begin();
+    fetch(0);
+    cluster_arrive();
+    for (; step < w.steps; ++step) run_step();
+    cluster_wait();
+    __syncthreads();
+    end();
+  }
+};
+
+template <class Number>
+__global__ void __launch_bounds__(kStepThreads, 1) train_steps_kernel(const ClusterWork work) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  ClusterSteps<Number>(work).run();
+#endif
+}
+
+}  // namespace mnist_ext::cuda

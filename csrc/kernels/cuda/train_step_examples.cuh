@@ -1,0 +1,95 @@
+// The images and labels of a step. A bad index or label ends the kernel with a device-side assertion.
+#pragma once
+
+#include <cstdio>
+
+#include "../train_step.h"
+#include "device.cuh"
+
+namespace mnist_ext::cuda {
+
+[[noreturn]] __device__ inline void report_bad_example(const char* what, int64_t count, int64_t got, int64_t position) {
+  printf("mnist_ext.train_steps: %s: expected indices in [0, %lld), got %lld at position %lld\n", what,
+         static_cast<long long>(count), static_cast<long long>(got), static_cast<long long>(position));
+  __trap();
+}
+
+// The image that an example is, for certain one of `images`.
+__device__ inline int64_t checked_image(const int64_t* order, int64_t example, int64_t images) {
+  const int64_t image = order ? order[example] : example;
+  if (static_cast<uint64_t>(image) >= static_cast<uint64_t>(images)) {
+    report_bad_example("order", images, image, example);
+  }
+  return image;
+}
+
+// ignore_index, or a class for certain.
+__device__ inline int64_t checked_label(const ClassIndices& labels, int64_t image, int64_t ignore_index,
+                                        int64_t classes) {
+  int64_t label;
+  switch (labels.type) {
+    case ClassIndices::Type::int64: label = static_cast<const int64_t*>(labels.data)[image]; break;
+    case ClassIndices::Type::int32: label = static_cast<const int32_t*>(labels.data)[image]; break;
+    default: label = static_cast<const uint8_t*>(labels.data)[image];
+  }
+  if (label != ignore_index && static_cast<uint64_t>(label) >= static_cast<uint64_t>(classes)) {
+    report_bad_example("labels", classes, label, image);
+  }
+  return label;
+}
+
+template <class T>
+struct Examples {
+  T* images;        // [rows, features]
+  int64_t* labels;  // [rows]
+};
+
+template <class T>
+struct GatherWork {
+  Images<T> images;
+  ClassIndices target;
+  const int64_t* order;
+  int64_t image_count, first, rows, features, classes, ignore_index;
+  Examples<T> out;
+};
+
+inline constexpr unsigned kGatherThreads = 256;
+
+// A block walks over rows.
+template <class T>
+__global__ void __launch_bounds__(kGatherThreads) gather_examples_kernel(const GatherWork<T> work) {
+  for (int64_t row = blockIdx.x; row < work.rows; row += gridDim.x) {
+    const int64_t image = checked_image(work.order, work.first + row, work.image_count);
+    if (threadIdx.x == 0) {
+      work.out.labels[row] = checked_label(work.target, image, work.ignore_index, work.classes);
+    }
+    const int64_t from = image * work.images.row_stride;
+    T* to = work.out.images + row * work.features;
+    for (int64_t i = threadIdx.x; i < work.features; i += kGatherThreads) {
+      to[i] = work.images.pixels
+                  ? fma(static_cast<T>(work.images.pixels[from + i]), work.images.scale, work.images.shift)
+                  : work.images.values[from + i];
+    }
+  }
+}
+
+template <class T>
+void gather_examples(const TrainSteps<T>& x, int64_t images, int64_t first, int64_t rows, const Examples<T>& out,
+                     cudaStream_t stream) {
+  if (rows == 0) return;
+  constexpr int64_t kMaxBlocks = 2048;
+  const GatherWork<T> work = {x.images,
+                              x.target,
+                              x.order,
+                              images,
+                              first,
+                              rows,
+                              x.layers[0].in_features,
+                              x.layers[x.depth - 1].out_features,
+                              x.ignore_index,
+                              out};
+  const Shape shape = {static_cast<unsigned>(rows < kMaxBlocks ? rows : kMaxBlocks), kGatherThreads};
+  launch("train_steps gather_examples", gather_examples_kernel<T>, shape, stream, work);
+}
+
+}  // namespace mnist_ext::cuda
