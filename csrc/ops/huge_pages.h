@@ -15,8 +15,8 @@ namespace mnist_ext::ops {
 // advice is about nothing else and ends with the tensor.
 inline constexpr std::size_t kHugePagesFrom = std::size_t{32} << 20;
 
-// Asks for huge pages for memory that nothing has been written to. The first write to each page of 4 KiB costs a trip to
-// the kernel, which for a gradient of hundreds of MB takes longer than to compute it. Only advice: where it is not
+// Asks for huge pages for memory that nothing has been written to. The first write to each page of 4 KiB costs a trip
+// to the kernel, which for a gradient of hundreds of MB takes longer than to compute it. Only advice: where it is not
 // taken, nothing changes.
 inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
