@@ -14,10 +14,11 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from graphs import MICROSECONDS_PER_GRAPH, graph_of
-from timing import Table, take_turns
+from table import Table
 from torch import Tensor
 
 from mnist_ext import functional
+from mnist_ext.timing import take_turns
 
 Call = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 

@@ -152,6 +152,7 @@ class TrainStep:
         examples = len(images) if permutation is None else len(permutation)
         if examples == 0:
             return math.nan
+        batch_size = min(batch_size, examples)
         total, begin = 0.0, 0
         for losses in parts:
             end = min(begin + len(losses) * batch_size, examples)

@@ -7,7 +7,7 @@ from test_cuda_binary import code_name, dump, pytestmark  # noqa: F401
 
 import mnist_ext
 
-HALVES = ("BFloat16", "Float16")
+HALVES = ("8BFloat16", "7Float16")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_mma(request, architecture, dtype, instruction):
 def test_wgmma(sm_90a, dtype, columns):
     kernels = instances(sm_90a, "linear_wgmma_kernel", dtype, f"ELi{columns}E")
     assert len(kernels) == 4
-    of_dtype = ".BF16" if dtype == "BFloat16" else ""
+    of_dtype = ".BF16" if dtype == "8BFloat16" else ""
     for kernel in kernels:
         assert kernel.count("HGMMA") == kernel.count(f"HGMMA.64x{columns}x16.F32{of_dtype} ") > 0
         assert "UTMALDG.2D.MULTICAST" in kernel
