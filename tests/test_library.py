@@ -41,7 +41,7 @@ class TestBuildInfo:
         assert info["cpu_isa"] in info["cpu_isa_available"]
         assert info["cpu_isa_available"][0] == "baseline"
         assert info["openmp_threads"] == torch.get_num_threads()
-        assert info["cuda"] is None or "9.0" in info["cuda"]
+        assert info["cuda"] is None or len(info["cuda"]) > 0
         assert info["cuda_reason"]
 
     def test_two_openmp_runtimes_are_reported(self, monkeypatch):
