@@ -26,8 +26,8 @@ def main() -> None:
     for seed in args.seeds:
         config = training.TrainConfig(impl=args.impl, seed=seed, **training.RECIPES["best"])
         started = time.perf_counter()
-        model = training.build(config, torch.device("cpu"))
-        *_, last = training.train(*model, config, dataset)
+        trainer = training.Trainer(*training.build(config, torch.device("cpu")), config, dataset)
+        *_, last = (trainer.train_epoch() for _ in range(config.epochs))
         accuracies.append(last.test_accuracy)
         print(
             f"seed {seed}: {last.test_accuracy:.2f} % after {last.epoch} epochs, "

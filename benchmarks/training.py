@@ -322,7 +322,8 @@ def package_epochs(
 ) -> Iterator[tuple[float, float]]:
     """Train as `mnist-ext train` does; yield the seconds and the test accuracy of each epoch."""
     model, criterion = training.build(config, torch.device("cpu"))
-    for metrics in training.train(model, criterion, config, dataset):
+    trainer = training.Trainer(model, criterion, config, dataset)
+    while (metrics := trainer.train_epoch()) is not None:
         yield metrics.seconds, metrics.test_accuracy
 
 

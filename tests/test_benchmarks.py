@@ -1,8 +1,10 @@
 """What the benchmarks compute from their times; not the times."""
 
 import csv
+import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from table import Table
 
-from mnist_ext import timing
+from mnist_ext import data, timing
+from mnist_ext import training as package_training
 
 
 def test_ratios_are_paired_turn_by_turn():
@@ -85,3 +88,21 @@ def test_every_rung_of_the_ladders_is_right():
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("rungs verified") == 6
+
+
+def test_epochs_and_recipes_train(monkeypatch, capsys):
+    """The commands whose figures the README shows still go with the package, on little data."""
+    import accuracy
+    import recipe
+    import training
+
+    digits = data.load("digits")
+    split = digits.train
+    few = replace(digits, train=data.Split(split.images[:300], split.labels[:300]))
+    monkeypatch.setattr(data, "load", lambda *_: few)
+    epochs = training.package_epochs(package_training.TrainConfig(batch_size=100), few)
+    assert [0 <= accuracy <= 100 for _, accuracy in itertools.islice(epochs, 2)] == [True] * 2
+    for script, arguments in ((accuracy, ["--seeds", "0"]), (recipe, ["--seeds", "0", "1"])):
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        script.main()
+        assert f"mean of {len(arguments) - 1} seeds: " in capsys.readouterr().out
