@@ -10,12 +10,12 @@ import time
 import torch
 from provenance import describe
 
-from mnist_ext import data, training
+from mnist_ext import data, settings, training
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--impl", choices=training.IMPLEMENTATIONS, default="ext")
+    parser.add_argument("--impl", choices=settings.IMPLEMENTATIONS, default="ext")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data-dir", help="folder that holds MNIST/raw")
     args = parser.parse_args()
@@ -24,7 +24,7 @@ def main() -> None:
     dataset = data.load("mnist", args.data_dir)
     accuracies = []
     for seed in args.seeds:
-        config = training.TrainConfig(impl=args.impl, seed=seed, **training.RECIPES["best"])
+        config = settings.TrainConfig(impl=args.impl, seed=seed, **settings.RECIPES["best"])
         started = time.perf_counter()
         trainer = training.Trainer(*training.build(config, torch.device("cpu")), config, dataset)
         *_, last = (trainer.train_epoch() for _ in range(config.epochs))
