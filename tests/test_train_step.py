@@ -901,6 +901,8 @@ class TestEpoch:
 
     def test_interrupt_comes_between_native_calls(self):
         """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
+        # What a shell starts in the background ignores Ctrl-C, and so would this.
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
         model = mlp((256, 256), "relu")
         step, _ = pair(model, sgd={"lr": 1e-4})
         before = copy.deepcopy(model)
@@ -914,7 +916,10 @@ class TestEpoch:
                     timer.start()
 
         started = time.perf_counter()
-        with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order, Scheduler())
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                step.epoch(images, labels, 64, order, Scheduler())
+        finally:
+            signal.signal(signal.SIGINT, handler)
         assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
         assert not torch.equal(model[1].weight, before[1].weight)
