@@ -24,7 +24,10 @@ DIGITS = ["train", "--dataset", "digits", "--batch-size", "100", "--threads", "1
 def isolated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
+    # What a shell starts in the background ignores Ctrl-C, and so would this.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
 
 
