@@ -238,7 +238,7 @@ class TestTf32:
     """torch's setting reaches the kernels, in forward and backward, as it is at that moment."""
 
     @pytest.fixture
-    def told(self, emulator, monkeypatch):
+    def told(self, emulator):
         """List what the ops were told, in their order."""
         told = []
 
@@ -249,11 +249,13 @@ class TestTf32:
 
             return run
 
-        for name in ("_linear", "_linear_backward"):
-            monkeypatch.setattr(_autograd, name, listening(getattr(_autograd, name)))
         matmul = torch.backends.cuda.matmul
         before = matmul.fp32_precision
-        yield told
+        # Not the fixture monkeypatch, which is undone after `emulator` and would put its ops back.
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("_linear", "_linear_backward"):
+                patch.setattr(_autograd, name, listening(getattr(_autograd, name)))
+            yield told
         matmul.fp32_precision = before
 
     def test_the_setting_of_the_moment(self, told):

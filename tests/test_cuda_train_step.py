@@ -4,7 +4,6 @@ Each model is trained twice: in one cluster of blocks that keeps it in shared me
 kernels of each op, one after the other, as on a device without clusters.
 """
 
-import contextlib
 import copy
 
 import emulated
@@ -15,17 +14,6 @@ from torch import nn
 
 from mnist_ext import TrainStep
 from mnist_ext.models import mlp
-
-
-@pytest.fixture
-def emulator():
-    """Send TrainStep on the CPU to the emulated CUDA kernels."""
-    with contextlib.ExitStack() as stack:
-        for patch in emulated.patches():
-            stack.enter_context(patch)
-        yield
-    emulated.set_seed(0)
-    emulated.set_device()
 
 
 @pytest.fixture(params=["cluster", "sequence", pytest.param("gpu", marks=pytest.mark.gpu)])
