@@ -41,23 +41,24 @@ double median(std::vector<double> values) {
 void compare(int64_t rows, int64_t depth, int64_t columns, int threads) {
   const Floats x(rows * depth), w(columns * depth), bias(columns), by_dot(rows * columns), by_outer(rows * columns);
   const auto dot = [&] {
-    dot_gemm<float>({rows, columns, depth, x.data, depth, w.data, depth, bias.data, true, by_dot.data}, threads);
+    const DotGemm<float> g = {rows, columns, depth, x.data, depth, w.data, depth, bias.data, true, by_dot.data};
+    parallel(threads, [&](int thread, int count) { dot_gemm_share(g, thread, count); });
   };
   const auto outer = [&] {
-    gemm<float>({.rows = rows,
-                 .columns = columns,
-                 .depth = depth,
-                 .a = x.data,
-                 .a_row = depth,
-                 .a_depth = 1,
-                 .a_transposed = false,
-                 .b = w.data,
-                 .b_depth = 1,
-                 .b_column = depth,
-                 .c = by_outer.data,
-                 .bias = bias.data,
-                 .relu = true},
-                threads);
+    const Gemm<float> g = {.rows = rows,
+                           .columns = columns,
+                           .depth = depth,
+                           .a = x.data,
+                           .a_row = depth,
+                           .a_depth = 1,
+                           .a_transposed = false,
+                           .b = w.data,
+                           .b_depth = 1,
+                           .b_column = depth,
+                           .c = by_outer.data,
+                           .bias = bias.data,
+                           .relu = true};
+    parallel(threads, [&](int thread, int count) { gemm_share(g, thread, count); });
   };
   dot();
   outer();

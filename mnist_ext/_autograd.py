@@ -1,6 +1,6 @@
 """The ops as ``torch.autograd.Function``s.
 
-Both take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call costs five times
+All take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call costs five times
 as much. What that form cannot do (torch.func transforms) ``functional`` sends to PyTorch's own ops.
 A backward that is itself recorded (``create_graph=True``) is built from PyTorch's ops, so that it
 can be differentiated again.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
@@ -19,6 +20,8 @@ _ops = torch.ops.mnist_ext
 # The overloads, looked up once: a packet resolves its overload on every call.
 _linear = _ops.linear.default
 _linear_backward = _ops.linear_backward.default
+_mlp = _ops.mlp.default
+_mlp_backward = _ops.mlp_backward.default
 _cross_entropy = _ops.cross_entropy.default
 _cross_entropy_with_gradient = _ops.cross_entropy_with_gradient.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
@@ -104,6 +107,70 @@ def _linear_backward_differentiable(
 
 def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+BIAS, RELU = 1, 2  # of a layer, as the ops take it
+
+
+class MLP(Function):
+    """Linear layers one after the other: what `Linear` computes for each of them, in one call."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layers: list[int], *params: Tensor) -> Tensor:
+        """Shapes: input [..., K]; params, which all need a gradient: see the op; returns [..., N].
+
+        layers: for each BIAS, RELU, both or neither.
+        """
+        output, hidden = _mlp(input, params, layers)
+        ctx.layers = layers
+        ctx.save_for_backward(input, hidden, output if layers[-1] & RELU else None, *params)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, if it is needed, and of all params."""
+        input, hidden, output, *params = ctx.saved_tensors
+        need_input = ctx.needs_input_grad[0]
+        arguments = grad_output, input, hidden, output, params, ctx.layers, need_input
+        differentiable = _mlp_backward_differentiable if _is_recorded() else _mlp_backward
+        grads = differentiable(*arguments)
+        return (grads[0], None, *grads[1:]) if need_input else (None, None, *grads)
+
+
+def _mlp_backward_differentiable(
+    grad_output: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+    output: Tensor | None,
+    params: list[Tensor],
+    layers: list[int],
+    need_input: bool,
+) -> list[Tensor | None]:
+    # What lies between the layers is no input of the Function: it is computed again from what is.
+    # Where ReLU let nothing through in the forward, which may round differently, it does not here.
+    given = iter(params)
+    inputs, weights = [input], []
+    outputs: list[Tensor | None] = []
+    rows, begin = input.shape[:-1], 0
+    for layer in layers:
+        weights.append(next(given))
+        product = F.linear(inputs[-1], weights[-1], next(given) if layer & BIAS else None)
+        end = begin + product.numel()
+        is_last = len(weights) == len(layers)
+        kept = output if is_last else hidden[begin:end].view(*rows, product.shape[-1])
+        outputs.append(kept if layer & RELU else None)
+        inputs.append(product if outputs[-1] is None else torch.where(outputs[-1] <= 0, 0, product))
+        begin = end
+    grads: list[Tensor | None] = []
+    grad: Any = grad_output
+    for i in reversed(range(len(layers))):
+        weight = weights[i] if i > 0 or need_input else None
+        needs_bias = bool(layers[i] & BIAS)
+        grad, *of_params = _linear_backward_differentiable(
+            grad, inputs[i], weight, outputs[i], needs_bias
+        )
+        grads[:0] = of_params if needs_bias else of_params[:1]
+    return [grad, *grads] if need_input else grads
 
 
 class CrossEntropy(Function):

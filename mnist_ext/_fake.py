@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,31 @@ def _(
     if need_bias:
         grad_bias = grad_output.new_empty((out_features,))
     return grad_input, grad_weight, grad_bias
+
+
+@torch.library.register_fake("mnist_ext::mlp")
+def _(input: Tensor, params: list[Tensor], layers: list[int]) -> tuple[Tensor, Tensor]:
+    features = [param.shape[0] for param in params if param.dim() == 2]
+    torch._check(
+        len(features) == len(layers), lambda: "mnist_ext.mlp: params: expected a weight per layer"
+    )
+    rows = math.prod(input.shape[:-1])
+    output = input.new_empty((*input.shape[:-1], features[-1]))
+    return output, input.new_empty((rows * sum(features[:-1]),))
+
+
+@torch.library.register_fake("mnist_ext::mlp_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+    output: Tensor | None,
+    params: list[Tensor],
+    layers: list[int],
+    need_input: bool,
+) -> list[Tensor]:
+    grads = [input.new_empty(param.shape) for param in params]
+    return [input.new_empty(input.shape), *grads] if need_input else grads
 
 
 def _positions(logits: Tensor, target: Tensor) -> torch.Size:

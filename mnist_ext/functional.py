@@ -10,6 +10,7 @@ subclasses, torch.func transforms, forward-mode derivatives, `linear` under auto
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from mnist_ext import (
     _fake,  # noqa: F401  (registers the shapes that torch.compile asks for)
     _library,
 )
-from mnist_ext._autograd import CrossEntropy, Linear
+from mnist_ext._autograd import BIAS, MLP, RELU, CrossEntropy, Linear
 
 Activation = Literal["none", "relu"]
 Reduction = Literal["none", "mean", "sum"]
@@ -171,6 +172,54 @@ def linear(
             raise  # a subclass may carry more than a message
         raise _explained("linear", error, input=input, weight=weight, bias=bias) from error
     return torch.relu(output) if relu else output
+
+
+def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
+    """Compute `linear` for each of layers, one after the other.
+
+    On the CPU all of them are one native call, and so is their backward, with the same bits: the
+    time between the kernels of small layers is saved, which is most of it. Elsewhere, and where a
+    parameter needs no gradient, it is one call of `linear` after the other.
+
+    Args:
+        input: ``[..., in_features]``, any strides.
+        layers: (weight, bias, activation) of each, as `linear` takes them.
+
+    Returns:
+        ``[..., out_features]`` of the last layer.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices do not fit together.
+        ValueError: unknown activation.
+    """
+    params: list[Tensor] = []
+    flags = []
+    for weight, bias, activation in layers:
+        flag = RELU if activation == "relu" else 0
+        params.append(weight)
+        if bias is not None:
+            params.append(bias)
+            flag |= BIAS
+        flags.append(flag)
+    if (
+        len(flags) > 1
+        and type(input) in _TYPES
+        and input.is_cpu
+        and input.dtype in (torch.float32, torch.float64)
+        and all([type(param) in _TYPES and param.requires_grad for param in params])
+        and all([activation in _RELU for _, _, activation in layers])
+        and not _transformed()
+        and not _is_autocast_enabled("cpu")
+        and not _is_compiling()
+    ):
+        # The op checks the rest; where it finds fault, the layer concerned says so below.
+        try:
+            return MLP.apply(input, flags, *params)
+        except _PYTORCHS_ERRORS:
+            pass
+    for weight, bias, activation in layers:
+        input = linear(input, weight, bias, activation=activation)
+    return input
 
 
 def cross_entropy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections import Counter
 from typing import TypeVar
@@ -49,6 +50,53 @@ class Linear(torch.nn.Linear):
         return f"{super().extra_repr()}, activation={self.activation!r}"
 
 
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that calls neighbouring `Linear` layers together.
+
+    Where nobody looks between them (no hooks, of these or of all modules), `functional.mlp`
+    computes them, with the same bits. ``Identity`` may lie between. Everything else is called as
+    PyTorch's ``Sequential`` calls it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Call one module after the other."""
+        if (
+            type(input) is not Tensor  # tracing, among others, shall see each module
+            or any(_GLOBAL_HOOKS)
+            or _is_compiling()
+            or _tracing_state() is not None
+        ):
+            return super().forward(input)
+        linears: list[Linear] = []
+        for module in self._modules.values():
+            if type(module) is Linear and len(module._parameters) == 2 and not _is_watched(module):
+                linears.append(module)
+            elif not (linears and type(module) is torch.nn.Identity and not _is_watched(module)):
+                input = module(_through(linears, input))
+                linears = []
+        return _through(linears, input)
+
+
+def _through(linears: list[Linear], input: Tensor) -> Tensor:
+    if len(linears) > 1:
+        layers = [(m._parameters["weight"], m._parameters["bias"], m.activation) for m in linears]
+        return functional.mlp(input, layers)  # type: ignore[arg-type]  # weight is no None
+    return linears[0](input) if linears else input
+
+
+# Looked up once: every call asks them.
+_is_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+_hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
+_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS]
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    attributes = module.__dict__
+    return any(_hooks_of(attributes)) or "forward" in attributes
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """``torch.nn.CrossEntropyLoss`` on the fused kernel; the same arguments."""
 
@@ -70,7 +118,8 @@ def swap(module: _Module) -> _Module:
     In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
     ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
     their class: Parameter objects, hooks and references to them stay valid. Running it twice
-    changes nothing more.
+    changes nothing more. A ``Sequential`` with several Linear layers becomes ours, too, which calls
+    them together.
 
     Left alone, and named in one warning, are layers whose class is not exactly PyTorch's
     (subclasses, lazy layers that have not seen a batch, parametrized layers: swap first, then
@@ -102,10 +151,14 @@ def swap(module: _Module) -> _Module:
     for sequential in module.modules():
         if (
             isinstance(sequential, torch.nn.Sequential)
-            and type(sequential).forward is torch.nn.Sequential.forward
+            and type(sequential).forward in (torch.nn.Sequential.forward, Sequential.forward)
             and not _has_own_forward(sequential)
         ):
             _fuse_relu(sequential, uses)
+            if type(sequential) is torch.nn.Sequential:
+                linears = [m for m in sequential if type(m) is Linear]
+                if len(linears) > 1:
+                    sequential.__class__ = Sequential
     if left_alone:
         warnings.warn(
             f"mnist_ext.nn.swap left alone: {', '.join(left_alone)}", UserWarning, stacklevel=2
@@ -150,12 +203,4 @@ def _has_own_forward(module: torch.nn.Module) -> bool:
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    return any(
-        getattr(module, hooks)
-        for hooks in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+    return any(_hooks_of(vars(module)))

@@ -16,6 +16,17 @@ void define_ops(Library& m) {
       "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? output, bool need_bias, "
       "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 
+  // The layers of a multilayer perceptron, one after the other, as `linear` computes each: (output, hidden: the outputs
+  // of all layers but the last, in one tensor). params: the weight of each layer, followed by its bias where it has one;
+  // layers: 1 (has a bias) + 2 (ReLU).
+  m.def("mlp(Tensor input, Tensor[] params, int[] layers) -> (Tensor, Tensor)");
+
+  // The gradients of input, if need_input, and of each of params. hidden, output: what `mlp` returned; output only
+  // where the last layer has a ReLU.
+  m.def(
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor? output, Tensor[] params, int[] layers, "
+      "bool need_input) -> Tensor[]");
+
   // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
   // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or
   // probabilities of that shape. reduction: 0 none, 1 mean, 2 sum. stats and total_weight are float32 for logits of

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../kernels/train_step.h"
+#include "layers.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
@@ -63,7 +64,6 @@ struct TrainStepsArguments {
   int64_t reduction;
 };
 
-enum LayerFlags : int64_t { kBias = 1, kRelu = 2 };
 enum GroupFlags : int64_t { kFrozen = -1, kFirstStep = 1 };
 constexpr int64_t kOptions = 5;  // of a group: momentum, dampening, weight_decay, nesterov, maximize
 

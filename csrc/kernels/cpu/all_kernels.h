@@ -5,6 +5,7 @@
 #include "kernel_table.h"
 #include "linear_half.h"
 #include "linear_impl.h"
+#include "mlp_impl.h"
 #include "sgd_impl.h"
 #include "train_step_impl.h"
 
@@ -18,10 +19,12 @@ constexpr KernelsOf<T> kernels_of() {
             cross_entropy_forward<T>,
             cross_entropy_backward<T>,
             sgd_step<T>,
+            nullptr,
+            nullptr,
             nullptr};
   } else {
-    return {linear_forward<T>,         linear_backward<T>, cross_entropy_forward<T>,
-            cross_entropy_backward<T>, sgd_step<T>,        train_steps<T>};
+    return {linear_forward<T>, linear_backward<T>, cross_entropy_forward<T>, cross_entropy_backward<T>,
+            sgd_step<T>,       mlp_forward<T>,     mlp_backward<T>,          train_steps<T>};
   }
 }
 

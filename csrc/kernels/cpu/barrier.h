@@ -4,6 +4,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include "parallel.h"
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -39,5 +40,24 @@ class SpinBarrier {
   alignas(64) int arrived_ = 0;
   alignas(64) int phase_ = 0;
 };
+
+// body(thread, count, barrier) on each of at most `threads` threads, which may wait for each other there. Before, each
+// calls reserve(thread, count), which asks scratch() for all that body will: throws std::bad_alloc, without having
+// called any body, if one of them could not get it.
+template <class Reserve, class Body>
+void parallel_in_phases(int threads, const Reserve& reserve, const Body& body) {
+  SpinBarrier barrier(threads);
+  bool failed = false;
+  parallel(threads, [&](int thread, int count) {
+    try {
+      reserve(thread, count);
+    } catch (...) {
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    }
+    barrier.wait(count);
+    if (!__atomic_load_n(&failed, __ATOMIC_RELAXED)) body(thread, count, barrier);
+  });
+  if (failed) scratch_failed();
+}
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,7 +1,7 @@
 // Sums over the rows of a matrix: the gradient of a bias.
 //
-// In vectors over kSumChain rows at a time, then in double: no long chain of additions rounds in T. Several vectors of
-// columns at once, as each addition waits for the one before it.
+// In vectors over kSumChain rows at a time, then in double, rounded once: no long chain of additions rounds in T.
+// Several vectors of columns at once, as each addition waits for the one before it.
 #pragma once
 
 #include "parallel.h"
@@ -23,7 +23,7 @@ template <class T>
 inline constexpr int64_t kSummedColumns = 4 * Vec<T>::width;
 
 template <class T, int N, bool partial>
-void sum_columns(const GatedRows<T>& x, int64_t column, int last, double* sums) {
+void sum_columns(const GatedRows<T>& x, int64_t column, int last, T* sums) {
   using V = Vec<T>;
   const auto load = [&](const T* row, int v) __attribute__((always_inline)) {
     const T* p = row + column + v * V::width;
@@ -44,12 +44,12 @@ void sum_columns(const GatedRows<T>& x, int64_t column, int last, double* sums) 
     for (int j = 0; j < N * V::width; ++j) totals[j] += static_cast<double>(sum[j / V::width].raw[j % V::width]);
   }
   const int columns = (N - 1) * V::width + last;
-  for (int j = 0; j < columns; ++j) sums[j] = totals[j];
+  for (int j = 0; j < columns; ++j) sums[j] = static_cast<T>(totals[j]);
 }
 
 // sums: of columns.begin, columns.begin + 1, ...
 template <class T>
-void column_sums(const GatedRows<T>& x, Range columns, double* sums) {
+void column_sums(const GatedRows<T>& x, Range columns, T* sums) {
   constexpr int width = Vec<T>::width;
   const auto some = [&]<int N>(int64_t column, int last) {
     last == width ? sum_columns<T, N, false>(x, column, last, sums) : sum_columns<T, N, true>(x, column, last, sums);

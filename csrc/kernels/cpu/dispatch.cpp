@@ -103,6 +103,16 @@ void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& opti
 }
 
 template <class T>
+void mlp_forward(const LinearForward<T>* layers, int64_t depth, int threads) {
+  kernels<T>().mlp_forward(layers, depth, threads);
+}
+
+template <class T>
+void mlp_backward(const LinearBackward<T>* layers, int64_t depth, int threads) {
+  kernels<T>().mlp_backward(layers, depth, threads);
+}
+
+template <class T>
 int64_t train_steps(const TrainSteps<T>& args, int threads) {
   return kernels<T>().train_steps(args, threads);
 }
@@ -127,6 +137,10 @@ template void sgd_step(const SgdTensor<float>*, int64_t, const SgdOptions&, int)
 template void sgd_step(const SgdTensor<double>*, int64_t, const SgdOptions&, int);
 template void sgd_step(const SgdTensor<BFloat16>*, int64_t, const SgdOptions&, int);
 template void sgd_step(const SgdTensor<Float16>*, int64_t, const SgdOptions&, int);
+template void mlp_forward(const LinearForward<float>*, int64_t, int);
+template void mlp_forward(const LinearForward<double>*, int64_t, int);
+template void mlp_backward(const LinearBackward<float>*, int64_t, int);
+template void mlp_backward(const LinearBackward<double>*, int64_t, int);
 template int64_t train_steps(const TrainSteps<float>&, int);
 template int64_t train_steps(const TrainSteps<double>&, int);
 

@@ -96,7 +96,6 @@ void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, in
 inline constexpr int64_t kDotBlockBytes = 256 * 1024;
 template <class T>
 inline constexpr int64_t kDotDepth = 8192 / sizeof(T);
-inline constexpr double kDotGrain = 250e3;  // multiply-adds that are worth a thread of their own
 
 // Asks for the part-th of `parts` pieces of these rows.
 template <class T>
@@ -146,11 +145,10 @@ void dot_gemm_part(const DotGemm<T>& g, Range columns) {
   }
 }
 
+// What thread `thread` of `count` does of the whole product.
 template <class T>
-void dot_gemm(const DotGemm<T>& g, int threads) {
-  const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
-  parallel(threads_for(work, kDotGrain, threads),
-           [&](int thread, int count) { dot_gemm_part(g, split(g.columns, kDotColumns, thread, count)); });
+void dot_gemm_share(const DotGemm<T>& g, int thread, int count) {
+  dot_gemm_part(g, split(g.columns, kDotColumns, thread, count));
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -29,7 +29,7 @@ struct Gemm {
   bool relu = false;
   const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
   int64_t gate_row = 0, gate_depth = 0;
-  double* row_sums = nullptr;  // [rows]; with a_transposed only: the sums of (gated) A over depth
+  T* row_sums = nullptr;  // [rows]; with a_transposed only: the sums of (gated) A over depth
 };
 
 inline constexpr int kTileRows = 6;
@@ -256,6 +256,23 @@ void outer_product(const Gemm<T>& g, Range rows, Range columns) {
   }
 }
 
+template <class T>
+T* a_tile_scratch() {
+  return static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T) + kVectorBytes));
+}
+
+template <class T>
+T* b_block_scratch() {
+  return static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T)));
+}
+
+// Asks for all that gemm_part will ask for.
+template <class T>
+void reserve_gemm() {
+  a_tile_scratch<T>();
+  b_block_scratch<T>();
+}
+
 // The part of C in `rows` x `columns`, on the calling thread.
 template <class T>
 void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
@@ -264,10 +281,8 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
   const int64_t row_tiles = (rows.size() + kTileRows - 1) / kTileRows;
   const bool packs_a = g.a_gate || g.a_transposed;
   const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
-  T* a_tile =
-      packs_a ? static_cast<T*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T) + kVectorBytes)) : nullptr;
-  T* b_block =
-      packs_b ? static_cast<T*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T))) : nullptr;
+  T* a_tile = packs_a ? a_tile_scratch<T>() : nullptr;
+  T* b_block = packs_b ? b_block_scratch<T>() : nullptr;
 
   int64_t p = 0;
   do {  // once for depth 0 too: C is then bias or 0
@@ -319,9 +334,6 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
   } while (p < g.depth);
 }
 
-// Multiply-adds that are worth a thread of their own.
-inline constexpr double kGemmGrain = 250e3;
-
 // How many of `threads` to give to the rows of C, the rest to its columns: the rows, unless the busiest thread has a
 // tenth less to do otherwise. Threads that share the rows of C write side by side, and each reads all of A.
 template <class T>
@@ -341,17 +353,16 @@ int row_threads(const Gemm<T>& g, int threads) {
   return best;
 }
 
+// What thread `thread` of `count` does of the whole product.
 template <class T>
-void gemm(const Gemm<T>& g, int threads) {
-  if (g.rows == 0 || g.columns == 0) return;
-  const double work = static_cast<double>(g.rows) * static_cast<double>(g.columns) * static_cast<double>(g.depth);
-  parallel(threads_for(work, kGemmGrain, threads), [&](int thread, int count) {
-    const int by_row = row_threads(g, count), by_column = count / by_row;
-    const Range rows = split(g.rows, kTileRows, thread / by_column, by_row);
-    const Range columns = split(g.columns, Vec<T>::width, thread % by_column, by_column);
-    if (rows.size() > 0 && columns.size() > 0) gemm_part(g, rows, columns);
-    if (g.row_sums && columns.begin == 0) column_sums(row_sums_of(g), rows, g.row_sums + rows.begin);
-  });
+void gemm_share(const Gemm<T>& g, int thread, int count) {
+  if (g.rows == 0) return;
+  const int by_row = row_threads(g, count), by_column = count / by_row;
+  const Range rows = split(g.rows, kTileRows, thread / by_column, by_row);
+  const Range columns = split(g.columns, Vec<T>::width, thread % by_column, by_column);
+  if (rows.size() == 0) return;
+  if (columns.size() > 0) gemm_part(g, rows, columns);
+  if (g.row_sums && thread % by_column == 0) column_sums(row_sums_of(g), rows, g.row_sums + rows.begin);
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -4,6 +4,7 @@
 
 #include "../cross_entropy.h"
 #include "../linear.h"
+#include "../mlp.h"
 #include "../sgd.h"
 #include "../train_step.h"
 
@@ -16,7 +17,10 @@ struct KernelsOf {
   int64_t (*cross_entropy_forward)(const CrossEntropyForward<T>&, int threads);
   int64_t (*cross_entropy_backward)(const CrossEntropyBackward<T>&, int threads);
   void (*sgd_step)(const SgdTensor<T>*, int64_t count, const SgdOptions&, int threads);
-  int64_t (*train_steps)(const TrainSteps<T>&, int threads);  // null for bfloat16 and float16
+  // Null for bfloat16 and float16:
+  void (*mlp_forward)(const LinearForward<T>*, int64_t depth, int threads);
+  void (*mlp_backward)(const LinearBackward<T>*, int64_t depth, int threads);
+  int64_t (*train_steps)(const TrainSteps<T>&, int threads);
 };
 
 struct KernelTable : KernelsOf<float>, KernelsOf<double>, KernelsOf<BFloat16>, KernelsOf<Float16> {};

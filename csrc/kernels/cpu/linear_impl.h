@@ -21,87 +21,106 @@ bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
   return rows <= (depth * columns * static_cast<int64_t>(sizeof(T)) < large_weight ? 256 : 96);
 }
 
+inline constexpr double kLinearGrain = 250e3;  // multiply-adds that are worth a thread of their own
+
+inline double multiply_adds(int64_t rows, int64_t in_features, int64_t out_features) {
+  return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features);
+}
+
+// What thread `thread` of `count` does of each product.
 template <class T>
-void linear_forward(const LinearForward<T>& x, int threads) {
+void linear_forward_share(const LinearForward<T>& x, int thread, int count) {
   const bool relu = x.activation == Activation::relu;
   if (use_dot_products<T>(x.rows, x.in_features, x.out_features)) {
-    dot_gemm<T>({.rows = x.rows,
-                 .columns = x.out_features,
-                 .depth = x.in_features,
-                 .x = x.input,
-                 .x_row = x.input_stride,
-                 .w = x.weight,
-                 .w_row = x.weight_stride,
-                 .bias = x.bias,
-                 .relu = relu,
-                 .c = x.out},
-                threads);
+    dot_gemm_share<T>({.rows = x.rows,
+                       .columns = x.out_features,
+                       .depth = x.in_features,
+                       .x = x.input,
+                       .x_row = x.input_stride,
+                       .w = x.weight,
+                       .w_row = x.weight_stride,
+                       .bias = x.bias,
+                       .relu = relu,
+                       .c = x.out},
+                      thread, count);
   } else {
-    gemm<T>({.rows = x.rows,
-             .columns = x.out_features,
-             .depth = x.in_features,
-             .a = x.input,
-             .a_row = x.input_stride,
-             .a_depth = 1,
-             .a_transposed = false,
-             .b = x.weight,
-             .b_depth = 1,
-             .b_column = x.weight_stride,
-             .c = x.out,
-             .bias = x.bias,
-             .relu = relu},
-            threads);
+    gemm_share<T>({.rows = x.rows,
+                   .columns = x.out_features,
+                   .depth = x.in_features,
+                   .a = x.input,
+                   .a_row = x.input_stride,
+                   .a_depth = 1,
+                   .a_transposed = false,
+                   .b = x.weight,
+                   .b_depth = 1,
+                   .b_column = x.weight_stride,
+                   .c = x.out,
+                   .bias = x.bias,
+                   .relu = relu},
+                  thread, count);
   }
 }
 
 template <class T>
-void linear_backward(const LinearBackward<T>& x, int threads) {
-  if (x.grad_input) {
-    gemm<T>({.rows = x.rows,
-             .columns = x.in_features,
-             .depth = x.out_features,
-             .a = x.grad_output,
-             .a_row = x.grad_output_stride,
-             .a_depth = 1,
-             .a_transposed = false,
-             .b = x.weight,
-             .b_depth = x.weight_stride,
-             .b_column = 1,
-             .c = x.grad_input,
-             .a_gate = x.output,
-             .gate_row = x.output_stride,
-             .gate_depth = 1},
-            threads);
-  }
-  double* sums = nullptr;
-  if (x.grad_bias) {
-    sums = static_cast<double*>(scratch(Scratch::row_sums, x.out_features * sizeof(double)));
-  }
+void grad_input_share(const LinearBackward<T>& x, int thread, int count) {
+  if (!x.grad_input) return;
+  gemm_share<T>({.rows = x.rows,
+                 .columns = x.in_features,
+                 .depth = x.out_features,
+                 .a = x.grad_output,
+                 .a_row = x.grad_output_stride,
+                 .a_depth = 1,
+                 .a_transposed = false,
+                 .b = x.weight,
+                 .b_depth = x.weight_stride,
+                 .b_column = 1,
+                 .c = x.grad_input,
+                 .a_gate = x.output,
+                 .gate_row = x.output_stride,
+                 .gate_depth = 1},
+                thread, count);
+}
+
+// And of grad_bias.
+template <class T>
+void grad_weight_share(const LinearBackward<T>& x, int thread, int count) {
   if (x.grad_weight) {
-    gemm<T>({.rows = x.out_features,
-             .columns = x.in_features,
-             .depth = x.rows,
-             .a = x.grad_output,
-             .a_row = 1,
-             .a_depth = x.grad_output_stride,
-             .a_transposed = true,
-             .b = x.input,
-             .b_depth = x.input_stride,
-             .b_column = 1,
-             .c = x.grad_weight,
-             .a_gate = x.output,
-             .gate_row = 1,
-             .gate_depth = x.output_stride,
-             .row_sums = sums},
-            threads);
+    gemm_share<T>({.rows = x.out_features,
+                   .columns = x.in_features,
+                   .depth = x.rows,
+                   .a = x.grad_output,
+                   .a_row = 1,
+                   .a_depth = x.grad_output_stride,
+                   .a_transposed = true,
+                   .b = x.input,
+                   .b_depth = x.input_stride,
+                   .b_column = 1,
+                   .c = x.grad_weight,
+                   .a_gate = x.output,
+                   .gate_row = 1,
+                   .gate_depth = x.output_stride,
+                   .row_sums = x.grad_bias},
+                  thread, count);
+  } else if (x.grad_bias) {
+    const Range columns = split(x.out_features, Vec<T>::width, thread, count);
+    column_sums<T>({x.rows, x.grad_output, x.grad_output_stride, x.output, x.output_stride}, columns,
+                   x.grad_bias + columns.begin);
   }
-  if (sums) {
-    if (!x.grad_weight || x.in_features == 0) {  // no GEMM has run
-      column_sums<T>({x.rows, x.grad_output, x.grad_output_stride, x.output, x.output_stride}, {0, x.out_features},
-                     sums);
-    }
-    for (int64_t n = 0; n < x.out_features; ++n) x.grad_bias[n] = static_cast<T>(sums[n]);
-  }
+}
+
+template <class T>
+void linear_forward(const LinearForward<T>& x, int threads) {
+  parallel(threads_for(multiply_adds(x.rows, x.in_features, x.out_features), kLinearGrain, threads),
+           [&](int thread, int count) { linear_forward_share(x, thread, count); });
+}
+
+template <class T>
+void linear_backward(const LinearBackward<T>& x, int threads) {
+  parallel(threads_for(multiply_adds(x.rows, x.in_features, x.out_features), kLinearGrain, threads),
+           [&](int thread, int count) {
+             grad_input_share(x, thread, count);
+             grad_weight_share(x, thread, count);
+           });
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

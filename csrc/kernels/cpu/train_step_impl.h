@@ -433,15 +433,14 @@ class StepOfThread {
     const SgdOptions o = options(bias);
     const SgdUpdate<T> sgd(o);
     const GatedRows<T> grad_output = {rows_, at.layers[l].grad_output, stride, nullptr, 0};
-    double sums[kSummedColumns<T>];
+    T sums[kSummedColumns<T>];
     for (int64_t begin = columns.begin; begin < columns.end; begin += kSummedColumns<T>) {
       const int64_t end = columns.end - begin < kSummedColumns<T> ? columns.end : begin + kSummedColumns<T>;
       column_sums(grad_output, {begin, end}, sums);
       for_each_vector<T>(end - begin, [&](int64_t i, int lanes) {
-        V gradient{};
-        for (int j = 0; j < lanes; ++j) gradient.raw[j] = static_cast<T>(sums[i + j]);
         const int64_t column = begin + i;
-        sgd(bias.data + column, gradient, bias.momentum_buffer ? bias.momentum_buffer + column : nullptr, lanes);
+        sgd(bias.data + column, V::load(sums + i), bias.momentum_buffer ? bias.momentum_buffer + column : nullptr,
+            lanes);
       });
     }
   }
@@ -454,8 +453,7 @@ class StepOfThread {
 
   // All that this thread will ask scratch() for, so that it throws before anything is updated.
   void reserve() const {
-    scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(T) + kVectorBytes);
-    scratch(Scratch::b_block, kDepthBlock * kColumnBlock<T> * sizeof(T));
+    reserve_gemm<T>();
     if (rows_ > kDepthBlock) return;
     for (int64_t l = 0; l < x.depth; ++l) {
       scratch(Scratch::grad_tiles, grad_tiles_bytes(weight_share(l).neurons.size(), rows_));
@@ -506,23 +504,15 @@ int64_t train_steps(const TrainSteps<T>& x, int threads) {
   if (bad >= 0) return bad;
 
   const int wanted = threads_for(multiply_adds(x), kTrainStepGrain, threads);
-  SpinBarrier barrier(wanted);
-  bool failed = false;
-  parallel(wanted, [&](int thread, int count) {
-    try {
-      StepOfThread<T>(x, buffers, 0, thread, count).reserve();
-    } catch (...) {
-      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
-    }
-    barrier.wait(count);
-    if (__atomic_load_n(&failed, __ATOMIC_RELAXED)) return;
-    for (int64_t step = 0; step < x.steps(); ++step) {
-      const StepOfThread<T> of_thread(x, buffers, step, thread, count);
-      of_thread.run(barrier);
-      if (step + 1 < x.steps()) barrier.wait(count);
-    }
-  });
-  if (failed) scratch_failed();
+  parallel_in_phases(
+      wanted, [&](int thread, int count) { StepOfThread<T>(x, buffers, 0, thread, count).reserve(); },
+      [&](int thread, int count, SpinBarrier& barrier) {
+        for (int64_t step = 0; step < x.steps(); ++step) {
+          const StepOfThread<T> of_thread(x, buffers, step, thread, count);
+          of_thread.run(barrier);
+          if (step + 1 < x.steps()) barrier.wait(count);
+        }
+      });
   return -1;
 }
 
