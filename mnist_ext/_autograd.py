@@ -8,6 +8,7 @@ can be differentiated again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,12 +133,17 @@ class MLP(Function):
         input, hidden, output, *params = ctx.saved_tensors
         need_input = ctx.needs_input_grad[0]
         arguments = grad_output, input, hidden, output, params, ctx.layers, need_input
-        differentiable = _mlp_backward_differentiable if _is_recorded() else _mlp_backward
-        grads = differentiable(*arguments)
+        if _is_recorded():
+            grads = _mlp_backward_by_layer(_linear_backward_differentiable, *arguments)
+        elif _is_batched(grad_output):  # by is_grads_batched=True, which takes no op with a list
+            grads = _mlp_backward_by_layer(_linear_backward, *arguments)
+        else:
+            grads = _mlp_backward(*arguments)
         return (grads[0], None, *grads[1:]) if need_input else (None, None, *grads)
 
 
-def _mlp_backward_differentiable(
+def _mlp_backward_by_layer(
+    linear_backward: Callable[..., tuple[Tensor | None, ...]],
     grad_output: Tensor,
     input: Tensor,
     hidden: Tensor,
@@ -166,9 +172,7 @@ def _mlp_backward_differentiable(
     for i in reversed(range(len(layers))):
         weight = weights[i] if i > 0 or need_input else None
         needs_bias = bool(layers[i] & BIAS)
-        grad, *of_params = _linear_backward_differentiable(
-            grad, inputs[i], weight, outputs[i], needs_bias
-        )
+        grad, *of_params = linear_backward(grad, inputs[i], weight, outputs[i], needs_bias)
         grads[:0] = of_params if needs_bias else of_params[:1]
     return [grad, *grads] if need_input else grads
 

@@ -24,7 +24,7 @@ class Case:
     """One way to call an op."""
 
     name: str
-    op: str  # "linear" or "cross_entropy"
+    op: str  # "linear", "mlp" or "cross_entropy"
     make: Callable[[torch.dtype], list[Tensor | None]] = field(repr=False)
     options: dict[str, Any]
     differentiable: tuple[int, ...]  # which of the tensors can have a gradient
@@ -37,14 +37,27 @@ class Case:
         torch.manual_seed(0)
         return self.make(dtype)
 
+    def layers(self, *tensors: Tensor | None) -> list[tuple[Any, Any, Any]]:
+        """Of an mlp: the weight, bias and activation of each."""
+        return list(zip(tensors[1::2], tensors[2::2], self.options["activations"], strict=True))
+
     def ours(self, *tensors: Tensor | None) -> Tensor:
+        if self.op == "mlp":
+            return functional.mlp(tensors[0], self.layers(*tensors))
         return getattr(functional, self.op)(*tensors, **self.options)
 
     def torchs(self, *tensors: Tensor | None) -> Tensor:
         if self.op == "cross_entropy":
             return F.cross_entropy(*tensors, **self.options)
-        output = F.linear(*tensors)
-        return torch.relu(output) if self.options["activation"] == "relu" else output
+        if self.op == "linear":
+            layers = [(*tensors[1:], self.options["activation"])]
+        else:
+            layers = self.layers(*tensors)
+        output = tensors[0]
+        for weight, bias, activation in layers:
+            output = F.linear(output, weight, bias)
+            output = torch.relu(output) if activation == "relu" else output
+        return output
 
 
 def with_gradients(tensors: list[Tensor | None], differentiable: tuple[int, ...]):
@@ -189,7 +202,39 @@ LINEAR = [
     )
 ]
 
-CASES = [*LINEAR, *CROSS_ENTROPY]
+
+def _mlp_case(shape, features, biases, activations, strided=False) -> Case:
+    def make(dtype):
+        def tensor(*sizes):
+            if strided and len(sizes) > 1:
+                return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
+            return torch.randn(sizes).to(dtype)
+
+        tensors = [tensor(*shape)]
+        for inputs, outputs, bias in zip((shape[-1], *features), features, biases, strict=False):
+            tensors += [tensor(outputs, inputs) / inputs**0.5, tensor(outputs) if bias else None]
+        return tensors
+
+    names = ["x".join(map(str, shape)), "x".join(map(str, features)), *activations]
+    return Case(
+        name="-".join([*names, *(["strided"] if strided else [])]),
+        op="mlp",
+        make=make,
+        options={"activations": activations},
+        differentiable=tuple(range(2 * len(features) + 1)),
+    )
+
+
+MLP = [
+    _mlp_case((6, 3), (4, 5, 2), (True, True, True), ("relu", "relu", "none")),
+    _mlp_case((3,), (4, 2), (False, True), ("none", "none")),
+    _mlp_case((2, 3, 3), (4, 1, 2), (True, False, True), ("relu", "none", "relu"), strided=True),
+    _mlp_case((140, 3), (40, 37), (True, True), ("relu", "relu")),
+    _mlp_case((0, 3), (4, 2), (True, True), ("relu", "none")),
+    _mlp_case((5, 0), (4, 2), (True, True), ("relu", "none")),
+]
+
+CASES = [*LINEAR, *MLP, *CROSS_ENTROPY]
 
 # For what takes long, and depends on the Python around the kernels more than on every combination:
 # each layout, kind, option and activation at least once.
@@ -197,6 +242,7 @@ FEW = [
     _linear_case((6, 3), True, "relu", False),
     _linear_case((3,), False, "none", False),
     _linear_case((2, 3, 3), True, "none", True),
+    *MLP[:3],
     *(
         _cross_entropy_case(layout, *rest)
         for layout, rest in zip(

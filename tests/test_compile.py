@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients, with_gradients
+from torch.utils._pytree import tree_map_only
 
 import mnist_ext
 
@@ -111,6 +112,22 @@ def forward_and_backward_calls(case, dtype):
                     need_bias,
                 ),
             )
+    elif case.op == "mlp":
+        if dtype.itemsize < 4:  # which the op does not take
+            return
+        input, *params = tensors
+        params = [p for p in params if p is not None]
+        activations = case.options["activations"]
+        layers = [
+            (bias is not None) + 2 * (activation == "relu")
+            for bias, activation in zip(tensors[2::2], activations, strict=True)
+        ]
+        yield op.mlp.default, (input, params, layers)
+        output, hidden = op.mlp(input, params, layers)
+        grad_output, kept = torch.randn_like(output), output if layers[-1] & 2 else None
+        for need_input in (False, True):
+            arguments = grad_output, input, hidden, kept, params, layers, need_input
+            yield op.mlp_backward.default, arguments
     else:
         options = (
             case.options["ignore_index"],
@@ -140,19 +157,19 @@ def test_opcheck(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fake_and_meta_tensors_have_the_metadata_of_real_ones(case):
     def metadata(results):
-        results = results if isinstance(results, tuple) else (results,)
+        results = (results,) if torch.is_tensor(results) else results
         return [None if r is None else (r.shape, r.dtype, r.stride()) for r in results]
 
     for dtype in (torch.float64, torch.float16):
         for function, arguments in forward_and_backward_calls(case, dtype):
             expected = metadata(function(*arguments))
             with torch._subclasses.FakeTensorMode() as mode:
-                fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in arguments]
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
                 assert metadata(function(*fakes)) == expected
-            metas = [a.to("meta") if torch.is_tensor(a) else a for a in arguments]
+            metas = tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments)
             results = function(*metas)
             assert metadata(results) == expected
-            results = results if isinstance(results, tuple) else (results,)
+            results = (results,) if torch.is_tensor(results) else results
             assert all(r is None or r.is_meta for r in results)
 
 

@@ -1,0 +1,384 @@
+"""Neighbouring linear layers in one call: functional.mlp, nn.Sequential, and what swap makes."""
+
+import copy
+import io
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import mnist_ext
+from mnist_ext import functional
+from mnist_ext.nn import swap
+
+op = torch.ops.mnist_ext
+TOGETHER = "MLPBackward"  # the name of the node in the graph
+ALONE = "LinearBackward"
+
+
+def model(*, dropout: bool = False) -> mnist_ext.nn.Sequential:
+    layers = [
+        nn.Flatten(),
+        nn.Linear(12, 8),
+        nn.ReLU(),
+        nn.Linear(8, 8, bias=False),
+        nn.Linear(8, 3),
+    ]
+    if dropout:
+        layers.insert(3, nn.Dropout(0.5))
+    return swap(nn.Sequential(*layers))
+
+
+def called(output: torch.Tensor) -> str:
+    return output.grad_fn.name()
+
+
+def results(function, input: torch.Tensor, parameters) -> list[torch.Tensor]:
+    output = function(input)
+    torch.manual_seed(1)
+    wanted = [t for t in (input, *parameters) if t.requires_grad]
+    return [output, *torch.autograd.grad(output, wanted, torch.randn_like(output))]
+
+
+def one_by_one(sequential: nn.Sequential):
+    def forward(input):
+        for module in sequential:
+            input = module(input)
+        return input
+
+    return forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 64, 300])
+@pytest.mark.parametrize("features", [(784, 128, 64, 10), (7, 300, 1, 33)], ids=str)
+def test_same_bits_as_one_layer_after_the_other(isa, features, batch, dtype):
+    layers = []
+    for inputs, outputs in itertools.pairwise(features):
+        layers += [nn.Linear(inputs, outputs, dtype=dtype), nn.ReLU()]
+    sequential = swap(nn.Sequential(*layers))
+    input = torch.randn(batch, features[0], dtype=dtype, requires_grad=True)
+    parameters = list(sequential.parameters())
+    threads = torch.get_num_threads()
+    expected = results(one_by_one(sequential), input, parameters)
+    assert called(expected[0]) == ALONE
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        got = results(sequential, input, parameters)
+        torch.set_num_threads(threads)
+        assert called(got[0]) == TOGETHER
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_layers_with_other_modules_between_them_are_called_apart():
+    sequential = model(dropout=True).eval()
+    input = torch.randn(4, 12)
+    node = sequential(input).grad_fn
+    assert node.name() == TOGETHER  # the two behind Dropout
+    assert node.next_functions[0][0].name() == ALONE
+    assert torch.equal(sequential(input), one_by_one(sequential)(input))
+
+
+def _forward_hook(sequential, seen):
+    sequential[1].register_forward_hook(lambda *_: seen.append(1))
+
+
+def _forward_pre_hook(sequential, seen):
+    sequential[3].register_forward_pre_hook(lambda *_: seen.append(1))
+
+
+def _backward_hook(sequential, seen):
+    sequential[3].register_full_backward_hook(lambda *_: seen.append(1))
+
+
+def _backward_pre_hook(sequential, seen):
+    sequential[1].register_full_backward_pre_hook(lambda *_: seen.append(1))
+
+
+def _hook_of_identity(sequential, seen):
+    sequential[2].register_forward_hook(lambda *_: seen.append(1))
+
+
+def _own_forward(sequential, seen):
+    forward = sequential[3].forward
+    sequential[3].forward = lambda input: seen.append(1) or forward(input)
+
+
+def _own_forward_of_identity(sequential, seen):
+    sequential[2].forward = lambda input: seen.append(1) or input
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        _forward_hook,
+        _forward_pre_hook,
+        _backward_hook,
+        _backward_pre_hook,
+        _hook_of_identity,
+        _own_forward,
+        _own_forward_of_identity,
+    ],
+)
+def test_who_looks_between_layers_is_called(watch):
+    sequential, seen = model(), []
+    input = torch.randn(4, 12)
+    expected = sequential(input)
+    watch(sequential, seen)
+    output = sequential(input)
+    output.sum().backward()
+    assert seen == [1]
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+        torch.nn.modules.module.register_module_full_backward_hook,
+        torch.nn.modules.module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_of_all_modules_see_each_layer(register):
+    sequential, seen = model(), []
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        sequential(torch.randn(4, 12, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert {sequential[1], sequential[3], sequential[4]} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: parametrizations.weight_norm(m), lambda m: prune.l1_unstructured(m, "weight", 3)],
+)
+def test_computed_weights_are_computed(change):
+    sequential = model()
+    change(sequential[3])
+    input = torch.randn(4, 12)
+    output = sequential(input)
+    assert torch.equal(output, one_by_one(sequential)(input))
+    output.sum().backward()
+    assert all(p.grad is not None for p in sequential.parameters())
+
+
+@pytest.mark.parametrize("frozen", ["1.weight", "1.bias", "3.weight", "4.bias"])
+def test_frozen_parameters_get_no_gradient(frozen):
+    sequential = model()
+    sequential.get_parameter(frozen).requires_grad_(False)
+    sequential(torch.randn(4, 12)).sum().backward()
+    for name, parameter in sequential.named_parameters():
+        assert (parameter.grad is None) == (name == frozen)
+
+
+def test_input_without_gradient_gets_none(monkeypatch):
+    sequential = model()
+    asked = []
+    backward = mnist_ext._autograd._mlp_backward
+    monkeypatch.setattr(
+        mnist_ext._autograd, "_mlp_backward", lambda *a: asked.append(a[-1]) or backward(*a)
+    )
+    for needs in (False, True):
+        input = torch.randn(4, 12, requires_grad=needs)
+        sequential(input).sum().backward()
+        assert (input.grad is not None) == needs
+    assert asked == [False, True]
+
+
+def test_swap_replaces_the_class_of_a_sequential_of_several_linears():
+    nested = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    )
+    inner, lone = nested[0], nested[1]
+    keys = list(nested.state_dict())
+    for _ in range(2):
+        assert swap(nested) is nested
+        assert nested[0] is inner
+        assert type(inner) is mnist_ext.nn.Sequential
+        assert type(lone) is nn.Sequential
+        assert type(nested) is nn.Sequential
+        assert list(nested.state_dict()) == keys
+
+
+def test_swap_leaves_other_classes_and_replaced_forwards():
+    class Own(nn.Sequential):
+        pass
+
+    own = Own(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert type(swap(own)) is Own
+    replaced = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    replaced.forward = lambda input: input
+    assert type(swap(replaced)) is nn.Sequential
+
+
+def test_copies_slices_and_saved_models_compute_the_same():
+    sequential = model()
+    input = torch.randn(4, 12)
+    expected = sequential(input)
+    file = io.BytesIO()
+    torch.save(sequential, file)
+    file.seek(0)
+    for other in (copy.deepcopy(sequential), torch.load(file, weights_only=False), sequential[:]):
+        assert type(other) is mnist_ext.nn.Sequential
+        assert torch.equal(other(input), expected)
+    assert torch.equal(sequential[2:](sequential[:2](input)), expected)
+
+
+def test_modules_added_later_are_called():
+    sequential = model()
+    input = torch.randn(4, 12)
+    before = sequential(input)
+    sequential.append(nn.Tanh())
+    assert torch.equal(sequential(input), before.tanh())
+
+
+def test_a_layer_used_twice_gets_both_gradients():
+    layer = mnist_ext.nn.Linear(6, 6, activation="relu")
+    sequential = mnist_ext.nn.Sequential(layer, layer)
+    input = torch.randn(3, 6)
+    output = sequential(input)
+    assert called(output) == TOGETHER
+    got = results(sequential, input, layer.parameters())
+    expected = results(one_by_one(sequential), input, layer.parameters())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_empty_sequential():
+    input = torch.randn(2)
+    assert mnist_ext.nn.Sequential()(input) is input
+
+
+def test_bfloat16_goes_layer_by_layer():
+    sequential = model().bfloat16()
+    input = torch.randn(4, 12, dtype=torch.bfloat16)
+    assert called(sequential(input)) == ALONE
+
+
+def test_torch_fx_sees_each_layer():
+    traced = torch.fx.symbolic_trace(model())
+    input = torch.randn(4, 12)
+    assert sum(node.target is torch.nn.functional.linear for node in traced.graph.nodes) == 3
+    assert traced(input).shape == (4, 3)
+
+
+def test_torch_jit_trace_sees_each_layer():
+    sequential = model().eval()
+    input = torch.randn(4, 12)
+    torch.testing.assert_close(sequential(input), one_by_one(sequential)(input))
+    with torch.no_grad():
+        traced = torch.jit.trace(sequential, input)
+    other = torch.randn(7, 12)
+    torch.testing.assert_close(traced(other), sequential(other))
+
+
+WEIGHTS = [torch.randn(4, 3), torch.randn(2, 4)]
+BIASES = [torch.randn(4), torch.randn(2)]
+
+
+@pytest.mark.parametrize(
+    ("input", "weights", "biases", "message"),
+    [
+        (torch.randn(5, 9), WEIGHTS, BIASES, r"linear.*\[5, 9\]"),
+        (torch.randn(5, 3), [WEIGHTS[0], WEIGHTS[0]], BIASES, r"linear.*\[5, 4\]"),
+        (torch.randn(5, 3), WEIGHTS, [BIASES[0], BIASES[0]], r"linear: bias.*got \[4\]"),
+        (torch.randn(5, 3).double(), WEIGHTS, BIASES, "linear.*float64"),
+        (torch.tensor(1.0), WEIGHTS, BIASES, "linear"),
+    ],
+)
+def test_wrong_calls_name_the_layers_shapes(input, weights, biases, message):
+    layers = [
+        (weight.clone().requires_grad_(), bias.clone().requires_grad_(), "relu")
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    with pytest.raises(RuntimeError, match=message):
+        functional.mlp(input, layers)
+
+
+def test_unknown_activation():
+    layers = [(w.requires_grad_(), None, "tanh") for w in (torch.randn(4, 3), torch.randn(2, 4))]
+    with pytest.raises(ValueError, match=r"activation.*'tanh'"):
+        functional.mlp(torch.randn(5, 3), layers)
+
+
+INPUT = torch.randn(5, 3)
+PARAMS = [WEIGHTS[0], BIASES[0], WEIGHTS[1], BIASES[1]]
+LAYERS = [3, 1]
+OUTPUT, HIDDEN = op.mlp(INPUT, PARAMS, LAYERS)
+
+
+def forward(input=INPUT, params=PARAMS, layers=LAYERS):
+    op.mlp(input, params, layers)
+
+
+def backward(
+    grad_output=OUTPUT, input=INPUT, hidden=HIDDEN, output=None, params=PARAMS, layers=LAYERS
+):
+    op.mlp_backward(grad_output, input, hidden, output, params, layers, True)
+
+
+@pytest.mark.parametrize(
+    ("function", "changed", "message"),
+    [
+        (forward, {"layers": []}, "layers"),
+        (forward, {"layers": [3]}, "params: expected 2"),
+        (forward, {"layers": [3, 1, 0]}, "params: expected a weight"),
+        (forward, {"layers": [3, 3], "params": PARAMS[:3]}, "params: expected a weight"),
+        (forward, {"input": INPUT.bfloat16()}, "input: expected float32 or float64, got bfloat16"),
+        (forward, {"input": torch.tensor(1.0)}, "input: expected 1 to 64 dimensions"),
+        (forward, {"input": torch.randn(5, 4)}, r"params\[0\]: expected a weight"),
+        (forward, {"params": [*PARAMS[:3], torch.randn(3)]}, r"params\[3\]: expected a bias \[2\]"),
+        (
+            forward,
+            {"params": [*PARAMS[:2], torch.randn(2, 5), BIASES[1]]},
+            r"params\[2\].*\[2, 5\]",
+        ),
+        (forward, {"params": [p.double() for p in PARAMS]}, "params: expected the dtype of input"),
+        (backward, {"grad_output": torch.randn(5, 3)}, r"grad_output: .*got \[5, 3\]"),
+        (backward, {"grad_output": torch.randn(4, 2)}, r"grad_output: .*got \[4, 2\]"),
+        (backward, {"grad_output": OUTPUT.double()}, "grad_output: expected the dtype of input"),
+        (backward, {"hidden": HIDDEN[:-1]}, "hidden: expected the 20 numbers"),
+        (backward, {"hidden": torch.randn(40)[::2]}, "hidden"),
+        (backward, {"hidden": HIDDEN.double()}, "hidden: expected the dtype"),
+        (backward, {"output": OUTPUT}, "output: expected it where the last layer has a ReLU"),
+        (backward, {"layers": [3, 3]}, "output: expected it where the last layer has a ReLU"),
+        (backward, {"layers": [3, 3], "output": OUTPUT[:3]}, r"output: .*got \[3, 2\]"),
+        (backward, {"layers": [1]}, "params: expected 2"),
+    ],
+)
+def test_ops_check_their_arguments(function, changed, message):
+    with pytest.raises(RuntimeError, match=message):
+        function(**changed)
+    function()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_running_out_of_memory_is_a_memory_error():
+    """Also of one thread alone: the others do not wait for it."""
+    code = """
+import resource, torch, mnist_ext
+torch.set_num_threads(2)
+mlp = torch.ops.mnist_ext.mlp
+torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)  # starts them
+x, params = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    mlp(x, params, [2, 0])
+except (MemoryError, RuntimeError) as error:
+    print(type(error).__name__)
+"""
+    # Not in the checkout, whose mnist_ext would come before the installed one.
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "MemoryError"
