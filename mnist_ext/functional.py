@@ -174,12 +174,18 @@ def linear(
     return torch.relu(output) if relu else output
 
 
+def _all_or_nothing(input: Tensor, params: list[Tensor]) -> bool:
+    # The op makes the gradients of all parameters; without a graph it is not asked for any.
+    needs = [param.requires_grad for param in params]
+    return all(needs) or not (any(needs) or input.requires_grad)
+
+
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
     """Compute `linear` for each of layers, one after the other.
 
     On the CPU all of them are one native call, and so is their backward, with the same bits: the
-    time between the kernels of small layers is saved, which is most of it. Elsewhere, and where a
-    parameter needs no gradient, it is one call of `linear` after the other.
+    time between the kernels of small layers is saved. Elsewhere, in bfloat16 and float16, and where
+    only some gradients are needed, it is one call of `linear` after the other.
 
     Args:
         input: ``[..., in_features]``, any strides.
@@ -206,7 +212,8 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         and type(input) in _TYPES
         and input.is_cpu
         and input.dtype in (torch.float32, torch.float64)
-        and all([type(param) in _TYPES and param.requires_grad for param in params])
+        and all([type(param) in _TYPES for param in params])
+        and _all_or_nothing(input, params)
         and all([activation in _RELU for _, _, activation in layers])
         and not _transformed()
         and not _is_autocast_enabled("cpu")

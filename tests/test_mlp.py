@@ -178,6 +178,22 @@ def test_frozen_parameters_get_no_gradient(frozen):
         assert (parameter.grad is None) == (name == frozen)
 
 
+def test_frozen_model_passes_the_gradient_of_its_input():
+    input = torch.randn(4, 12, requires_grad=True)
+    output = model().requires_grad_(False)(input)
+    assert called(output) == ALONE  # there is one gradient to be made, not all
+    output.sum().backward()
+    assert input.grad is not None
+
+
+def test_frozen_model_is_one_call(monkeypatch):
+    calls = []
+    forward = mnist_ext._autograd._mlp
+    monkeypatch.setattr(mnist_ext._autograd, "_mlp", lambda *a: calls.append(a) or forward(*a))
+    model().requires_grad_(False)(torch.randn(4, 12))
+    assert len(calls) == 1
+
+
 def test_input_without_gradient_gets_none(monkeypatch):
     sequential = model()
     asked = []
@@ -367,7 +383,7 @@ def test_running_out_of_memory_is_a_memory_error():
 import resource, torch, mnist_ext
 torch.set_num_threads(2)
 mlp = torch.ops.mnist_ext.mlp
-torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)  # starts them
+torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)
 x, params = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))

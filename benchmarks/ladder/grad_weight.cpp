@@ -29,19 +29,13 @@ struct Layer {
   float *grad_weight, *grad_bias;    // [out, in], [out]
 };
 
-double* zeroed_sums(const Layer& x) {
-  double* sums = static_cast<double*>(scratch(Scratch::row_sums, x.out * sizeof(double)));
-  std::fill_n(sums, x.out, 0.0);
-  return sums;
-}
-
-void store_bias(const Layer& x, const double* sums) {
+void store_bias(const Layer& x, const std::vector<double>& sums) {
   for (int64_t n = 0; n < x.out; ++n) x.grad_bias[n] = static_cast<float>(sums[n]);
 }
 
 // A pass of its own over grad_output, in all rungs up to the one that packs it.
 void bias_pass(const Layer& x) {
-  double* sums = zeroed_sums(x);
+  std::vector<double> sums(x.out);
   for (int64_t m = 0; m < x.batch; ++m) {
     for (int64_t n = 0; n < x.out; ++n) sums[n] += x.grad_output[m * x.out + n];
   }
@@ -222,11 +216,11 @@ void blocks(const Layer& x) {
 
 // With one thread: all packed.
 void threads(const Layer& x, int threads) {
-  double* sums = zeroed_sums(x);
+  std::vector<double> sums(x.out);
   parallel(threads, [&](int thread, int count) {
     Part part = whole(x);
     part.rows = split(x.out, kTileRows, thread, count);
-    for_blocks(part, [&](const Part& block) { tiles<Packing::both>(x, block, sums); });
+    for_blocks(part, [&](const Part& block) { tiles<Packing::both>(x, block, sums.data()); });
   });
   store_bias(x, sums);
 }

@@ -14,7 +14,7 @@ namespace mnist_ext::MNIST_EXT_ISA {
 // functions the linker could take from another instruction set's file.)
 class SpinBarrier {
  public:
-  explicit SpinBarrier(int threads) : spins_(threads > omp_get_num_procs() ? 0 : 4096) {}
+  explicit SpinBarrier(int threads) : spins_(threads > processors() ? 0 : 4096) {}
 
   void wait(int threads) {
     if (threads == 1) return;
@@ -36,6 +36,11 @@ class SpinBarrier {
   }
 
  private:
+  static int processors() {
+    static const int count = omp_get_num_procs();  // a system call
+    return count;
+  }
+
   const int spins_;
   alignas(64) int arrived_ = 0;
   alignas(64) int phase_ = 0;
