@@ -64,7 +64,6 @@ class Sequential(torch.nn.Sequential):
             type(input) is not Tensor  # tracing, among others, shall see each module
             or any(_GLOBAL_HOOKS)
             or _is_compiling()
-            or _tracing_state() is not None
         ):
             return super().forward(input)
         linears: list[Linear] = []
@@ -86,7 +85,6 @@ def _through(linears: list[Linear], input: Tensor) -> Tensor:
 
 # Looked up once: every call asks them.
 _is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS]

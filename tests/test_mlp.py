@@ -279,21 +279,46 @@ def test_bfloat16_goes_layer_by_layer():
     assert called(sequential(input)) == ALONE
 
 
-def test_torch_fx_sees_each_layer():
-    traced = torch.fx.symbolic_trace(model())
+def test_tracing_by_torch_fx_sees_each_module():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) is mnist_ext.nn.Linear or super().is_leaf_module(module, name)
+
+    nodes = Tracer().trace(model()).nodes
+    assert [node.target for node in nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(), nn.Identity()], ids=str)
+def test_a_recorded_backward_gives_the_same_gradients(last):
+    sequential = swap(
+        nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 7), nn.Linear(7, 4), last).double()
+    )
+    input = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    wanted = [input, *sequential.parameters()]
+    output = sequential(input)
+    grad_output = torch.randn_like(output)
+    plain = torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
+    recorded = torch.autograd.grad(output, wanted, grad_output, create_graph=True)
+    assert all(grad.requires_grad for grad in recorded[:2])
+    for a, b in zip(plain, recorded, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_weight_that_is_no_parameter():
+    sequential = model()
+    weight = sequential[3].weight.detach() * 2
+    del sequential[3].weight
+    sequential[3].weight = weight
     input = torch.randn(4, 12)
-    assert sum(node.target is torch.nn.functional.linear for node in traced.graph.nodes) == 3
-    assert traced(input).shape == (4, 3)
+    assert torch.equal(sequential(input), one_by_one(sequential)(input))
 
 
-def test_torch_jit_trace_sees_each_layer():
+def test_torch_jit_trace_works():
     sequential = model().eval()
-    input = torch.randn(4, 12)
-    torch.testing.assert_close(sequential(input), one_by_one(sequential)(input))
     with torch.no_grad():
-        traced = torch.jit.trace(sequential, input)
-    other = torch.randn(7, 12)
-    torch.testing.assert_close(traced(other), sequential(other))
+        traced = torch.jit.trace(sequential, torch.randn(4, 12))
+        other = torch.randn(7, 12)
+        torch.testing.assert_close(traced(other), sequential(other))
 
 
 WEIGHTS = [torch.randn(4, 3), torch.randn(2, 4)]
