@@ -7,6 +7,7 @@ machinery costs without any work: no `torch.autograd.Function` can be called and
 less, nor can any op of PyTorch's.
 """
 
+import copy
 import timeit
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,27 @@ def main() -> None:
         torch=lambda: torch.autograd.grad(
             F.linear(input, weight, bias), (weight, bias), grad_output
         ),
+    )
+
+    torchs_layers = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    layers = mnist_ext.nn.swap(copy.deepcopy(torchs_layers))
+    weights, torchs_weights = list(layers.parameters()), list(torchs_layers.parameters())
+    grad_outputs = torch.ones(2, 8)
+    params = [weight.detach() for weight in weights]
+    show("three layers: op, no gradient", ours=lambda: op.mlp.default(input, params, [1, 1, 1]))
+    show(
+        "three layers: Function, with gradient",
+        ours=lambda: _autograd.MLP.apply(input, [1, 1, 1], *weights),
+    )
+    show(
+        "three layers: modules",
+        ours=lambda: layers(input),
+        torch=lambda: torchs_layers(input),
+    )
+    show(
+        "three layers: forward and backward",
+        ours=lambda: torch.autograd.grad(layers(input), weights, grad_outputs),
+        torch=lambda: torch.autograd.grad(torchs_layers(input), torchs_weights, grad_outputs),
     )
 
     logits = torch.randn(2, 4, requires_grad=True)
