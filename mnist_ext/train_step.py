@@ -56,7 +56,8 @@ class TrainStep:
     place, in the tensors that model and optimizer hold. State dicts, evaluation and checkpoints
     between steps see them, and one may go on with the ordinary loop at any step. The optimizer's
     settings are read at each step. Frozen parameters, and those that the optimizer does not hold,
-    stay as they are.
+    stay as they are. Nothing is exchanged with other processes: a ``DistributedDataParallel`` is
+    refused, and the module in it is trained by itself.
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
     A float32 model that is small enough stays in the shared memory of some multiprocessors for
