@@ -403,13 +403,16 @@ def test_ops_check_their_arguments(function, changed, message):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_running_out_of_memory_is_a_memory_error():
-    """Also of one thread alone: the others do not wait for it."""
+    """Of one thread alone: the other does not wait for it."""
     code = """
 import resource, torch, mnist_ext
 torch.set_num_threads(2)
 mlp = torch.ops.mnist_ext.mlp
 torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)
 x, params = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+torch.set_num_threads(1)
+mlp(x, params, [2, 0])  # this thread has its memory
+torch.set_num_threads(2)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
 try:
