@@ -11,7 +11,8 @@
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
 // missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
-// global memory, streams, and speed. Tensor cores are in tensor_cores.h, and what only Hopper has in hopper.h.
+// global memory, streams that overlap, and speed. Graphs are in graph_emulator.h, tensor cores in tensor_cores.h, and
+// what only Hopper has in hopper.h.
 #pragma once
 
 #include <math.h>  // the overloads for float, in the global namespace
@@ -394,10 +395,10 @@ inline void* __cluster_map_shared_rank(const void* here, unsigned rank) {
 
 // The host's side.
 
-struct CUstream_st;
-using cudaStream_t = CUstream_st*;
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
 
-enum cudaError_t { cudaSuccess };
+#include "graph_emulator.h"
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
@@ -441,8 +442,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
-  memset(place, value, bytes);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t stream) {
+  emulator::start(stream, [=] { memset(place, value, bytes); });
   return cudaSuccess;
 }
 
@@ -450,8 +453,10 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
-  emulator::run_grid(config->gridDim, config->blockDim, cluster, static_cast<int64_t>(config->dynamicSmemBytes),
-                     [=] { kernel(parameters...); });
+  emulator::start(config->stream, [=, launch = *config] {
+    emulator::run_grid(launch.gridDim, launch.blockDim, cluster, static_cast<int64_t>(launch.dynamicSmemBytes),
+                       [=] { kernel(parameters...); });
+  });
   return cudaSuccess;
 }
 

@@ -85,8 +85,8 @@ bool run(int64_t batch, int64_t classes, int64_t positions) {
                                               .total_weight = nullptr,
                                               .grad_logits = gradient.get(),
                                               .loss = loss.get()};
-  cuda::cross_entropy_forward<float>(forward, nullptr, false, workspace.get(), nullptr);
-  cuda::cross_entropy_forward<float>(forward, grad_output.get(), true, workspace.get(), nullptr);
+  cuda::cross_entropy_forward<float>(forward, nullptr, false, nullptr, workspace.get(), nullptr);
+  cuda::cross_entropy_forward<float>(forward, grad_output.get(), true, nullptr, workspace.get(), nullptr);
   check(cudaDeviceSynchronize(), "cross_entropy");
   const double ours = static_cast<double>(loss.host(1)[0]);
   double sum = 0;
@@ -104,7 +104,7 @@ bool run_sgd() {
     const std::vector<float> ones(static_cast<size_t>(size), 1.0f);
     const DeviceArray<float> param(ones), grad(ones), buffer(ones);
     const SgdTensor<float> tensor = {size, param.get(), grad.get(), buffer.get()};
-    cuda::sgd_step<float>(&tensor, 1, {0.5, 0.5, 0, 0, false, false, false}, nullptr);
+    cuda::sgd_step<float>(&tensor, 1, {0.5, 0.5, 0, 0, false, false, false}, nullptr, nullptr);
     check(cudaDeviceSynchronize(), "sgd_step");
     for (float p : param.host(size)) right = right && p == 0.25f;
   }

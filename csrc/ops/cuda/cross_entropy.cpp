@@ -40,7 +40,7 @@ void forward(const Operands& operands, const Tensor& logits, const Tensor& posit
          .grad_logits = data_of<T>(grad_logits),
          .loss = data_of<T>(loss)},
         grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr, unless_one,
-        data_of<void>(workspace), device.stream());
+        nullptr, data_of<void>(workspace), device.stream());
   });
 }
 
