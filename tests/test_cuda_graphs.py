@@ -281,6 +281,23 @@ def test_what_changes_between_calls_is_obeyed(device, change):
     assert graphs in (2 + 2, None)  # another graph after one step without any
 
 
+def test_new_momentum_buffers_where_the_old_ones_were(device, monkeypatch):
+    """Nothing that is fixed has changed, but the step does not read them."""
+    batches = [data(device, 6) for _ in range(6)]
+
+    def use(step, parts):
+        losses = [step(*batch) for batch in batches[:3]]
+        old = {param: state["momentum_buffer"] for param, state in parts[2].state.items()}
+        parts[2].state.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda param: old[param].fill_(torch.nan))
+            losses.append(step(*batches[3]))
+        return losses + [step(*batch) for batch in batches[4:]]
+
+    _, graphs = by_launches_and_as_graph(device, small(), use, sgd={"momentum": 0.9})
+    assert graphs in (2 + 2, None)
+
+
 def test_a_driver_that_makes_no_graphs(emulator):
     emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
     images, labels = data("cpu")
@@ -304,7 +321,10 @@ def test_a_capture_of_the_callers_own_takes_the_kernels(emulator):
     step(images, labels)
     before = copy.deepcopy(model)
     started = []
-    assert graphs_of("cpu", lambda: started.append(emulated.captured(lambda: step(images, labels)))) == 0
+    assert (
+        graphs_of("cpu", lambda: started.append(emulated.captured(lambda: step(images, labels))))
+        == 0
+    )
     assert started == [kernels]
     for param, old in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(param, old)

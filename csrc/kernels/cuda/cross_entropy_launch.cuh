@@ -100,8 +100,8 @@ ComputeType<T> smoothing_of_each(const CrossEntropyProblem<T>& p) {
 }
 
 template <class T>
-void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one,
-                           T* const* loss_place, void* workspace, cudaStream_t stream) {
+void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, T* const* loss_place,
+                           void* workspace, cudaStream_t stream) {
   const CrossEntropyProblem<T>& p = x.problem;
   const bool one_block = one_block_is_enough(p.batch * p.positions, p.classes);
   Work<T> work = {.problem = p,

@@ -1,9 +1,8 @@
 // Capturing and starting CUDA graphs.
-#include "graph.h"
-
 #include <exception>
 
 #include "device.cuh"
+#include "graph.h"
 
 namespace mnist_ext::cuda {
 namespace {

@@ -1,5 +1,5 @@
-// Training steps by the kernels of each op: what they are given, in which order, each by a launch of its own or all of a
-// step by that of a graph.
+// Training steps by the kernels of each op: what they are given, in which order, each by a launch of its own or all of
+// a step by that of a graph.
 #include <algorithm>
 #include <bit>
 #include <vector>
@@ -22,7 +22,9 @@ template <class T>
 class Sequence {
  public:
   Sequence(const TrainSteps<T>& steps, int64_t images, void* workspace)
-      : x_(steps), images_(images), workspace_(static_cast<char*>(workspace)) {
+      : x_(steps),
+        images_(images),
+        workspace_(static_cast<char*>(workspace)) {
     captured_ = take<CapturedSteps<T>>(1);
     const int64_t rows = std::min(x_.batch_size, x_.examples), classes = x_.layers[x_.depth - 1].out_features;
     while (lowest_ < x_.depth && x_.layers[lowest_].weight.group < 0 && x_.layers[lowest_].bias.group < 0) ++lowest_;
@@ -54,9 +56,7 @@ class Sequence {
   void run(StepGraph* graph, cudaStream_t stream) {
     const int64_t steps = x_.steps(), whole = x_.examples / x_.batch_size;
     int64_t done = 0;
-    if (graph && whole > 0 && x_.group_count <= kCapturedGroups && !is_capturing(stream)) {
-      done = run_whole_steps(*graph, whole, stream);
-    }
+    if (graph && whole > 0 && x_.group_count <= kCapturedGroups) done = run_whole_steps(*graph, whole, stream);
     for (; done < steps; ++done) start_step(done, stream);
   }
 

@@ -25,8 +25,9 @@ struct StepGraph {
 template <class T>
 int64_t train_steps_sequence_workspace_bytes(const TrainSteps<T>& x);
 
-// graph: null, or the caller's, for one device. What is made twice with the same workspace, parameters and settings is
-// captured, unless the stream is being captured already, and from then on a step is one launch; the bits are the same.
+// graph: the caller's, for what is made twice with the same workspace, parameters and settings: that is captured, and
+// from then on a step is one launch, with the same bits. Null: each kernel is a launch, as it has to be where the stream
+// is being captured already.
 template <class T>
 void train_steps_in_sequence(const TrainSteps<T>& x, int64_t images, void* workspace, StepGraph* graph,
                              CUstream_st* stream);

@@ -1,5 +1,5 @@
-// train_steps on CUDA: in one cluster of blocks where it fits, else by the kernels of each op, one after the other, as a
-// CUDA graph where steps repeat. Nothing here waits for the device.
+// train_steps on CUDA: in one cluster of blocks where it fits, else by the kernels of each op, one after the other, as
+// a CUDA graph where steps repeat. Nothing here waits for the device.
 #include "../../kernels/cuda/train_step.h"
 
 #include <atomic>
