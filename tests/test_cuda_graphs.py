@@ -6,6 +6,7 @@ the ordinary loop: the bits have to be the same.
 
 import copy
 import gc
+import threading
 
 import emulated
 import pytest
@@ -37,10 +38,8 @@ def set_ways(device, graphs):
     chosen.set_train_step_ways(clusters=False, graphs=graphs)
 
 
-def graphs_of(device, call):
-    """Call; return how many graphs that started, where somebody counts."""
-    before = emulated.graph_launches() if device == "cpu" else 0
-    call()
+def graphs_since(device, before=0):
+    """Count the graphs started; on a GPU nobody does."""
     return emulated.graph_launches() - before if device == "cpu" else None
 
 
@@ -56,15 +55,16 @@ def assert_same(ours, theirs):
 
 def by_launches_and_as_graph(device, model, use, **options):
     """Have two equal trainers used; return what came of them, and how many graphs started."""
-    trainers, results, graphs = [], [], 0
+    trainers, results = [], []
     for as_graph in (False, True):
         set_ways(device, graphs=as_graph)
         trainers.append(trainer(copy.deepcopy(model).to(device), **options))
-        graphs = graphs_of(device, lambda: results.append(use(*trainers[-1])))  # noqa: B023
+        before = graphs_since(device)
+        results.append(use(*trainers[-1]))
     assert_same(*trainers)
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    return results[1], graphs
+    return results[1], graphs_since(device, before)
 
 
 def data(device, count=40, features=20, classes=5):
@@ -139,8 +139,9 @@ class TestManyStepsOfACall:
             optimizer = torch.optim.SGD([{"params": [p]} for p in params])
             step = TrainStep(model, nn.CrossEntropyLoss(), optimizer)
             rates = [0.3 / (1 + i % 37) for i in range(30 * groups)]
-            run = lambda: results.append((model, step._run(images, labels, None, 1, rates)))  # noqa: B023, E731
-            started = graphs_of(device, run)
+            before = graphs_since(device)
+            results.append((model, step._run(images, labels, None, 1, rates)))
+            started = graphs_since(device, before)
         assert started in (29 if groups == 16 else 0, None)
         assert torch.equal(results[0][1], results[1][1])
         for ours, theirs in zip(*(m.parameters() for m, _ in results), strict=True):
@@ -320,12 +321,9 @@ def test_a_capture_of_the_callers_own_takes_the_kernels(emulator):
     kernels = launches_of(lambda: step(images, labels))
     step(images, labels)
     before = copy.deepcopy(model)
-    started = []
-    assert (
-        graphs_of("cpu", lambda: started.append(emulated.captured(lambda: step(images, labels))))
-        == 0
-    )
-    assert started == [kernels]
+    graphs = graphs_since("cpu")
+    assert emulated.captured(lambda: step(images, labels)) == kernels
+    assert graphs_since("cpu", graphs) == 0
     for param, old in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(param, old)
 
@@ -381,7 +379,7 @@ class TestOnGpu:
         by_launches_and_as_graph("cuda", model, use, sgd={"momentum": 0.9})
 
     def test_a_graph_of_the_callers_own(self):
-        """Captured when TrainStep has a graph of its own already, and replayed when that is gone."""
+        """Captured when there is one of TrainStep's, and replayed when that is gone."""
         batches = [data("cuda", 6) for _ in range(4)]
         model = small().cuda()
         _, (truth, *_) = other = trainer(copy.deepcopy(model), sgd={"momentum": 0.9})
@@ -423,8 +421,6 @@ class TestOnGpu:
 
     def test_beside_a_capture_of_another_thread(self):
         """Theirs goes on, and ours is made."""
-        import threading
-
         images, labels = data("cuda", 6)
         step, _ = trainer(small().cuda())
         x = torch.ones(4, device="cuda")

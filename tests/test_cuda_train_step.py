@@ -15,7 +15,6 @@ from torch import nn
 from mnist_ext import TrainStep, _library
 from mnist_ext.models import mlp
 
-
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu", "gpu sequence")]
 
 

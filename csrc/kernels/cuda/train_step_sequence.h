@@ -26,8 +26,8 @@ template <class T>
 int64_t train_steps_sequence_workspace_bytes(const TrainSteps<T>& x);
 
 // graph: the caller's, for what is made twice with the same workspace, parameters and settings: that is captured, and
-// from then on a step is one launch, with the same bits. Null: each kernel is a launch, as it has to be where the stream
-// is being captured already.
+// from then on a step is one launch, with the same bits. Null: each kernel is a launch, as it has to be where the
+// stream is being captured already.
 template <class T>
 void train_steps_in_sequence(const TrainSteps<T>& x, int64_t images, void* workspace, StepGraph* graph,
                              CUstream_st* stream);
