@@ -28,6 +28,7 @@ struct ToldSteps {
   int steps, group_count;
   double lr[kToldRates];  // [steps, group_count]
 };
+static_assert(sizeof(ToldSteps<double>) + sizeof(void*) <= 4096, "a kernel's arguments");
 
 template <class T>
 struct CapturedSteps {

@@ -37,21 +37,26 @@ class Sequence {
                          layer.bias.group >= 0 ? take<T>(layer.out_features) : nullptr});
     }
     loss_workspace_ = take<char>(cross_entropy_workspace_bytes(rows, classes, 1));
+    product_workspace_ = take<char>(0);
+  }
+
+  // All that is needed. To plan the products takes longer than all else here.
+  int64_t bytes() {
+    int64_t of_products = 0;
+    rows_ = 0;
     // Of a whole step or of the last, smaller one.
-    int64_t product_bytes = 0;
-    for (const int64_t of_step : {rows, x_.examples - (x_.steps() - 1) * x_.batch_size}) {
+    for (const int64_t of_step :
+         {std::min(x_.batch_size, x_.examples), x_.examples - (x_.steps() - 1) * x_.batch_size}) {
       if (of_step == rows_) continue;
       rows_ = of_step;
       for (int64_t l = 0; l < x_.depth; ++l) {
         for (const Product<T>& p : {forward(l), grad_input(l), grad_weight(l)}) {
-          if (p.rows > 0) product_bytes = std::max(product_bytes, product_workspace_bytes(p, Precision::full));
+          if (p.rows > 0) of_products = std::max(of_products, product_workspace_bytes(p, Precision::full));
         }
       }
     }
-    product_workspace_ = take<char>(product_bytes);
+    return bytes_ + of_products;
   }
-
-  int64_t bytes() const { return bytes_; }
 
   void run(StepGraph* graph, cudaStream_t stream) {
     const int64_t steps = x_.steps(), whole = x_.examples / x_.batch_size;
