@@ -2,3 +2,5 @@
 
 architectures: str  # compute capabilities, such as "8.0;9.0"
 toolkit: str  # its version, such as "13.0"
+
+def set_train_step_ways(clusters: bool = True, graphs: bool = True) -> None: ...

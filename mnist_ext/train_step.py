@@ -8,6 +8,7 @@ import operator
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, NoReturn, Protocol
 
@@ -20,6 +21,8 @@ from mnist_ext import _library, optim
 from mnist_ext import nn as _ours
 
 _train_steps = torch.ops.mnist_ext.train_steps.default
+_new_captured_step = torch.ops.mnist_ext.new_captured_step.default
+_free_captured_step = torch.ops.mnist_ext.free_captured_step.default
 _set_grad_enabled = torch._C._set_grad_enabled
 _increment_version = torch.autograd.graph.increment_version
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -61,8 +64,11 @@ class TrainStep:
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
     A float32 model that is small enough stays in the shared memory of some multiprocessors for
-    hundreds of steps (compute capability 9.0; docs/persistent-step.md). There an index or label
-    out of range that a step meets ends with a device-side assertion, as in PyTorch.
+    hundreds of steps (compute capability 9.0; docs/persistent-step.md). Other steps start some ten
+    kernels each; where a step repeats the last one's sizes and tensors, but for images and labels,
+    they become one CUDA graph, which keeps up to 64 MiB of memory while this object lives. A
+    capture of the caller's own takes the kernels. On CUDA an index or label out of range that a
+    step meets ends with a device-side assertion, as in PyTorch.
 
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
@@ -95,6 +101,7 @@ class TrainStep:
                 _refuse(f"normalize: expected a finite mean and std > 0, got {normalize}")
             self._scale, self._shift = 1 / (255 * std), -mean / std
         self._normalizes = normalize is not None
+        self._captured: _CapturedStep | None = None
         self._build()
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -290,6 +297,7 @@ class TrainStep:
                 criterion.ignore_index,
                 criterion.label_smoothing,
                 self._reduction,
+                self._captured.number if self._captured else 0,
             )
         finally:
             _set_grad_enabled(recording)
@@ -412,6 +420,8 @@ class TrainStep:
         self._check_criterion()
         self._parse_model()
         self._parse_optimizer()
+        if self._captured is None and _can_capture(self._params[0]):
+            self._captured = _CapturedStep()
         self._empty = torch.empty(0)
         self._no_buffers: list[Tensor] = []
         self._param_dicts = [linear._parameters for linear in self._linears]
@@ -538,6 +548,21 @@ class TrainStep:
                 self._trained.append(param)
         if not self._trained:
             _refuse("model: every parameter is frozen or unknown to the optimizer")
+
+
+def _can_capture(param: Tensor) -> bool:
+    return param.is_cuda
+
+
+class _CapturedStep:
+    """Where the CUDA graph of a step stays between calls; goes with its TrainStep."""
+
+    def __init__(self) -> None:
+        self.number = _new_captured_step()
+        weakref.finalize(self, _free_captured_step, self.number)
+
+    def __reduce__(self) -> Any:  # a copy has one of its own
+        return _CapturedStep, ()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@
 import ctypes
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +45,7 @@ def library() -> ctypes.CDLL:
             str(EMULATOR / "linear_wgmma.cpp"),
             str(EMULATOR / "mistakes.cpp"),
             str(EMULATOR / "train_step_kernels.cpp"),
+            str(ROOT / "csrc/ops/cuda/captured_step.cpp"),
             str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
             str(ROOT / "csrc/ops/cuda/linear.cpp"),
             str(ROOT / "csrc/ops/cuda/sgd.cpp"),
@@ -76,6 +77,11 @@ def set_device(
     library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
+def set_train_step_ways(clusters: bool = True, graphs: bool = True) -> None:
+    """Choose how TrainStep may make its steps, as mnist_ext._cuda does."""
+    library().emulator_set_train_step_ways(clusters, graphs)
+
+
 def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
     """Return the tile, and the splits of the depth, by which a float32 product is made."""
     plan = library().emulator_linear_plan(*map(ctypes.c_int64, (rows, columns, depth)))
@@ -100,6 +106,26 @@ def linear_product(
 def launches() -> int:
     """Count the kernels started so far."""
     return library().emulator_launches()
+
+
+def graph_launches() -> int:
+    """Count the CUDA graphs started so far."""
+    return library().emulator_graph_launches()
+
+
+def refuse_graphs(refuse: bool) -> None:
+    """Choose whether the driver that is played makes CUDA graphs."""
+    library().emulator_refuse_graphs(refuse)
+
+
+def captured(call: Callable[[], object]) -> int:
+    """Call while the ops' stream is being captured; count what it would have started."""
+    library().emulator_begin_capture()
+    try:
+        call()
+    finally:
+        started = library().emulator_end_capture()
+    return started
 
 
 class Product(ctypes.Structure):
@@ -184,6 +210,9 @@ def patches() -> list:
         mock.patch.object(_autograd, "_may_use_tf32", _may_use_tf32),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
         mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
+        mock.patch.object(train_step, "_new_captured_step", ops.new_captured_step.default),
+        mock.patch.object(train_step, "_free_captured_step", ops.free_captured_step.default),
+        mock.patch.object(train_step, "_can_capture", return_value=True),
     ]
 
 

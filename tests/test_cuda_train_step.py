@@ -12,15 +12,19 @@ import torch
 from test_train_step import LOSSES, SGDS, batches, ordinary_step
 from torch import nn
 
-from mnist_ext import TrainStep
+from mnist_ext import TrainStep, _library
 from mnist_ext.models import mlp
 
+GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu", "gpu sequence")]
 
-@pytest.fixture(params=["cluster", "sequence", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+@pytest.fixture(params=["cluster", "sequence", *GPU])
 def path(request):
     """Run the test on each way to make the steps; yield the device to put tensors on."""
-    if request.param == "gpu":
+    if request.param.startswith("gpu"):
+        _library.cuda.set_train_step_ways(clusters=request.param == "gpu")
         yield "cuda"
+        _library.cuda.set_train_step_ways()
         return
     request.getfixturevalue("emulator")
     if request.param == "sequence":
@@ -237,22 +241,22 @@ class TestEpoch:
             assert torch.equal(ours, old)
 
 
-def test_results_do_not_depend_on_the_order_of_threads(emulator):
-    """A barrier that is missing shows here."""
+@pytest.mark.parametrize("hidden", [(), (33,), (33, 9)])
+def test_results_do_not_depend_on_the_order_of_threads(emulator, hidden):
+    """A barrier that is missing shows here; several steps to a launch, for those between steps."""
     images = torch.randint(0, 256, (40, 16), dtype=torch.uint8)
     labels = torch.randint(0, 5, (40,))
+    order = torch.arange(39, -1, -1)
     results = []
     for seed in (1, 2, 3, 4):
         emulated.set_seed(seed)
         step, (model, _, _) = trainer(
-            small((33, 9), 16), sgd={"momentum": 0.9}, normalize=(0.1, 0.3)
+            small(hidden, 16), sgd={"momentum": 0.9}, normalize=(0.1, 0.3)
         )
-        order = torch.arange(39, -1, -1)
-        mean = step.epoch(images, labels, 9, order)
-        results.append((mean, [p.detach().clone() for p in model.parameters()]))
-    for mean, params in results[1:]:
-        assert mean == results[0][0]
-        assert all(torch.equal(p, q) for p, q in zip(params, results[0][1], strict=True))
+        losses = step._run(images, labels, order, 9, [0.05] * 5)
+        results.append([losses, *(p.detach().clone() for p in model.parameters())])
+    for tensors in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(tensors, results[0], strict=True))
 
 
 def test_which_models_a_cluster_takes(emulator):
@@ -350,6 +354,17 @@ class TestEmulator:
             not_waited.add(emulated.library().emulator_sum_of_cluster(0))
         emulated.set_seed(0)
         assert waited == {4 * (0 + 1 + 2 + 3)}
+        assert not_waited != waited
+
+    def test_a_block_far_behind_the_others(self):
+        """They have hundreds of waits to do before they would get in its way."""
+        waited, not_waited = set(), set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            waited.add(emulated.library().emulator_sum_before_overtaking(1))
+            not_waited.add(emulated.library().emulator_sum_before_overtaking(0))
+        emulated.set_seed(0)
+        assert waited == {4 * 32}
         assert not_waited != waited
 
 

@@ -65,11 +65,17 @@ void define_ops(Library& m) {
   // momentum_buffers: none at all, or one for each (empty for those without). layers: 1 (has a bias) + 2 (ReLU).
   // groups: for each parameter its group, -1 if it is frozen, and 1 if its buffer holds nothing yet, else 0. options:
   // momentum, dampening, weight_decay, nesterov, maximize of each group. lr: of each step, of each group. A number of
-  // uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. A wrong call changes nothing.
+  // uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. captured: on CUDA, 0 or a number from
+  // new_captured_step, for a caller whose steps are alike. A wrong call changes nothing.
   m.def(
       "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, Tensor(a!)[] params, "
       "Tensor(b!)[] momentum_buffers, int[] layers, int[] groups, float[] options, float[] lr, float scale, "
-      "float shift, Tensor? class_weight, int ignore_index, float label_smoothing, int reduction) -> Tensor");
+      "float shift, Tensor? class_weight, int ignore_index, float label_smoothing, int reduction, int captured=0) "
+      "-> Tensor");
+
+  // CUDA only: where the CUDA graph of a step, and the memory it works in, stay between calls. Hold until freed.
+  m.def("new_captured_step() -> int");
+  m.def("free_captured_step(int number) -> ()");
 }
 
 }  // namespace mnist_ext::ops

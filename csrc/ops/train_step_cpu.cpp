@@ -27,7 +27,7 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
                    const std::vector<int64_t>& layers, const std::vector<int64_t>& groups,
                    const std::vector<double>& options, const std::vector<double>& lr, double scale, double shift,
                    const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
-                   int64_t reduction) {
+                   int64_t reduction, int64_t /* captured */) {
   const TrainStepsArguments a = {images,       labels,       order,           batch_size, params, momentum_buffers,
                                  layers,       groups,       options,         lr,         scale,  shift,
                                  class_weight, ignore_index, label_smoothing, reduction};

@@ -6,12 +6,14 @@
 // whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits;
 // alignment, where a kernel goes through load_vector and store_vector; cp.async, whose target holds 0xff from the start
 // of the copy until its thread has waited for it, whoever reads it.
-// Blocks, and threads between two waits, run in a shuffled order, some warps far ahead of others (`emulator::seed`):
-// where a barrier is missing the results change with the seed, and the tests run several.
+// Blocks, and threads between two waits, run in a shuffled order (`emulator::seed`). Some warps are held for a while,
+// and at times one warp, or one block of a cluster, runs only where nobody else can: then the others are as far ahead
+// of it as barriers let them. Where a barrier is missing the results change with the seed, and the tests run several.
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
 // missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
-// global memory, streams, and speed. Tensor cores are in tensor_cores.h, and what only Hopper has in hopper.h.
+// global memory, streams that overlap, and speed. Graphs are in graph_emulator.h, tensor cores in tensor_cores.h, and
+// what only Hopper has in hopper.h.
 #pragma once
 
 #include <math.h>  // the overloads for float, in the global namespace
@@ -67,6 +69,7 @@ struct Block;
 
 struct Warp {
   bool held = false;  // for a while, so that others run ahead
+  bool last = false;  // runs only where no other warp can
   int arrived = 0, members = 0;
   unsigned round = 0;
   unsigned char values[2][kWarpSize][8];  // shuffled; two rounds, as the slower lanes may still read the last one
@@ -131,6 +134,9 @@ inline void wait(const unsigned& round) {
   thread.waiting_in = round;
   swapcontext(&thread.context, &now.scheduler);
 }
+
+// Lets the others run, for nothing in particular.
+inline void give_way() { swapcontext(&now.thread->context, &now.scheduler); }
 
 template <class AnyBarrier>
 void arrive_and_wait(AnyBarrier& barrier) {
@@ -225,6 +231,36 @@ inline std::unique_ptr<char[]> take_stack(std::vector<std::unique_ptr<char[]>>& 
   return stack;
 }
 
+// Chooses who is last from now on: nobody, a warp, or a block.
+inline void choose_last(std::vector<Block>& blocks, std::mt19937& random) {
+  for (Block& block : blocks) {
+    for (Warp& warp : block.warps) warp.last = false;
+  }
+  std::vector<Warp>& warps = blocks[random() % blocks.size()].warps;
+  switch (random() % 3) {
+    case 0: break;
+    case 1: warps[random() % warps.size()].last = true; break;
+    default:
+      for (Warp& warp : warps) warp.last = true;
+  }
+}
+
+// Lets each thread run that can, of those that are last or of the others. Returns whether there was one.
+inline bool run_turns(const std::vector<Thread*>& order, bool last) {
+  bool moved = false;
+  for (Thread* thread : order) {
+    if (thread->warp->last != last || !thread->can_run()) continue;
+    moved = true;
+    if (thread->warp->held) continue;  // its turn will come
+    thread->waiting_for = nullptr;
+    now.thread = thread;
+    swapcontext(&now.scheduler, &thread->context);
+    if (thread->done) leave(*thread);
+    if (now.error) break;
+  }
+  return moved;
+}
+
 inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
   std::mt19937& random = now.random;
   static std::vector<std::unique_ptr<char[]>> stacks;
@@ -258,6 +294,7 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
   }
   std::vector<Thread*> order;
   for (Thread& thread : all) order.push_back(&thread);
+  choose_last(blocks, random);
   while (!order.empty() && !now.error) {
     std::shuffle(order.begin(), order.end(), random);
     for (Block& block : blocks) {
@@ -265,25 +302,16 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
         if (random() % 8 == 0) warp.held = !warp.held;
       }
     }
+    constexpr unsigned kRounds = 256;  // between two changes, on average
+    if (random() % kRounds == 0) choose_last(blocks, random);
     bool moved = false;
     std::shuffle(now.background.begin(), now.background.end(), random);
     while (!now.background.empty() && random() % 4 != 0) {
       moved = true;
       run_in_background();
     }
-    for (Thread* thread : order) {
-      if (!thread->can_run()) continue;
-      if (thread->warp->held) {
-        moved = true;  // or will be
-        continue;
-      }
-      moved = true;
-      thread->waiting_for = nullptr;
-      now.thread = thread;
-      swapcontext(&now.scheduler, &thread->context);
-      if (thread->done) leave(*thread);
-      if (now.error) break;
-    }
+    moved = run_turns(order, false) || moved;
+    if (!moved && !now.error) moved = run_turns(order, true);
     if (!moved && !now.background.empty()) {
       run_in_background();
     } else if (!moved) {
@@ -380,6 +408,7 @@ inline void __cluster_barrier_arrive() {
     barrier.arrived = 0;
     ++barrier.round;
   }
+  emulator::give_way();  // what a thread does from here on may be late
 }
 
 inline void __cluster_barrier_wait() {
@@ -394,10 +423,10 @@ inline void* __cluster_map_shared_rank(const void* here, unsigned rank) {
 
 // The host's side.
 
-struct CUstream_st;
-using cudaStream_t = CUstream_st*;
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
 
-enum cudaError_t { cudaSuccess };
+#include "graph_emulator.h"
+
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
@@ -441,8 +470,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
-  memset(place, value, bytes);
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t stream) {
+  emulator::start(stream, [=] { memset(place, value, bytes); });
   return cudaSuccess;
 }
 
@@ -450,8 +481,10 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
   const unsigned cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
-  emulator::run_grid(config->gridDim, config->blockDim, cluster, static_cast<int64_t>(config->dynamicSmemBytes),
-                     [=] { kernel(parameters...); });
+  emulator::start(config->stream, [=, launch = *config] {
+    emulator::run_grid(launch.gridDim, launch.blockDim, cluster, static_cast<int64_t>(launch.dynamicSmemBytes),
+                       [=] { kernel(parameters...); });
+  });
   return cudaSuccess;
 }
 

@@ -81,6 +81,21 @@ void stored_to_all(bool wait, int* sum) {
   cluster_sync();
 }
 
+// Each thread reads its block's number; long after, every block stores another one to all of its cluster, for which it
+// has to wait until all have read.
+void overtaken(bool wait, int* sum) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  if (threadIdx.x == 0) *shared = 1;
+  cluster_sync();
+  *sum += *shared;
+  cluster_arrive();
+  for (int i = 0; i < 200; ++i) __syncwarp();
+  if (wait) cluster_wait();
+  for (unsigned i = 0; i < cluster_size(); ++i) *shared_memory_of(i, shared) = 2;
+  if (!wait) cluster_wait();
+  cluster_sync();
+}
+
 int sum_of_bulk_copies(bool wait) {
   alignas(16) int numbers[128];
   for (int i = 0; i < 128; ++i) numbers[i] = i;
@@ -100,6 +115,12 @@ void emulator_bulk_copies_not_waited_for() { sum_of_bulk_copies(false); }
 int emulator_sum_of_cluster(bool wait) {
   int sum = 0;
   launch("stored_to_all", stored_to_all, {4, 1, 4, 4 * sizeof(int)}, nullptr, wait, &sum);
+  return sum;
+}
+
+int emulator_sum_before_overtaking(bool wait) {
+  int sum = 0;
+  launch("overtaken", overtaken, {4, 32, 4, sizeof(int)}, nullptr, wait, &sum);
   return sum;
 }
 

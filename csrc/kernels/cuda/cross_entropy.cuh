@@ -25,6 +25,7 @@ struct Work {
   A* total_weight;        // written by a forward
   const A* mean_divisor;  // read for the gradient of a mean; null: the one block counts by itself
   T* loss;
+  T* const* loss_place;  // null, or in device memory: instead of loss
   T *grad_logits, *grad_probabilities;
   const T* grad_output;  // null: 1
   int64_t grad_output_stride;
@@ -362,14 +363,14 @@ __device__ bool sum_in_last_block(const Work<T>& work, Sums<T>& sums, char* scra
 template <class T>
 __device__ void finish_forward(const Work<T>& work, Sums<T> sums, char* scratch) {
   using A = ComputeType<T>;
-  const bool reduced = work.problem.reduction != Reduction::none && work.loss;
+  const bool reduced = work.problem.reduction != Reduction::none && (work.loss || work.loss_place);
   if (!work.forward || (!work.total_weight && !reduced)) return;
   sums = reduce_block(sums, scratch);
   if (!sum_in_last_block(work, sums, scratch) || threadIdx.x != 0) return;
   if (work.total_weight) *work.total_weight = static_cast<A>(sums.weight);
   if (!reduced) return;
   const double loss = work.problem.reduction == Reduction::mean ? sums.loss / sums.weight : sums.loss;
-  narrow(static_cast<A>(loss), *work.loss);
+  narrow(static_cast<A>(loss), work.loss_place ? **work.loss_place : *work.loss);
 }
 
 // What multiplies the gradient of every position's loss, but for Reduction::none.

@@ -38,10 +38,11 @@ inline int64_t cross_entropy_workspace_bytes(int64_t batch, int64_t classes, int
 }
 
 // grad_output: [1], what x.grad_logits is multiplied by; null: 1. unless_one: do nothing at all if *grad_output is 1,
-// for x.grad_logits already holds the gradient of that.
+// for x.grad_logits already holds the gradient of that. loss_place: null, or where the place of the loss of a mean or
+// sum is read in place of x.loss, in device memory, when the kernel runs.
 template <class T>
-void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, void* workspace,
-                           CUstream_st* stream);
+void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, T* const* loss_place,
+                           void* workspace, CUstream_st* stream);
 
 template <class T>
 void cross_entropy_backward(const CrossEntropyBackward<T>& x, CUstream_st* stream);

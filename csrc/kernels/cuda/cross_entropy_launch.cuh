@@ -100,8 +100,8 @@ ComputeType<T> smoothing_of_each(const CrossEntropyProblem<T>& p) {
 }
 
 template <class T>
-void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, void* workspace,
-                           cudaStream_t stream) {
+void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, T* const* loss_place,
+                           void* workspace, cudaStream_t stream) {
   const CrossEntropyProblem<T>& p = x.problem;
   const bool one_block = one_block_is_enough(p.batch * p.positions, p.classes);
   Work<T> work = {.problem = p,
@@ -112,6 +112,7 @@ void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output
                   .total_weight = x.total_weight,
                   .mean_divisor = nullptr,
                   .loss = x.loss,
+                  .loss_place = loss_place,
                   .grad_logits = x.grad_logits,
                   .grad_probabilities = nullptr,
                   .grad_output = grad_output,
@@ -151,6 +152,7 @@ void cross_entropy_backward(const CrossEntropyBackward<T>& x, cudaStream_t strea
                            .total_weight = nullptr,
                            .mean_divisor = x.total_weight,
                            .loss = nullptr,
+                           .loss_place = nullptr,
                            .grad_logits = x.grad_logits,
                            .grad_probabilities = x.grad_probabilities,
                            .grad_output = x.grad_output,

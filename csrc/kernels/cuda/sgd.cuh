@@ -16,6 +16,7 @@ struct SgdWork {
   unsigned first_block[kSgdTensors];  // of each tensor
   int count;
   SgdOptions options;
+  const double* lr;  // null, or in device memory: instead of that of options
 };
 
 // The operations of ../cpu/sgd_impl.h, in its order. `fma` keeps them from being contracted otherwise.
@@ -56,6 +57,8 @@ template <class T>
 __global__ void __launch_bounds__(kSgdThreads) sgd_kernel(const SgdWork<T> work) {
   int which = work.count - 1;
   while (blockIdx.x < work.first_block[which]) --which;
+  SgdOptions options = work.options;
+  if (work.lr) options.lr = *work.lr;
   const SgdTensor<T>& t = work.tensors[which];
   const int64_t begin = (blockIdx.x - work.first_block[which]) * kSgdChunk;
   const int64_t end = begin + kSgdChunk < t.size ? begin + kSgdChunk : t.size;
@@ -63,14 +66,16 @@ __global__ void __launch_bounds__(kSgdThreads) sgd_kernel(const SgdWork<T> work)
                        (!t.momentum_buffer || elements_past_alignment(t.momentum_buffer) == 0);
   constexpr int kSize = kPack<T>;
   const int64_t packs = aligned ? (end - begin) / kSize : 0;
-  for (int64_t i = threadIdx.x; i < packs; i += kSgdThreads) sgd_at<T, kSize>(t, work.options, begin + i * kSize);
-  for (int64_t i = begin + packs * kSize + threadIdx.x; i < end; i += kSgdThreads) sgd_at<T, 1>(t, work.options, i);
+  for (int64_t i = threadIdx.x; i < packs; i += kSgdThreads) sgd_at<T, kSize>(t, options, begin + i * kSize);
+  for (int64_t i = begin + packs * kSize + threadIdx.x; i < end; i += kSgdThreads) sgd_at<T, 1>(t, options, i);
 }
 
 template <class T>
-void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, cudaStream_t stream) {
+void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, const double* lr,
+              cudaStream_t stream) {
   SgdWork<T> work{};
   work.options = options;
+  work.lr = lr;
   int64_t blocks = 0;
   const auto start = [&] {
     if (blocks > 0) launch("sgd_step", sgd_kernel<T>, Shape{static_cast<unsigned>(blocks), kSgdThreads}, stream, work);

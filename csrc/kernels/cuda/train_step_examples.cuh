@@ -3,8 +3,7 @@
 
 #include <cstdio>
 
-#include "../train_step.h"
-#include "device.cuh"
+#include "captured_steps.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -46,10 +45,9 @@ struct Examples {
 
 template <class T>
 struct GatherWork {
-  Images<T> images;
-  ClassIndices target;
-  const int64_t* order;
-  int64_t image_count, first, rows, features, classes, ignore_index;
+  ExampleSource<T> from;
+  CapturedSteps<T>* captured;  // null, or where that is told instead
+  int64_t rows, features, classes, ignore_index;
   Examples<T> out;
 };
 
@@ -58,37 +56,30 @@ inline constexpr unsigned kGatherThreads = 256;
 // A block walks over rows.
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads) gather_examples_kernel(const GatherWork<T> work) {
+  ExampleSource<T> from = work.from;
+  if (work.captured) {
+    from = work.captured->told.examples;
+    from.first += work.captured->next * work.rows;
+  }
   for (int64_t row = blockIdx.x; row < work.rows; row += gridDim.x) {
-    const int64_t image = checked_image(work.order, work.first + row, work.image_count);
-    if (threadIdx.x == 0) {
-      work.out.labels[row] = checked_label(work.target, image, work.ignore_index, work.classes);
-    }
-    const int64_t from = image * work.images.row_stride;
+    const int64_t image = checked_image(from.order, from.first + row, from.image_count);
+    if (threadIdx.x == 0) work.out.labels[row] = checked_label(from.target, image, work.ignore_index, work.classes);
+    const int64_t begin = image * from.images.row_stride;
     T* to = work.out.images + row * work.features;
     for (int64_t i = threadIdx.x; i < work.features; i += kGatherThreads) {
-      to[i] = work.images.pixels
-                  ? fma(static_cast<T>(work.images.pixels[from + i]), work.images.scale, work.images.shift)
-                  : work.images.values[from + i];
+      to[i] = from.images.pixels
+                  ? fma(static_cast<T>(from.images.pixels[begin + i]), from.images.scale, from.images.shift)
+                  : from.images.values[begin + i];
     }
   }
+  if (work.captured) begin_captured_step(*work.captured);
 }
 
+// At least one row.
 template <class T>
-void gather_examples(const TrainSteps<T>& x, int64_t images, int64_t first, int64_t rows, const Examples<T>& out,
-                     cudaStream_t stream) {
-  if (rows == 0) return;
+void gather_examples(const GatherWork<T>& work, cudaStream_t stream) {
   constexpr int64_t kMaxBlocks = 2048;
-  const GatherWork<T> work = {x.images,
-                              x.target,
-                              x.order,
-                              images,
-                              first,
-                              rows,
-                              x.layers[0].in_features,
-                              x.layers[x.depth - 1].out_features,
-                              x.ignore_index,
-                              out};
-  const Shape shape = {static_cast<unsigned>(rows < kMaxBlocks ? rows : kMaxBlocks), kGatherThreads};
+  const Shape shape = {static_cast<unsigned>(work.rows < kMaxBlocks ? work.rows : kMaxBlocks), kGatherThreads};
   launch("train_steps gather_examples", gather_examples_kernel<T>, shape, stream, work);
 }
 

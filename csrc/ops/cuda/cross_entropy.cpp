@@ -39,7 +39,7 @@ void forward(const Operands& operands, const Tensor& logits, const Tensor& posit
          .total_weight = data_of<A>(total_weight),
          .grad_logits = data_of<T>(grad_logits),
          .loss = data_of<T>(loss)},
-        grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr, unless_one,
+        grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr, unless_one, nullptr,
         data_of<void>(workspace), device.stream());
   });
 }

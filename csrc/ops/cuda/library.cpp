@@ -25,10 +25,13 @@ CUstream_st* OnDeviceOf::stream() const {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) { cuda::implement_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CompositeExplicitAutograd, m) { cuda::implement_ops_without_tensors(m); }
 
 }  // namespace mnist_ext::ops
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = MNIST_EXT_CUDA_ARCHITECTURES;
   m.attr("toolkit") = MNIST_EXT_CUDA_TOOLKIT;
+  m.def("set_train_step_ways", &mnist_ext::ops::cuda::set_train_step_ways, pybind11::arg("clusters") = true,
+        pybind11::arg("graphs") = true, "Choose how TrainStep may make its steps, for tests and benchmarks.");
 }

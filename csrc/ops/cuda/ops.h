@@ -45,9 +45,16 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
                    const std::vector<int64_t>& layers, const std::vector<int64_t>& groups,
                    const std::vector<double>& options, const std::vector<double>& lr, double scale, double shift,
                    const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
-                   int64_t reduction);
+                   int64_t reduction, int64_t captured);
 
-// Registers them all.
+// For tests and benchmarks, which compare them: the ways of making training steps that train_steps may choose from
+// besides launches one by one.
+void set_train_step_ways(bool clusters, bool graphs);
+
+int64_t new_captured_step();
+void free_captured_step(int64_t number);
+
+// Registers those that are given tensors.
 template <class Library>
 void implement_ops(Library& m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
@@ -58,6 +65,13 @@ void implement_ops(Library& m) {
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("sgd_step", TORCH_BOX(&sgd_step));
   m.impl("train_steps", TORCH_BOX(&train_steps));
+}
+
+// Registers the others.
+template <class Library>
+void implement_ops_without_tensors(Library& m) {
+  m.impl("new_captured_step", TORCH_BOX(&new_captured_step));
+  m.impl("free_captured_step", TORCH_BOX(&free_captured_step));
 }
 
 }  // namespace mnist_ext::ops::cuda

@@ -13,7 +13,7 @@ int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& g
   const SgdOptions options = {lr, momentum, dampening, weight_decay, nesterov, maximize, first_step};
   return sgd_step_by_dtype(params, grads, momentum_buffers, [&](const auto& tensors) {
     const OnDeviceOf device(params[0]);
-    mnist_ext::cuda::sgd_step(tensors.data(), static_cast<int64_t>(tensors.size()), options, device.stream());
+    mnist_ext::cuda::sgd_step(tensors.data(), static_cast<int64_t>(tensors.size()), options, nullptr, device.stream());
   });
 }
 
