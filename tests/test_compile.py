@@ -1,6 +1,7 @@
 """What wraps an op from outside: torch.compile, torch.export, fake and meta tensors, autocast."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients, wi
 from torch.utils._pytree import tree_map_only
 
 import mnist_ext
+from mnist_ext import _autograd
 
 op = torch.ops.mnist_ext
 
@@ -72,6 +74,49 @@ def test_dynamic_shapes_are_compiled_once():
     for rows in (4, 9, 33):
         loss(torch.randn(rows, 7), torch.randn(3, 7), torch.randint(0, 3, (rows,)))
     assert counter.frame_count == 1
+
+
+def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
+    """The setting is a constant of the graphs, forward and backward; Dynamo guards it.
+
+    Whoever changes it, by whichever of torch's ways: no GPU is needed to see what was traced.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    monkeypatch.setattr(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed())
+    ran, graphs = [], []
+
+    def recording(graph, _):
+        told = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
+        graphs.append(told)
+
+        def run(*args):
+            ran.extend(told)
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)
+    compiled = torch.compile(mnist_ext.functional.linear, fullgraph=True, backend=backend)
+    input, weight = (torch.randn(n, 3, requires_grad=True) for n in (2, 4))
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    settings = [
+        lambda tf32: setattr(matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
+        lambda tf32: setattr(matmul, "allow_tf32", tf32),
+        lambda tf32: torch.set_float32_matmul_precision("high" if tf32 else "highest"),
+    ]
+    try:
+        for setting in settings:
+            for tf32 in (True, False):
+                ran.clear()
+                setting(tf32)
+                compiled(input, weight).sum().backward()
+                assert ran == 2 * [str(tf32)]
+    finally:
+        matmul.fp32_precision = before
+    assert len(graphs) == 4  # forward and backward, of each setting: what was compiled is kept
 
 
 @pytest.mark.parametrize("strict", [False, True])
