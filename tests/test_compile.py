@@ -1,11 +1,11 @@
-"""What wraps an op from outside: torch.compile, torch.export, fake and meta tensors, autocast."""
+"""What wraps an op from outside: torch.compile, torch.export, fake and meta tensors."""
 
 import itertools
 import re
 
 import pytest
 import torch
-from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients, with_gradients
+from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients
 from torch.utils._pytree import tree_map_only
 
 import mnist_ext
@@ -233,33 +233,3 @@ def test_fake_tensors_refuse_wrong_shapes():
             op.cross_entropy(
                 torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), None, -100, 0.0, 1
             )
-
-
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_autocast_gives_pytorchs_dtypes(case, dtype, autocast):
-    tensors = case.tensors(dtype)
-    results = []
-    for function in (case.ours, case.torchs):
-        leaves, wanted = with_gradients(tensors, case.differentiable)
-        with torch.autocast("cpu", dtype=autocast):
-            value = function(*leaves)
-        results.append([value, *torch.autograd.grad(value, wanted, torch.ones_like(value))])
-    for our, their in zip(*results, strict=True):
-        assert our.dtype == their.dtype
-        torch.testing.assert_close(our, their, atol=1e-2, rtol=2e-2)
-
-
-def test_autocast_runs_the_fused_cross_entropy():
-    logits = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = mnist_ext.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
-    assert loss.dtype == torch.float32
-    assert type(loss.grad_fn).__name__ == "CrossEntropyBackward"
-
-
-def test_cuda_autocast_does_not_touch_the_cpu():
-    input, weight = torch.randn(2, 3), torch.randn(4, 3)
-    with torch.autocast("cuda", dtype=torch.float16, enabled=torch.cuda.is_available()):
-        assert mnist_ext.functional.linear(input, weight).dtype == torch.float32
