@@ -143,7 +143,7 @@ __device__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int outer, i
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = outer + lane / 4 + i % 2 * 8, k = 8 * step + lane % 4 + i / 2 * 4;
-      memcpy(&a[i], tile + Tile::place(k, m / 4) + m % 4 * 4, 4);
+      a[i] = load_word(tile + Tile::place(k, m / 4) + m % 4 * 4);
     }
   }
 }
@@ -161,7 +161,7 @@ __device__ void load_fragments_b(uint32_t (&b)[4], const char* tile, int outer, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = outer + lane / 4 + i / 2 * 8, k = 8 * step + lane % 4 + i % 2 * 4;
-      memcpy(&b[i], tile + Tile::place(k, n / 4) + n % 4 * 4, 4);
+      b[i] = load_word(tile + Tile::place(k, n / 4) + n % 4 * 4);
     }
   }
 }
