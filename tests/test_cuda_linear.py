@@ -341,6 +341,30 @@ class TestOnGpu:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("sizes", [(357, 789, 333), (512, 512, 512), (2304, 1024, 2304)], ids=str)
+def test_tf32_error_within_cublas(sizes, activation):
+    """By mma.sync, by wgmma, and by that with operands copied first, where the GPU has it."""
+    tensors = [t.cuda() for t in Shape(*sizes, 132, ("small", 1)).tensors()]
+    doubles = [t.double() for t in tensors]
+    # Where rounding to TF32 decides the sign before ReLU, gradients may rightly differ.
+    tensors[3] *= reference(*doubles[:3], "none").abs() > 0.5
+    doubles[3] = tensors[3].double()
+    truth = forward_and_gradients(reference, doubles[:3], doubles[3], activation)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        ours, torchs = (
+            forward_and_gradients(function, tensors[:3], tensors[3], activation)
+            for function in (functional.linear, reference)
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(our, their, true, factor=1.1)
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements_on_gpu():
     input = torch.randn(2**31 // 4096 + 3, 4096, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(16, 4096, dtype=torch.bfloat16, device="cuda")
