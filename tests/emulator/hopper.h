@@ -6,8 +6,8 @@
 // in any order; descriptors of wgmma along and across the depth with that swizzle; which lane holds what; wgmma-groups:
 // a product is done at any time between its start and the wait for its group, in the shared memory and the registers of
 // that moment, and until that wait the result holds NaN; that wgmma.fence stands between a wait and the next product;
-// that wgmma drops the lower 13 bits of TF32 factors. How a copy converts floats to TF32 is not documented: here to the
-// nearest or towards 0, at random from copy to copy.
+// that the factors of TF32 products have been rounded.
+// How a copy converts floats to TF32 is not documented: here to the nearest or towards 0, at random from copy to copy.
 // Not modelled: whether warps of a warpgroup stay together (each warp's quarter is done by itself); fences between the
 // generic and the asynchronous proxy; a block that ends while others still copy into its memory; setmaxnreg; the
 // precision of sums within one instruction (here: float64, rounded once).
@@ -192,11 +192,10 @@ struct WgmmaWarp {
     const int columns = 8 * wgmma.tiles, depth = 32 / wgmma.element_bytes;
     std::vector<double> b(static_cast<size_t>(depth * columns));
     double a[16][16];
-    // "Operations involving .tf32 will truncate lower 13 bits of the 32-bit input data."
+    // The instruction drops the lower 13 bits of TF32 factors: nobody shall leave the rounding to it.
     const auto element = [&](const uint32_t* words, int i) {
-      if (half) return wgmma.element(words, i);
-      const uint32_t word = words[i] & 0xffffe000;
-      return wgmma.element(&word, 0);
+      if (!half && words[i] & 0x1fff) throw std::logic_error("emulator: a factor that has not been rounded to TF32");
+      return wgmma.element(words, i);
     };
     const auto read = [&](const Descriptor& descriptor, bool outer_major, int outer, int k) {
       const uint32_t address = descriptor.address(outer_major, static_cast<uint32_t>(outer), static_cast<uint32_t>(k),
