@@ -152,8 +152,8 @@ def linear(
 
     Returns:
         ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
-        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient in float64). On CUDA
-        float32 products obey ``torch.backends.cuda.matmul.fp32_precision``. Under autocast the
+        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient more exactly). On
+        CUDA float32 products obey ``torch.backends.cuda.matmul.fp32_precision``. Under autocast the
         arguments are cast to its dtype first, as PyTorch's are; float64 ones stay.
 
     Raises:

@@ -82,6 +82,7 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
     Whoever changes it, by whichever of torch's ways: no GPU is needed to see what was traced.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
 
     monkeypatch.setattr(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed())
     ran, graphs = [], []
@@ -94,7 +95,7 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
             ran.extend(told)
             return graph(*args)
 
-        return run
+        return make_boxed_func(run)
 
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)

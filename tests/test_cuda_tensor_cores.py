@@ -9,6 +9,7 @@ import itertools
 import emulated
 import pytest
 import torch
+from accuracy import assert_as_accurate
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
@@ -189,6 +190,16 @@ def test_gate_and_non_finite_elements(kernel, dtype):
     for result in (out[:, 5], sums):
         assert result[:6].tolist() == [127, 127, torch.inf, 127, 128, 127]
         assert (result[6:] == 128).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])  # the depth whole, and in parts
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
+def test_sums_of_long_rows(kernel, dtype, multiprocessors):
+    """grad_bias of many examples, all of one sign: as accurate as PyTorch's sum."""
+    emulated.set_device(multiprocessors=multiprocessors)
+    a, b = torch.rand(128, 8192).to(dtype), torch.zeros(8192, 128, dtype=dtype)
+    _, sums = emulated.tensor_core_product(kernel, a.T.contiguous().T, b.T, row_sums=True)
+    assert_as_accurate(sums, a.sum(1), a.double().sum(1))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)

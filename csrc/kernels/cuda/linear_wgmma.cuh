@@ -210,7 +210,7 @@ struct WgmmaKernel {
     }
   }
 
-  __device__ void load(Fragments& a, const Ring& ring, int consumer, bool row_sums, float (&row_sum)[2]) {
+  __device__ void load(Fragments& a, const Ring& ring, int consumer, bool sums_rows, RowSums& row_sums) {
     const int warp = threadIdx.x / kWarp % 4;
     const char* tile = stages + ring.stage * kStageBytes + consumer * kBoxBytes;
     mbarrier_wait(full + ring.stage, ring.parity);
@@ -227,12 +227,14 @@ struct WgmmaKernel {
     }
 #pragma unroll
     for (int step = 0; step < kWgmmaSteps; ++step) arrange(a.word[step]);
-    if (row_sums) {
+    if (sums_rows) {
+      float part[2] = {};
 #pragma unroll
       for (int step = 0; step < kWgmmaSteps; ++step) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) row_sum[i % 2] += sum_of_elements<T>(a.word[step][i]);
+        for (int i = 0; i < 4; ++i) part[i % 2] += sum_of_elements<T>(a.word[step][i]);
       }
+      row_sums.add(part);
     }
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -244,10 +246,10 @@ struct WgmmaKernel {
   }
 
   // While the tensor cores multiply the fragments of one stage, those of the next are fetched.
-  __device__ void multiply_fragments(float (&sum)[kTiles][4], float (&row_sum)[2], Ring& ring, int depth_tiles,
-                                     int consumer, bool row_sums) {
+  __device__ void multiply_fragments(float (&sum)[kTiles][4], Ring& ring, int depth_tiles, int consumer, bool sums_rows,
+                                     RowSums& row_sums) {
     Fragments even, odd;
-    load(even, ring, consumer, row_sums, row_sum);
+    load(even, ring, consumer, sums_rows, row_sums);
     const auto multiply_stage = [&](Fragments& a, Fragments& next, int k) {
       const int stage = ring.stage;
       wgmma_fence();
@@ -257,7 +259,7 @@ struct WgmmaKernel {
       }
       wgmma_commit_group();
       ring.advance();
-      if (k + 1 < depth_tiles) load(next, ring, consumer, row_sums, row_sum);
+      if (k + 1 < depth_tiles) load(next, ring, consumer, sums_rows, row_sums);
       wgmma_wait_group<0>();
       release(stage);
     };
@@ -271,16 +273,17 @@ struct WgmmaKernel {
     Ring ring;
     for (int i = first_item(); i < items(); i += items_at_once()) {
       const Item at = item(i);
-      float sum[kTiles][4], row_sum[2] = {};
-      const bool row_sums = kFragments && work.output.row_sums && at.first_column;
+      float sum[kTiles][4];
+      RowSums row_sums;
+      const bool sums_rows = kFragments && work.output.row_sums && at.first_column;
       if constexpr (kFragments) {
-        multiply_fragments(sum, row_sum, ring, at.depth_tiles, consumer, row_sums);
+        multiply_fragments(sum, ring, at.depth_tiles, consumer, sums_rows, row_sums);
       } else {
         multiply(sum, ring, at.depth_tiles, consumer);
       }
       const int row = at.row + 64 * consumer + 16 * (threadIdx.x / kWarp % 4);
       store_sums(work.output, sum, row, at.column, at.part);
-      if (row_sums) store_row_sums(work.output, row_sum, row, at.part);
+      if (sums_rows) store_row_sums(work.output, row_sums, row, at.part);
     }
   }
 
