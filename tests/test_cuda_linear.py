@@ -277,6 +277,28 @@ class TestTf32:
                 assert told[-2:] == [first is tf32, second is tf32]
 
 
+def test_a_layer_in_tf32(emulator):
+    """Many rows, on a device with wgmma: grad_input's weight is copied first, in one more launch.
+
+    grad_weight has few rows here, so that mma.sync makes it, in parts of the depth.
+    """
+    sizes = 2048, 128, 136
+    input, weight, bias, grad_output = Shape(*sizes, 132, ("small", 1)).tensors()
+    before = emulated.launches()
+    output = _autograd._linear(input, weight, bias, True, True)
+    assert emulated.launches() - before == 1
+    gradients = _autograd._linear_backward(grad_output, input, weight, output, True, True)
+    assert emulated.launches() - before == 1 + 2 + 2
+    x, w, b = (t.double() for t in (input, weight, bias))
+    dy = torch.where(output <= 0, 0, grad_output).double()
+    truth = torch.relu(x @ w.t() + b), dy @ w, dy.t() @ x, dy.sum(0)
+    sizes = x.abs() @ w.abs().t(), dy.abs() @ w.abs(), dy.abs().t() @ x.abs()
+    for result, true, size in zip((output, *gradients), truth, sizes, strict=False):
+        assert ((result.double() - true).abs() <= 2**-9 * size).all()
+        assert not torch.equal(result.double(), true)
+    torch.testing.assert_close(gradients[2].double(), truth[3], rtol=1e-6, atol=1e-6)
+
+
 # What only a device can show.
 
 
