@@ -28,12 +28,13 @@ PRODUCTS = [
     *((HALF, "ieee", (n, n, n)) for n in (4096, 8192)),
     *((HALF, "ieee", (m, 4096, 4096)) for m in (16, 64, 256, 1024)),
     (HALF, "ieee", (357, 789, 333)),
-    (torch.float32, "tf32", (4096, 4096, 4096)),
+    *((torch.float32, "tf32", (n, n, n)) for n in (4096, 8192)),
+    (torch.float32, "tf32", (1024, 4096, 4096)),
     (torch.float32, "ieee", (4096, 4096, 4096)),
     (torch.float32, "ieee", (357, 789, 333)),
     (torch.float64, "ieee", (2048, 2048, 2048)),
 ]
-QUICK_PRODUCTS = [PRODUCTS[0], PRODUCTS[6], PRODUCTS[8]]
+QUICK_PRODUCTS = [PRODUCTS[0], PRODUCTS[6], PRODUCTS[7], PRODUCTS[10]]
 LEAVES = ("x", "weight", "bias")  # in the order of linear's arguments
 CALLS_TOGETHER = 50  # through autograd, between two waits
 MNIST_LAYERS = [(784, 128), (128, 64), (64, 10)]

@@ -2,8 +2,8 @@
 
 The kernels cover float32, float64, bfloat16 and float16, on the CPU and on CUDA. What they do not
 cover runs PyTorch's own op, with its result at its speed: other devices, dtypes and layouts, tensor
-subclasses, torch.func transforms, forward-mode derivatives, `linear` under autocast, and on the CPU
-`linear` in bfloat16 or float16 where oneDNN has the CPU's own instructions for it.
+subclasses, torch.func transforms, forward-mode derivatives, and on the CPU `linear` in bfloat16 or
+float16 where oneDNN has the CPU's own instructions for it.
 ``docs/semantics.md`` lists every case.
 """
 
@@ -63,15 +63,19 @@ def _runs_kernels(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _runs_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _runs_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+) -> bool:
+    """Whether our kernels do this call, in this dtype instead of input's own."""
+    dtype = dtype or input.dtype
     if input.is_cpu:
         fits = weight.is_cpu and (bias is None or bias.is_cpu)
-        return fits and input.dtype in _LINEAR_DTYPES
+        return fits and dtype in _LINEAR_DTYPES
     return (
         input.is_cuda
         and weight.device == input.device
         and (bias is None or bias.device == input.device)
-        and input.dtype in _DTYPES
+        and dtype in _DTYPES
         and _runs_kernels(input.device)
     )
 
@@ -108,6 +112,25 @@ def check_activation(activation: Activation) -> Activation:
     return activation
 
 
+def _is_cast(tensor: Tensor) -> bool:
+    # By autocast: neither float64 nor what is no real number.
+    return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast has linear run in; None where it is off or leaves input."""
+    device = input.device.type
+    if device not in ("cpu", "cuda") or not _is_autocast_enabled(device) or not _is_cast(input):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Gradients are cast back on their way. Each call casts its weight again: autocast keeps casts
+    # for its own ops, and has no public way to share them.
+    return tensor.to(dtype) if _is_cast(tensor) else tensor
+
+
 def _one_per_feature(bias: Tensor, weight: Tensor) -> bool:
     # A single element is broadcast, which is left to PyTorch; any other length is an error of ours.
     return bias.dim() == 1 and (bias.shape[0] != 1 or weight.shape[0] == 1)
@@ -129,8 +152,9 @@ def linear(
 
     Returns:
         ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
-        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient in float64). On CUDA
-        float32 products obey ``torch.backends.cuda.matmul.fp32_precision``.
+        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient more exactly). On
+        CUDA float32 products obey ``torch.backends.cuda.matmul.fp32_precision``. Under autocast the
+        arguments are cast to its dtype first, as PyTorch's are; float64 ones stay.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
@@ -157,13 +181,15 @@ def linear(
         _plain(input)
         and _plain(weight)
         and (bias is None or _plain(bias))
-        and _runs_linear(input, weight, bias)
+        and _runs_linear(input, weight, bias, autocast := _autocast_dtype(input))
         and input.dim() > 0
         and weight.dim() == 2
         and (bias is None or _one_per_feature(bias, weight))
         and not _transformed()
-        and not _is_autocast_enabled(input.device.type)
     ):
+        if autocast is not None:
+            input, weight = _cast(input, autocast), _cast(weight, autocast)
+            bias = None if bias is None else _cast(bias, autocast)
         return Linear.apply(input, weight, bias, relu)
     try:
         output = F.linear(input, weight, bias)

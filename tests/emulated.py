@@ -153,6 +153,27 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def _product(a, b, gate, bias, relu, out, sums) -> Product:
+    pair = ctypes.c_int64 * 2
+    return Product(
+        *(len(a), len(b), a.shape[1]),
+        *(pointer(a), pair(*a.stride())),
+        *(pointer(gate), pair(*(gate.stride() if gate is not None else (0, 0)))),
+        *(pointer(b), pair(*b.stride())),
+        *(pointer(bias), relu, pointer(out), pointer(sums)),
+    )
+
+
+def wgmma_takes(a, b, tf32: bool, row_sums=False) -> bool:
+    """Ask whether this float32 product is made by wgmma."""
+    out = torch.empty(1)
+    takes = library().emulator_wgmma_takes_float32
+    takes.restype = ctypes.c_bool
+    return takes(
+        ctypes.byref(_product(a, b, None, None, False, out, out if row_sums else None)), tf32
+    )
+
+
 def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row_sums=False):
     """Call one of the kernels of linear layers: a [rows, depth] times b [columns, depth]^T.
 
@@ -166,14 +187,7 @@ def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row
 
     whole_out, out = guarded(len(a), len(b))
     whole_sums, sums = guarded(len(a))
-    pair = ctypes.c_int64 * 2
-    product = Product(
-        *(len(a), len(b), a.shape[1]),
-        *(pointer(a), pair(*a.stride())),
-        *(pointer(gate), pair(*(gate.stride() if gate is not None else (0, 0)))),
-        *(pointer(b), pair(*b.stride())),
-        *(pointer(bias), relu, pointer(out), pointer(sums) if row_sums else None),
-    )
+    product = _product(a, b, gate, bias, relu, out, sums if row_sums else None)
     function = getattr(library(), f"emulator_{kernel}_{str(a.dtype).removeprefix('torch.')}")
     function.restype = ctypes.c_char_p
     error = function(ctypes.byref(product))
@@ -185,7 +199,7 @@ def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row
 
 
 def bank_conflicts() -> int:
-    """Count the bank conflicts of ldmatrix so far."""
+    """Count the bank conflicts of ldmatrix and load_word so far."""
     return library().emulator_bank_conflicts()
 
 

@@ -1,13 +1,15 @@
-"""What wraps an op from outside: torch.compile, torch.export, fake and meta tensors, autocast."""
+"""What wraps an op from outside: torch.compile, torch.export, fake and meta tensors."""
 
 import itertools
+import re
 
 import pytest
 import torch
-from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients, with_gradients
+from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients
 from torch.utils._pytree import tree_map_only
 
 import mnist_ext
+from mnist_ext import _autograd
 
 op = torch.ops.mnist_ext
 
@@ -72,6 +74,50 @@ def test_dynamic_shapes_are_compiled_once():
     for rows in (4, 9, 33):
         loss(torch.randn(rows, 7), torch.randn(3, 7), torch.randint(0, 3, (rows,)))
     assert counter.frame_count == 1
+
+
+def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
+    """The setting is a constant of the graphs, forward and backward; Dynamo guards it.
+
+    Whoever changes it, by whichever of torch's ways: no GPU is needed to see what was traced.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    monkeypatch.setattr(_autograd, "_may_use_tf32", lambda _: _autograd._is_tf32_allowed())
+    ran, graphs = [], []
+
+    def recording(graph, _):
+        told = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
+        graphs.append(told)
+
+        def run(*args):
+            ran.extend(told)
+            return graph(*args)
+
+        return make_boxed_func(run)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)
+    compiled = torch.compile(mnist_ext.functional.linear, fullgraph=True, backend=backend)
+    input, weight = (torch.randn(n, 3, requires_grad=True) for n in (2, 4))
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    settings = [
+        lambda tf32: setattr(matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
+        lambda tf32: setattr(matmul, "allow_tf32", tf32),
+        lambda tf32: torch.set_float32_matmul_precision("high" if tf32 else "highest"),
+    ]
+    try:
+        for setting in settings:
+            for tf32 in (True, False):
+                ran.clear()
+                setting(tf32)
+                compiled(input, weight).sum().backward()
+                assert ran == 2 * [str(tf32)]
+    finally:
+        matmul.fp32_precision = before
+    assert len(graphs) == 4  # forward and backward, of each setting: what was compiled is kept
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -188,33 +234,3 @@ def test_fake_tensors_refuse_wrong_shapes():
             op.cross_entropy(
                 torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), None, -100, 0.0, 1
             )
-
-
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_autocast_gives_pytorchs_dtypes(case, dtype, autocast):
-    tensors = case.tensors(dtype)
-    results = []
-    for function in (case.ours, case.torchs):
-        leaves, wanted = with_gradients(tensors, case.differentiable)
-        with torch.autocast("cpu", dtype=autocast):
-            value = function(*leaves)
-        results.append([value, *torch.autograd.grad(value, wanted, torch.ones_like(value))])
-    for our, their in zip(*results, strict=True):
-        assert our.dtype == their.dtype
-        torch.testing.assert_close(our, their, atol=1e-2, rtol=2e-2)
-
-
-def test_autocast_runs_the_fused_cross_entropy():
-    logits = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = mnist_ext.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
-    assert loss.dtype == torch.float32
-    assert type(loss.grad_fn).__name__ == "CrossEntropyBackward"
-
-
-def test_cuda_autocast_does_not_touch_the_cpu():
-    input, weight = torch.randn(2, 3), torch.randn(4, 3)
-    with torch.autocast("cuda", dtype=torch.float16, enabled=torch.cuda.is_available()):
-        assert mnist_ext.functional.linear(input, weight).dtype == torch.float32

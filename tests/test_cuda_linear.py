@@ -277,6 +277,28 @@ class TestTf32:
                 assert told[-2:] == [first is tf32, second is tf32]
 
 
+def test_a_layer_in_tf32(emulator):
+    """Many rows, on a device with wgmma: grad_input's weight is copied first, in one more launch.
+
+    grad_weight has few rows here, so that mma.sync makes it, in parts of the depth.
+    """
+    sizes = 2048, 128, 136
+    input, weight, bias, grad_output = Shape(*sizes, 132, ("small", 1)).tensors()
+    before = emulated.launches()
+    output = _autograd._linear(input, weight, bias, True, True)
+    assert emulated.launches() - before == 1
+    gradients = _autograd._linear_backward(grad_output, input, weight, output, True, True)
+    assert emulated.launches() - before == 1 + 2 + 2
+    x, w, b = (t.double() for t in (input, weight, bias))
+    dy = torch.where(output <= 0, 0, grad_output).double()
+    truth = torch.relu(x @ w.t() + b), dy @ w, dy.t() @ x, dy.sum(0)
+    sizes = x.abs() @ w.abs().t(), dy.abs() @ w.abs(), dy.abs().t() @ x.abs()
+    for result, true, size in zip((output, *gradients), truth, sizes, strict=False):
+        assert ((result.double() - true).abs() <= 2**-9 * size).all()
+        assert not torch.equal(result.double(), true)
+    torch.testing.assert_close(gradients[2].double(), truth[3], rtol=1e-6, atol=1e-6)
+
+
 # What only a device can show.
 
 
@@ -338,6 +360,30 @@ class TestOnGpu:
         truth = forward_and_gradients(reference, doubles[:3], doubles[3], "relu")
         for our, their, true in zip(self.run(tensors), torchs, truth, strict=True):
             assert_as_accurate(our, their, true, factor=1.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("sizes", [(357, 789, 333), (512, 512, 512), (2304, 1024, 2304)], ids=str)
+def test_tf32_error_within_cublas(sizes, activation):
+    """By mma.sync, by wgmma, and by that with operands copied first, where the GPU has it."""
+    tensors = [t.cuda() for t in Shape(*sizes, 132, ("small", 1)).tensors()]
+    doubles = [t.double() for t in tensors]
+    # Where rounding to TF32 decides the sign before ReLU, gradients may rightly differ.
+    tensors[3] *= reference(*doubles[:3], "none").abs() > 0.5
+    doubles[3] = tensors[3].double()
+    truth = forward_and_gradients(reference, doubles[:3], doubles[3], activation)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        ours, torchs = (
+            forward_and_gradients(function, tensors[:3], tensors[3], activation)
+            for function in (functional.linear, reference)
+        )
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(our, their, true, factor=1.1)
 
 
 @pytest.mark.gpu

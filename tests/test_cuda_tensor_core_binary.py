@@ -7,8 +7,6 @@ from test_cuda_binary import code_name, dump, pytestmark  # noqa: F401
 
 import mnist_ext
 
-HALVES = ("8BFloat16", "7Float16")
-
 
 @pytest.fixture(scope="module")
 def usage():
@@ -71,24 +69,32 @@ def test_mma(request, architecture, dtype, instruction):
         assert re.search(r"STG\.E\.128" if dtype != "If" else r"STG\.E\.64", kernel)
 
 
+# What wgmma is called for each dtype, and how many layouts of operands are compiled.
+WGMMA = {
+    "8BFloat16": ("x16.F32.BF16", 4),
+    "7Float16": ("x16.F32", 4),
+    "If": ("x8.F32.TF32", 3),
+}
+
+
 @pytest.mark.parametrize("columns", [128, 256])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", WGMMA)
 def test_wgmma(sm_90a, dtype, columns):
     kernels = instances(sm_90a, "linear_wgmma_kernel", dtype, f"ELi{columns}E")
-    assert len(kernels) == 4
-    of_dtype = ".BF16" if dtype == "8BFloat16" else ""
+    instruction, layouts = WGMMA[dtype]
+    assert len(kernels) == layouts
     for kernel in kernels:
-        assert kernel.count("HGMMA") == kernel.count(f"HGMMA.64x{columns}x16.F32{of_dtype} ") > 0
+        assert kernel.count("HGMMA") == kernel.count(f"HGMMA.64x{columns}{instruction} ") > 0
         assert "UTMALDG.2D.MULTICAST" in kernel
         assert "USETMAXREG" in kernel
-        assert re.search(r"STG\.E\.128", kernel)
+        assert re.search(r"STG\.E\.128" if dtype != "If" else r"STG\.E\.64", kernel)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", WGMMA)
 def test_wgmmas_of_a_stage_follow_each_other(sm_90a, dtype):
     """Four at a time are in flight: only the last of them is waited for."""
     kernels = instances(sm_90a, "linear_wgmma_kernel", dtype)
-    assert len(kernels) == 8
+    assert len(kernels) == 2 * WGMMA[dtype][1]
     for kernel in kernels:
         order = re.findall(r"HGMMA[^;]*|WARPGROUP\.DEPBAR[^;]*", kernel)
         products = [x for x in order if x.startswith("HGMMA")]

@@ -9,6 +9,7 @@ import itertools
 import emulated
 import pytest
 import torch
+from accuracy import assert_as_accurate
 
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [*HALVES, torch.float32]
@@ -172,7 +173,7 @@ def test_mma_nothing_to_sum(dtype):
     assert torch.equal(sums, torch.zeros(70, dtype=dtype))
 
 
-KERNELS_AND_DTYPES = [*(("mma", d) for d in DTYPES), *(("wgmma", d) for d in HALVES)]
+KERNELS_AND_DTYPES = [*itertools.product(("mma", "wgmma"), DTYPES)]
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
@@ -189,6 +190,16 @@ def test_gate_and_non_finite_elements(kernel, dtype):
     for result in (out[:, 5], sums):
         assert result[:6].tolist() == [127, 127, torch.inf, 127, 128, 127]
         assert (result[6:] == 128).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 132])  # the depth whole, and in parts
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
+def test_sums_of_long_rows(kernel, dtype, multiprocessors):
+    """grad_bias of many examples, all of one sign: as accurate as PyTorch's sum."""
+    emulated.set_device(multiprocessors=multiprocessors)
+    a, b = torch.rand(128, 8192).to(dtype), torch.zeros(8192, 128, dtype=dtype)
+    _, sums = emulated.tensor_core_product(kernel, a.T.contiguous().T, b.T, row_sums=True)
+    assert_as_accurate(sums, a.sum(1), a.double().sum(1))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
@@ -239,18 +250,32 @@ WGMMA_LAYOUTS = [
     ("depth", "outer", True),
     ("outer", "outer", True),
 ]
+# Of float32, whose b across the depth is copied first.
+TF32_LAYOUTS = [*WGMMA_LAYOUTS, ("depth", "depth", True), ("outer", "depth", True)]
+LAYOUTS_AND_DTYPES = [
+    *itertools.product(WGMMA_LAYOUTS, HALVES),
+    *itertools.product(TF32_LAYOUTS, [torch.float32]),
+]
 
 
-@pytest.mark.parametrize("layout", WGMMA_LAYOUTS, ids=str)
+def round_to_tf32_(x):
+    """Round what a copy will convert, in a direction that is not documented."""
+    return x.copy_(rounded_to_tf32(x.contiguous()))
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", WGMMA_SHAPES, ids=lambda s: "x".join(map(str, s[:3])))
-@pytest.mark.parametrize("dtype", HALVES, ids=name)
 def test_wgmma_accurate(shape, layout, dtype):
     rows, columns, depth, processors = shape
     a_major, b_major, through_registers = layout
-    case = WGMMA_SHAPES.index(shape) + WGMMA_LAYOUTS.index(layout) + HALVES.index(dtype)
+    case = WGMMA_SHAPES.index(shape) + LAYOUTS_AND_DTYPES.index((layout, dtype))
     emulated.set_device(multiprocessors=processors)
     emulated.set_seed(case)
     a, b = operand(rows, depth, a_major, dtype), operand(columns, depth, b_major, dtype)
+    if dtype == torch.float32:
+        round_to_tf32_(b)
+        if not through_registers:
+            round_to_tf32_(a)
     gate = operand(rows, depth, a_major, dtype) if through_registers and case % 3 else None
     assert_product(
         "wgmma",
@@ -261,11 +286,57 @@ def test_wgmma_accurate(shape, layout, dtype):
     )
 
 
-def test_wgmma_rows_apart():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+def test_wgmma_rows_apart(dtype):
     """Each operand is a part of a wider matrix, which is NaN elsewhere."""
-    a, b, gate = (operand(136, 136, "depth", torch.bfloat16, 8, 144) for _ in range(3))
+    a, b, gate = (operand(136, 136, "depth", dtype, 8, 144) for _ in range(3))
+    b_across = operand(136, 136, "outer", dtype, 8, 144)
+    if dtype == torch.float32:
+        for x in (a, b, b_across):
+            round_to_tf32_(x)
     assert_product("wgmma", a, b)
-    assert_product("wgmma", a, operand(136, 136, "outer", torch.bfloat16, 8, 144), gate)
+    assert_product("wgmma", a, b_across, gate)
+
+
+def test_wgmma_copies_b_from_any_address():
+    """Floats across the depth; rows of the copy are longer than the depth, which is odd."""
+    a = operand(130, 133, "outer", torch.float32, 4, 132)
+    for past_alignment, pitch in ((1, 129), (3, 141)):
+        b = round_to_tf32_(operand(129, 133, "outer", torch.float32, past_alignment, pitch))
+        assert_product("wgmma", a, b, row_sums=True)
+
+
+@pytest.mark.parametrize("layout", TF32_LAYOUTS, ids=str)
+def test_wgmma_rounds_to_tf32(layout):
+    """Each factor by less than its last bit, in whichever direction; sums of rows not at all."""
+    a_major, b_major, through_registers = layout
+    a, b = (operand(128, 160, major, torch.float32) for major in (a_major, b_major))
+    out, sums = emulated.tensor_core_product("wgmma", a, b, row_sums=through_registers)
+    a, b = a.double(), b.double()
+    error = (out.double() - a @ b.T).abs() / (a.abs() @ b.abs().T)
+    assert 1e-6 < error.max() < 2 * 2**-10
+    if through_registers:
+        assert ((sums.double() - a.sum(1)).abs() <= 1e-6 * a.abs().sum(1)).all()
+
+
+def test_wgmma_takes_tf32_where_it_pays():
+    """Only where torch allows TF32, and a copy of b only for many rows of the result."""
+
+    def takes(rows, a_major, b_major, tf32=True, **options):
+        a, b = (
+            torch.empty(n, 256) if major == "depth" else torch.empty(256, n).T
+            for n, major in ((rows, a_major), (512, b_major))
+        )
+        return emulated.wgmma_takes(a, b, tf32, **options)
+
+    assert takes(128, "depth", "depth")
+    assert not takes(128, "depth", "depth", tf32=False)
+    for a_major in ("depth", "outer"):
+        assert takes(2048, a_major, "outer", row_sums=True)
+        assert not takes(1024, a_major, "outer", row_sums=True)
+        assert takes(128, a_major, "depth", row_sums=True)
+    emulated.set_device(10)
+    assert not takes(128, "depth", "depth")
 
 
 def test_wgmma_result_that_is_not_aligned():
@@ -300,15 +371,16 @@ def test_neither_is_taken_on_devices_that_cannot():
             emulated.tensor_core_product(kernel, a, a)
 
 
-def test_wgmma_ldmatrix_without_bank_conflicts():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
+def test_wgmma_fragments_without_bank_conflicts(dtype):
     before = emulated.bank_conflicts()
     for major in ("depth", "outer"):
-        a = operand(128, 128, major, torch.bfloat16)
-        emulated.tensor_core_product("wgmma", a, operand(128, 128, "outer", torch.bfloat16), a)
+        a = operand(128, 128, major, dtype)
+        emulated.tensor_core_product("wgmma", a, operand(128, 128, "outer", dtype), a)
     assert emulated.bank_conflicts() == before
 
 
-def test_mma_ldmatrix_without_bank_conflicts():
+def test_mma_fragments_without_bank_conflicts():
     before = emulated.bank_conflicts()
     for (a, b), dtype in itertools.product(LAYOUTS, (torch.bfloat16, torch.float32)):
         for processors in (1, 132):  # both sizes of tiles

@@ -5,7 +5,9 @@
 // boxes with the 128-byte swizzle, with zeros beyond the matrix and to several blocks, which land at any time later and
 // in any order; descriptors of wgmma along and across the depth with that swizzle; which lane holds what; wgmma-groups:
 // a product is done at any time between its start and the wait for its group, in the shared memory and the registers of
-// that moment, and until that wait the result holds NaN; that wgmma.fence stands between a wait and the next product.
+// that moment, and until that wait the result holds NaN; that wgmma.fence stands between a wait and the next product;
+// that the factors of TF32 products have been rounded.
+// How a copy converts floats to TF32 is not documented: here to the nearest or towards 0, at random from copy to copy.
 // Not modelled: whether warps of a warpgroup stay together (each warp's quarter is done by itself); fences between the
 // generic and the asynchronous proxy; a block that ends while others still copy into its memory; setmaxnreg; the
 // precision of sums within one instruction (here: float64, rounded once).
@@ -93,14 +95,22 @@ inline void mbarrier_wait(uint64_t* place, unsigned parity) {
 struct TensorMap {
   const void* data;
   int64_t row_size, rows, stride;  // the last in bytes
-  int box_rows;
+  int box_rows, element_bytes;
+  bool to_tf32;
 };
+
+// NaN and infinity stay.
+inline uint32_t converted_to_tf32(uint32_t bits, bool to_nearest) {
+  const bool finite = (bits & 0x7f800000) != 0x7f800000;
+  if (!finite) return bits;
+  return (to_nearest ? bits + 0xfff + (bits >> 13 & 1) : bits) & 0xffffe000;
+}
 
 inline void start_box_copy(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier,
                            unsigned blocks) {
-  constexpr int kRow = 128, kElement = 2;
+  constexpr int kRow = 128;
   if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0 || map.stride % 16 != 0 || map.box_rows < 1 ||
-      map.box_rows > 256 || map.row_size < 1 || map.rows < 1) {
+      map.box_rows > 256 || map.row_size < 1 || map.rows < 1 || (map.to_tf32 && map.element_bytes != 4)) {
     throw std::logic_error("emulator: an impossible tensor map");
   }
   const uint32_t to = shared_address(shared);
@@ -109,16 +119,20 @@ inline void start_box_copy(void* shared, const TensorMap& map, int column, int r
     if (blocks == 0 ? rank != now.thread->block->rank : !(blocks >> rank & 1)) continue;
     Block* block = &(*now.blocks)[rank];
     const void* counted_at = in_block(barrier, rank);
+    const bool to_nearest = map.to_tf32 && now.random() % 2;
     now.background.push_back([=] {
+      const int bytes = map.element_bytes;
       for (int i = 0; i < map.box_rows; ++i) {
-        for (int j = 0; j < kRow / kElement; ++j) {
+        for (int j = 0; j < kRow / bytes; ++j) {
           const int64_t r = int64_t{row} + i, c = int64_t{column} + j;
-          uint16_t element = 0;
+          uint32_t element = 0;
           if (r >= 0 && r < map.rows && c >= 0 && c < map.row_size) {
-            memcpy(&element, static_cast<const char*>(map.data) + r * map.stride + c * kElement, kElement);
+            memcpy(&element, static_cast<const char*>(map.data) + r * map.stride + c * bytes,
+                   static_cast<size_t>(bytes));
           }
-          const uint32_t address = swizzled(to + static_cast<uint32_t>(i * kRow + j * kElement));
-          memcpy(shared_place(*block, address, kElement), &element, kElement);
+          if (map.to_tf32) element = converted_to_tf32(element, to_nearest);
+          const uint32_t address = swizzled(to + static_cast<uint32_t>(i * kRow + j * bytes));
+          memcpy(shared_place(*block, address, bytes), &element, static_cast<size_t>(bytes));
         }
       }
       MBarrier& there = mbarrier_at(counted_at);
@@ -142,12 +156,13 @@ struct Descriptor {
     if (swizzle != 1 || base_offset != 0) throw std::logic_error("emulator: only the 128-byte swizzle is modelled");
   }
 
-  // 9.7.15.5.1.2.1, "Canonical Layouts" with 128B swizzling, for 16-bit elements (T = 8), in elements: along the depth
+  // 9.7.15.5.1.2.1, "Canonical Layouts" with 128B swizzling, of T elements in 16 bytes, in elements: along the depth
   // ((8, m), (T, 2k)) : ((8T, SBO), (1, T)), across it ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)).
-  uint32_t address(bool outer_major, uint32_t outer, uint32_t depth) const {
-    const uint32_t unswizzled = outer_major
-                                    ? outer % 64 * 2 + outer / 64 * leading + depth % 8 * 128 + depth / 8 * stride
-                                    : outer % 8 * 128 + outer / 8 * stride + depth * 2;
+  uint32_t address(bool outer_major, uint32_t outer, uint32_t depth, uint32_t element_bytes) const {
+    const uint32_t in_row = 128 / element_bytes;
+    const uint32_t unswizzled =
+        outer_major ? outer % in_row * element_bytes + outer / in_row * leading + depth % 8 * 128 + depth / 8 * stride
+                    : outer % 8 * 128 + outer / 8 * stride + depth * element_bytes;
     return swizzled(start + unswizzled);
   }
 };
@@ -156,7 +171,7 @@ struct Wgmma {
   Shares<float*> d;
   Shares<const uint32_t*> a_fragment;
   uint64_t a, b;
-  int tiles, warp;
+  int tiles, warp, element_bytes;
   bool add, b_outer_major, from_registers;
   unsigned group;
   Block* block;
@@ -170,45 +185,49 @@ struct WgmmaWarp {
   bool fenced = false;
   std::map<float*, std::vector<float>> results;  // of those, where only the tensor cores see them
 
-  // 9.7.15.5.1.1.1, "Matrix fragments for wgmma.mma_async.m64nNk16": a as for m16n8k16, d[i] of a lane in row group or
-  // group + 8 and column 8 (i / 4) + 2 in_group + i % 2 of the warp's 16 rows.
+  // 9.7.15.5.1.1, "Register Fragments": of 16-bit elements a as for m16n8k16, of TF32 as for m16n8k8; d[i] of a lane in
+  // row group or group + 8 and column 8 (i / 4) + 2 in_group + i % 2 of the warp's 16 rows.
   void run(Wgmma& wgmma) {
-    const int columns = 8 * wgmma.tiles;
-    std::vector<double> b(static_cast<size_t>(16 * columns));
+    const bool half = wgmma.element_bytes == 2;
+    const int columns = 8 * wgmma.tiles, depth = 32 / wgmma.element_bytes;
+    std::vector<double> b(static_cast<size_t>(depth * columns));
     double a[16][16];
-    const auto read = [&](const Descriptor& descriptor, bool outer_major, int outer, int depth) {
+    // The instruction drops the lower 13 bits of TF32 factors: nobody shall leave the rounding to it.
+    const auto element = [&](const uint32_t* words, int i) {
+      if (!half && words[i] & 0x1fff) throw std::logic_error("emulator: a factor that has not been rounded to TF32");
+      return wgmma.element(words, i);
+    };
+    const auto read = [&](const Descriptor& descriptor, bool outer_major, int outer, int k) {
+      const uint32_t address = descriptor.address(outer_major, static_cast<uint32_t>(outer), static_cast<uint32_t>(k),
+                                                  static_cast<uint32_t>(wgmma.element_bytes));
       uint32_t word = 0;
-      memcpy(
-          &word,
-          shared_place(*wgmma.block,
-                       descriptor.address(outer_major, static_cast<uint32_t>(outer), static_cast<uint32_t>(depth)), 2),
-          2);
-      return wgmma.element(&word, 0);
+      memcpy(&word, shared_place(*wgmma.block, address, wgmma.element_bytes), static_cast<size_t>(wgmma.element_bytes));
+      return element(&word, 0);
     };
     const Descriptor of_b(wgmma.b);
     for (int n = 0; n < columns; ++n) {
-      for (int k = 0; k < 16; ++k) b[static_cast<size_t>(16 * n + k)] = read(of_b, wgmma.b_outer_major, n, k);
+      for (int k = 0; k < depth; ++k) b[static_cast<size_t>(depth * n + k)] = read(of_b, wgmma.b_outer_major, n, k);
     }
     if (wgmma.from_registers) {
       for (int lane = 0; lane < kWarpSize; ++lane) {
-        for (int i = 0; i < 8; ++i) {
-          const Place place = a_of_m16n8k16(lane / 4, lane % 4, i);
-          a[place.row][place.column] = wgmma.element(wgmma.a_fragment[static_cast<size_t>(lane)], i);
+        for (int i = 0; i < (half ? 8 : 4); ++i) {
+          const Place place = half ? a_of_m16n8k16(lane / 4, lane % 4, i) : a_of_m16n8k8_tf32(lane / 4, lane % 4, i);
+          a[place.row][place.column] = element(wgmma.a_fragment[static_cast<size_t>(lane)], i);
         }
       }
     } else {
       const Descriptor of_a(wgmma.a);
       for (int m = 0; m < 16; ++m) {
-        for (int k = 0; k < 16; ++k) a[m][k] = read(of_a, false, 16 * wgmma.warp + m, k);
+        for (int k = 0; k < depth; ++k) a[m][k] = read(of_a, false, 16 * wgmma.warp + m, k);
       }
     }
     for (int lane = 0; lane < kWarpSize; ++lane) {
       std::vector<float>& d = results.at(wgmma.d[static_cast<size_t>(lane)]);
       for (int i = 0; i < 4 * wgmma.tiles; ++i) {
         const Place place = c_of_m16n8(lane / 4, lane % 4, i % 4);
-        const double* column = &b[static_cast<size_t>(16 * (8 * (i / 4) + place.column))];
+        const double* column = &b[static_cast<size_t>(depth * (8 * (i / 4) + place.column))];
         double sum = wgmma.add ? d[static_cast<size_t>(i)] : 0;
-        for (int k = 0; k < 16; ++k) sum += a[place.row][k] * column[k];
+        for (int k = 0; k < depth; ++k) sum += a[place.row][k] * column[k];
         d[static_cast<size_t>(i)] = static_cast<float>(sum);
       }
     }
@@ -265,6 +284,7 @@ void wgmma(float* d, int tiles, const uint32_t* a_fragment, uint64_t a, uint64_t
     uint64_t a, b;
     bool add;
   };
+  if (sizeof(T) == 4 && b_outer_major) throw std::logic_error("emulator: wgmma.mma_async of TF32 across the depth");
   collective("wgmma.mma_async", Share{d, a_fragment, a, b, add}, [=](Shares<Share>& shares) {
     WgmmaWarp& warp = wgmma_warp();
     if (!warp.fenced) throw std::logic_error("emulator: wgmma.mma_async without wgmma.fence");
@@ -272,6 +292,7 @@ void wgmma(float* d, int tiles, const uint32_t* a_fragment, uint64_t a, uint64_t
                 .b = b,
                 .tiles = tiles,
                 .warp = static_cast<int>(now.thread->index / kWarpSize % 4),
+                .element_bytes = sizeof(T),
                 .add = add,
                 .b_outer_major = b_outer_major,
                 .from_registers = a_fragment != nullptr,

@@ -1,7 +1,7 @@
 // ldmatrix and mma.sync on the emulator, from the tables of the PTX ISA 9.0 and from nothing in the kernels.
 //
 // Modelled: which lane holds which element; alignment; that all lanes of the warp run the same instruction; that the
-// factors of TF32 products have been rounded; bank conflicts of ldmatrix, which are counted.
+// factors of TF32 products of mma have been rounded; bank conflicts of ldmatrix and of load_word, which are counted.
 // Not modelled: the order and the precision of the sums within one instruction (here: float64, rounded once).
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace emulator {
 
-inline int bank_conflicts = 0;  // of ldmatrix, so far
+inline int bank_conflicts = 0;  // so far
 
 template <class Share>
 using Shares = std::array<Share, kWarpSize>;
@@ -75,6 +75,22 @@ inline void ldmatrix(bool transposed, uint32_t (&part)[4], const void* row) {
   };
   const Share mine = collective("ldmatrix", Share{static_cast<const char*>(row), {}}, compute);
   memcpy(part, mine.part, sizeof part);
+}
+
+// A word of shared memory for each lane of a warp: 32 banks, 4 bytes wide, give one word each at a time.
+inline uint32_t load_word(const void* place) {
+  check_aligned(place, 4);
+  collective("load_word", static_cast<const char*>(place), [](Shares<const char*>& places) {
+    std::array<const char*, 32> of_bank{};
+    for (const char* p : places) {
+      const char*& word = of_bank[static_cast<size_t>((p - now.thread->block->shared_begin) / 4 % 32)];
+      if (word && word != p) ++bank_conflicts;
+      word = p;
+    }
+  });
+  uint32_t word;
+  memcpy(&word, place, sizeof word);
+  return word;
 }
 
 // 9.7.14.5.8, "Matrix Fragments for mma.m16n8k16 with floating point type", of .f16 and .bf16: element i of A, B and of

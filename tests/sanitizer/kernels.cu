@@ -116,7 +116,7 @@ bool run_sgd() {
 
 // A product of [rows, depth] and [columns, depth], each of which may lie the other way round in memory, with bias,
 // ReLU, gate and sums of rows.
-bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, bool b_turned) {
+bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, bool b_turned, cuda::Precision precision) {
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0, 1);
   const auto numbers = [&](int64_t size) {
@@ -140,8 +140,8 @@ bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, boo
                                         .relu = true,
                                         .out = out.get(),
                                         .row_sums = row_sums.get()};
-  const DeviceArray<char> workspace(cuda::product_workspace_bytes(product, cuda::Precision::full));
-  cuda::product(product, cuda::Precision::full, workspace.get(), nullptr);
+  const DeviceArray<char> workspace(cuda::product_workspace_bytes(product, precision));
+  cuda::product(product, precision, workspace.get(), nullptr);
   check(cudaDeviceSynchronize(), "linear");
   const std::vector<float> ours = out.host(rows * columns), sums = row_sums.host(rows);
   double error = 0;
@@ -159,8 +159,9 @@ bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, boo
     }
     error = std::max(error, std::abs(sums[r] - sum_of_row));
   }
-  const bool right = error < 1e-5 * static_cast<double>(depth);
-  std::printf("linear %lld x %lld x %lld, %d %d: error %.1e%s\n", static_cast<long long>(rows),
+  const bool tf32 = precision == cuda::Precision::tf32;
+  const bool right = error < (tf32 ? 1e-3 : 1e-5) * static_cast<double>(depth);
+  std::printf("linear%s %lld x %lld x %lld, %d %d: error %.1e%s\n", tf32 ? " tf32" : "", static_cast<long long>(rows),
               static_cast<long long>(columns), static_cast<long long>(depth), a_turned, b_turned, error,
               right ? "" : "  WRONG");
   return right;
@@ -240,7 +241,14 @@ int main() {
   const int64_t products[][3] = {{64, 10, 64}, {64, 128, 784}, {33, 35, 37}, {900, 840, 128}, {1500, 1480, 64}};
   for (const auto& p : products) {
     for (int layout = 0; layout < 4; ++layout) {
-      right = run_linear(p[0], p[1], p[2], layout & 1, layout & 2) && right;
+      right = run_linear(p[0], p[1], p[2], layout & 1, layout & 2, cuda::Precision::full) && right;
+    }
+  }
+  // On tensor cores: mma.sync; wgmma where the device has it, with b across the depth for many rows only.
+  const int64_t tf32_products[][3] = {{33, 35, 37}, {200, 136, 1096}, {2048, 128, 128}};
+  for (const auto& p : tf32_products) {
+    for (int layout = 0; layout < 4; ++layout) {
+      right = run_linear(p[0], p[1], p[2], layout & 1, layout & 2, cuda::Precision::tf32) && right;
     }
   }
   for (const int64_t features : {13, 16, 784}) {

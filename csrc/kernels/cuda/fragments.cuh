@@ -36,6 +36,26 @@ __device__ float sum_of_elements(uint32_t word) {
   return sum;
 }
 
+// Sums of rows r and r + 8, of a lane's share of them. What is rounded away is summed too (Knuth's two-sum), so that
+// the error does not grow with the length of the rows.
+struct RowSums {
+  float sum[2] = {}, lost[2] = {};
+
+  // Of a few elements each.
+  __device__ void add(const float (&part)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float next = sum[half] + part[half], added = next - sum[half];
+      lost[half] += (sum[half] - (next - added)) + (part[half] - added);
+      sum[half] = next;
+    }
+  }
+
+  __device__ float total(int half) const {
+    return lost[half] == lost[half] ? sum[half] + lost[half] : sum[half];  // infinity makes NaN of what is lost
+  }
+};
+
 // What becomes of the sums: rounded into out, or, for a part of the depth, kept in float32 for `linear_finish_kernel`.
 template <class T>
 struct Output {
@@ -176,11 +196,11 @@ __device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4
 // Sums of the warp's 16 rows from `row` on, of which each lane has its share of rows r and r + 8. Called by whole
 // warps.
 template <class T>
-__device__ void store_row_sums(const Output<T>& output, const float (&share)[2], int64_t row, int part) {
+__device__ void store_row_sums(const Output<T>& output, const RowSums& share, int64_t row, int part) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = share[half];
+    float sum = share.total(half);
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     const int64_t i = row + lane / 4 + 8 * half;
@@ -208,9 +228,9 @@ __global__ void __launch_bounds__(kFinishThreads) linear_finish_kernel(const Out
   }
   if (!output.row_sums) return;
   for (int64_t i = first; i < output.rows; i += threads) {
-    float sum = output.partial_row_sums[i];
+    double sum = output.partial_row_sums[i];
     for (int part = 1; part < parts; ++part) sum += output.partial_row_sums[part * output.rows + i];
-    narrow(sum, output.row_sums[i]);
+    narrow(static_cast<float>(sum), output.row_sums[i]);
   }
 }
 

@@ -97,11 +97,10 @@ using TensorMap = emulator::TensorMap;
 
 inline constexpr int kSwizzleBytes = 128;  // of a row of a box, whose 16-byte chunks are permuted within 8 rows
 
-// Of a matrix of 16-bit elements: `rows` of `row_size` side by side, `stride` bytes apart, copied in boxes of box_rows
-// by 128 bytes; what lies beyond the matrix comes as 0.
-template <class Half>
-TensorMap tensor_map(const Half* data, int64_t row_size, int64_t rows, int64_t stride, int box_rows) {
-  static_assert(sizeof(Half) == 2);
+// Of a matrix: `rows` of `row_size` elements side by side, `stride` bytes apart, copied in boxes of box_rows by 128
+// bytes; what lies beyond the matrix comes as 0. in_tf32: floats are converted to TF32 on their way.
+template <class T>
+TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stride, int box_rows, bool in_tf32) {
   TensorMap map;
 #ifdef __CUDACC__
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -121,17 +120,19 @@ TensorMap tensor_map(const Half* data, int64_t row_size, int64_t rows, int64_t s
   }();
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(row_size), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[] = {kSwizzleBytes / sizeof(Half), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-  const auto dtype =
-      std::is_same_v<Half, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint32_t box[] = {kSwizzleBytes / sizeof(T), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
+  const auto dtype = std::is_same_v<T, BFloat16>  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                     : std::is_same_v<T, Float16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                     : in_tf32                    ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const CUresult result =
-      encode(&map, dtype, 2, const_cast<Half*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, dtype, 2, const_cast<T*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("mnist_ext: cuTensorMapEncodeTiled: CUDA error " + std::to_string(result));
   }
 #else
-  map = {data, row_size, rows, stride, box_rows};
+  map = {data, row_size, rows, stride, box_rows, static_cast<int>(sizeof(T)), in_tf32 && sizeof(T) == 4};
 #endif
   return map;
 }
@@ -253,47 +254,52 @@ __device__ void wgmma_wait_group() {
 #define MNIST_EXT_FRAGMENT256 "{%131, %132, %133, %134}"
 #define MNIST_EXT_FRAGMENT_MAJORS128 "%66"
 #define MNIST_EXT_FRAGMENT_MAJORS256 "%130"
-#define MNIST_EXT_WGMMA(n, dtype, a_kind, ...)                                                                   \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " MNIST_EXT_ADD##n                                          \
-               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." dtype "." dtype " {" MNIST_EXT_D_NAMES##n \
-               "}, " a_kind##n ", " MNIST_EXT_B##n ", add, 1, 1, " a_kind##_MAJORS##n ";\n}"                     \
-               : MNIST_EXT_D##n                                                                                  \
+#define MNIST_EXT_WGMMA(n, depth_and_types, a, majors, ...)                                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " MNIST_EXT_ADD##n                               \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n depth_and_types " {" MNIST_EXT_D_NAMES##n \
+               "}, " a ", " MNIST_EXT_B##n ", add, 1, 1" majors ";\n}"                                \
+               : MNIST_EXT_D##n                                                                       \
                : "l"(b), "r"(static_cast<int>(add)), "n"(kMajorB == Major::outer), __VA_ARGS__)
-// For both numbers of columns and both dtypes.
-#define MNIST_EXT_WGMMA_OF_ANY(a_kind, ...)                       \
-  if constexpr (kTiles == 16 && std::is_same_v<Half, BFloat16>) { \
-    MNIST_EXT_WGMMA(128, "bf16", a_kind, __VA_ARGS__);            \
-  } else if constexpr (kTiles == 16) {                            \
-    MNIST_EXT_WGMMA(128, "f16", a_kind, __VA_ARGS__);             \
-  } else if constexpr (std::is_same_v<Half, BFloat16>) {          \
-    MNIST_EXT_WGMMA(256, "bf16", a_kind, __VA_ARGS__);            \
-  } else {                                                        \
-    MNIST_EXT_WGMMA(256, "f16", a_kind, __VA_ARGS__);             \
+#define MNIST_EXT_WGMMA_OF_COLUMNS(n, a_kind, ...)                                            \
+  if constexpr (std::is_same_v<T, BFloat16>) {                                                \
+    MNIST_EXT_WGMMA(n, "k16.f32.bf16.bf16", a_kind##n, ", " a_kind##_MAJORS##n, __VA_ARGS__); \
+  } else if constexpr (std::is_same_v<T, Float16>) {                                          \
+    MNIST_EXT_WGMMA(n, "k16.f32.f16.f16", a_kind##n, ", " a_kind##_MAJORS##n, __VA_ARGS__);   \
+  } else {                                                                                    \
+    MNIST_EXT_WGMMA(n, "k8.f32.tf32.tf32", a_kind##n, "", __VA_ARGS__);                       \
+  }
+#define MNIST_EXT_WGMMA_OF_ANY(a_kind, ...)               \
+  if constexpr (kTiles == 16) {                           \
+    MNIST_EXT_WGMMA_OF_COLUMNS(128, a_kind, __VA_ARGS__); \
+  } else {                                                \
+    MNIST_EXT_WGMMA_OF_COLUMNS(256, a_kind, __VA_ARGS__); \
   }
 #endif
 
-// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 16 elements deep; four warps together. Lane 4
-// r
-// + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and r + 8 (d[j][2],
-// d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group. a's major index is the depth.
-template <class Half, Major kMajorB, int kTiles>
+// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 32 bytes deep: 16 elements of a half dtype,
+// or 8 floats, of which the instruction drops what TF32 has no bits for, and which must lie along the depth. Four warps
+// together. Lane 4 r + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and
+// r + 8 (d[j][2], d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group. a's major index is the depth.
+template <class T, Major kMajorB, int kTiles>
 __device__ void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
   static_assert(kTiles == 16 || kTiles == 32);
+  static_assert(sizeof(T) == 2 || kMajorB == Major::depth);
 #ifdef __CUDACC__
   MNIST_EXT_WGMMA_OF_ANY(MNIST_EXT_DESCRIPTOR, "l"(a))
 #else
-  emulator::wgmma<Half>(&d[0][0], kTiles, nullptr, a, b, add, kMajorB == Major::outer);
+  emulator::wgmma<T>(&d[0][0], kTiles, nullptr, a, b, add, kMajorB == Major::outer);
 #endif
 }
 
 // With a as fragments, of which each warp holds 16 rows as for mma.
-template <class Half, Major kMajorB, int kTiles>
+template <class T, Major kMajorB, int kTiles>
 __device__ void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   static_assert(kTiles == 16 || kTiles == 32);
+  static_assert(sizeof(T) == 2 || kMajorB == Major::depth);
 #ifdef __CUDACC__
   MNIST_EXT_WGMMA_OF_ANY(MNIST_EXT_FRAGMENT, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]))
 #else
-  emulator::wgmma<Half>(&d[0][0], kTiles, a, 0, b, add, kMajorB == Major::outer);
+  emulator::wgmma<T>(&d[0][0], kTiles, a, 0, b, add, kMajorB == Major::outer);
 #endif
 }
 

@@ -5,9 +5,10 @@
 //   grad_weight   rows = out_features,  columns = in_features,  depth = batch,        a = grad_output^T, b = input^T
 //
 // Precision: products are summed in ComputeType<T> (bfloat16 and float16: in float32) and rounded to T once, after bias
-// and ReLU; row_sums, in double. Precision::tf32 allows kernels to round the factors of float32 products to TF32 first;
-// those without tensor cores do not. The order of summation depends on the
-// shape, the strides and the device only: the same call gives the same bits.
+// and ReLU; row_sums in double, or by tensor-core kernels in float32 with what is rounded away summed beside.
+// Precision::tf32 allows kernels to round the factors of float32 products to TF32 first (never what row_sums adds up);
+// those without tensor cores do not. The order of summation depends on the shape, the strides and the device only: the
+// same call gives the same bits.
 // Layout: an operand is read at any strides and from any address; where one stride is 1 and addresses
 // are aligned to 16 bytes the launcher picks faster kernels. out is row-major and contiguous. 64-bit offsets
 // throughout. Aliasing: out and row_sums overlap nothing. Any size may be 0; a sum over nothing is 0. Host: nothing

@@ -176,10 +176,8 @@ void simt_product(const Product<T>& product, void* workspace, cudaStream_t strea
 
 template <class T>
 int64_t product_workspace_bytes(const Product<T>& p, Precision precision) {
-  if constexpr (sizeof(T) == 2) {
-    if (wgmma_takes(p)) return wgmma_workspace_bytes(p);
-  }
   if constexpr (sizeof(T) <= 4) {
+    if (wgmma_takes(p, precision)) return wgmma_workspace_bytes(p);
     if (mma_takes(p, precision)) return mma_workspace_bytes(p);
   }
   return simt_workspace_bytes(p);
@@ -187,10 +185,8 @@ int64_t product_workspace_bytes(const Product<T>& p, Precision precision) {
 
 template <class T>
 void product(const Product<T>& p, Precision precision, void* workspace, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    if (wgmma_takes(p)) return wgmma_product(p, workspace, stream);
-  }
   if constexpr (sizeof(T) <= 4) {
+    if (wgmma_takes(p, precision)) return wgmma_product(p, workspace, stream);
     if (mma_takes(p, precision)) return mma_product(p, workspace, stream);
   }
   simt_product(p, workspace, stream);

@@ -143,7 +143,7 @@ __device__ void load_fragment_a(uint32_t (&a)[4], const char* tile, int outer, i
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = outer + lane / 4 + i % 2 * 8, k = 8 * step + lane % 4 + i / 2 * 4;
-      memcpy(&a[i], tile + Tile::place(k, m / 4) + m % 4 * 4, 4);
+      a[i] = load_word(tile + Tile::place(k, m / 4) + m % 4 * 4);
     }
   }
 }
@@ -161,7 +161,7 @@ __device__ void load_fragments_b(uint32_t (&b)[4], const char* tile, int outer, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int n = outer + lane / 4 + i / 2 * 8, k = 8 * step + lane % 4 + i % 2 * 4;
-      memcpy(&b[i], tile + Tile::place(k, n / 4) + n % 4 * 4, 4);
+      b[i] = load_word(tile + Tile::place(k, n / 4) + n % 4 * 4);
     }
   }
 }
@@ -188,10 +188,10 @@ struct MmaKernel {
 
   // The sums of a warp's share of the tile.
   float sum[kFragmentsA][kFragmentsB][4] = {};
-  float row_sum[kFragmentsA][2] = {};
+  RowSums row_sums[kFragmentsA / 2];  // two warps share rows; each sums half of them
 
   // One tile of the depth.
-  __device__ void add(const char* stage, int warp_row, int warp_column, bool row_sums) {
+  __device__ void add(const char* stage, int warp_row, int warp_column, int summed_half) {
     const char *a_tile = stage, *b_tile = stage + TileA::kBytes, *gate_tile = b_tile + TileB::kBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -210,12 +210,13 @@ struct MmaKernel {
       for (int i = 0; i < kFragmentsB / 2; ++i) {
         load_fragments_b<T, kMajorB, kSide>(b[i], b_tile, warp_column + 16 * i, step);
       }
-      if (row_sums) {
 #pragma unroll
-        for (int i = 0; i < kFragmentsA; ++i) {
+      for (int i = 0; i < kFragmentsA; ++i) {
+        if (i / (kFragmentsA / 2) != summed_half) continue;
+        float part[2] = {};
 #pragma unroll
-          for (int k = 0; k < 4; ++k) row_sum[i][k % 2] += sum_of_elements<T>(a[i][k]);
-        }
+        for (int k = 0; k < 4; ++k) part[k % 2] += sum_of_elements<T>(a[i][k]);
+        row_sums[i % (kFragmentsA / 2)].add(part);
       }
       if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -259,21 +260,23 @@ struct MmaKernel {
     };
 
     const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * kWarpSide, warp_column = warp % 2 * kWarpSide;
-    const bool row_sums = work.output.row_sums && at.column == 0 && warp_column == 0;
+    const int summed_half = work.output.row_sums && at.column == 0 ? warp % 2 : -1;
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) load(i);
     for (int64_t i = 0; i < depth_tiles; ++i) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the tile is there for all, and all are through with the one before it, whose place is free
       load(i + kStages - 1);
-      add(shared + i % kStages * kStageBytes, warp_row, warp_column, row_sums);
+      add(shared + i % kStages * kStageBytes, warp_row, warp_column, summed_half);
     }
     cp_async_wait<0>();  // of empty groups
 
 #pragma unroll
     for (int i = 0; i < kFragmentsA; ++i) {
       store_sums(work.output, sum[i], row + warp_row + 16 * i, column + warp_column, part);
-      if (row_sums) store_row_sums(work.output, row_sum[i], row + warp_row + 16 * i, part);
+      if (i / (kFragmentsA / 2) == summed_half) {
+        store_row_sums(work.output, row_sums[i % (kFragmentsA / 2)], row + warp_row + 16 * i, part);
+      }
     }
   }
 };

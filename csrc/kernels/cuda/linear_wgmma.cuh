@@ -18,9 +18,10 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kWgmmaConsumers = 2;  // warpgroups
 inline constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaConsumers);
 inline constexpr int kWgmmaRows = 64 * kWgmmaConsumers;  // of a tile of the result
-inline constexpr int kWgmmaDepth = 64;  // of a stage: 128 bytes of 16-bit elements, as the swizzle has it
-inline constexpr int kWgmmaSteps = kWgmmaDepth / 16;
-inline constexpr int kBoxBytes = 64 * kSwizzleBytes;  // of 64 rows
+template <class T>
+inline constexpr int kWgmmaDepth = kSwizzleBytes / sizeof(T);  // of a stage
+inline constexpr int kWgmmaSteps = kSwizzleBytes / 32;         // by wgmma, each 32 bytes deep
+inline constexpr int kBoxBytes = 64 * kSwizzleBytes;           // of 64 rows
 inline constexpr int kRingBytes = 192 << 10;
 inline constexpr int kSwizzleAlignment = 1024;
 
@@ -48,7 +49,8 @@ struct RingPosition {
 };
 
 // kFragments: a is read into registers first, where its gate and the sums of its rows can be had; else the tensor cores
-// read it from shared memory, which they do for a along the depth only.
+// read it from shared memory, which they do for a along the depth only. Floats become TF32: those that the tensor cores
+// read from shared memory, in the copy that brings them there; those of fragments, once they have been summed.
 template <class T, Major kMajorA, Major kMajorB, bool kFragments, int kColumns>
 struct WgmmaKernel {
   static_assert(kFragments || kMajorA == Major::depth);
@@ -58,6 +60,7 @@ struct WgmmaKernel {
   static constexpr int kSharedBytes =
       kSwizzleAlignment + kStages * (kStageBytes + 2 * static_cast<int>(sizeof(uint64_t)));
   static constexpr int kTiles = kColumns / 8;
+  static constexpr int kDepth = kWgmmaDepth<T>;
 
   using Ring = RingPosition<kStages>;
 
@@ -97,14 +100,14 @@ struct WgmmaKernel {
             .first_column = at.column == 0};
   }
 
-  // `outer` rows of an operand from `first` on, 64 of the depth.
+  // `outer` rows of an operand from `first` on, kDepth deep.
   template <Major kMajor>
   __device__ static void copy_operand(char* to, const TensorMap& map, int first, int outer, int depth,
                                       uint64_t* barrier, unsigned blocks) {
     if constexpr (kMajor == Major::depth) {
       copy_box(to, map, depth, first, barrier, blocks);
     } else {
-      for (int i = 0; i < outer; i += 64) copy_box(to + i * kSwizzleBytes, map, first + i, depth, barrier, blocks);
+      for (int i = 0; i < outer; i += kDepth) copy_box(to + i * kSwizzleBytes, map, first + i, depth, barrier, blocks);
     }
   }
 
@@ -118,7 +121,7 @@ struct WgmmaKernel {
       for (int k = 0; k < at.depth_tiles; ++k, ring.advance()) {
         char* stage = stages + ring.stage * kStageBytes;
         uint64_t* barrier = full + ring.stage;
-        const int depth = (at.first_depth_tile + k) * kWgmmaDepth;
+        const int depth = (at.first_depth_tile + k) * kDepth;
         mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
         mbarrier_arrive_expect_tx(barrier, bytes);
         copy_operand<kMajorA>(stage, work.a, at.row, kWgmmaRows, depth, barrier, 0);
@@ -169,46 +172,84 @@ struct WgmmaKernel {
     uint32_t word[kWgmmaSteps][4];
   };
 
-  __device__ void load(Fragments& a, const char* tile, int step, int warp) const {
+  // One step of the depth. Floats across the depth come in an order that `arrange` mends.
+  __device__ void load(uint32_t (&a)[4], const char* tile, int step, int warp) const {
     const int lane = threadIdx.x % kWarp;
     if constexpr (kMajorA == Major::depth) {
       const int row = 16 * warp + lane % 16, chunk = 2 * step + lane / 16;
-      ldmatrix<false>(a.word[step], tile + row * kSwizzleBytes + (chunk ^ row % 8) * 16);
-    } else {
+      ldmatrix<false>(a, tile + row * kSwizzleBytes + (chunk ^ row % 8) * 16);
+    } else if constexpr (sizeof(T) == 2) {
       const int row = 16 * step + lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
-      ldmatrix<true>(a.word[step], tile + row * kSwizzleBytes + (chunk ^ row % 8) * 16);
+      ldmatrix<true>(a, tile + row * kSwizzleBytes + (chunk ^ row % 8) * 16);
+    } else {
+      // Lanes 4 r + c want columns r and r + 8 of rows c and c + 4. Were all to read the same quarter at once, rows 2 i
+      // and 2 i + 1 would meet in one bank.
+      const int r = lane / 4, c = lane % 4;
+      const char* box = tile + warp / 2 * kDepth * kSwizzleBytes;  // of 32 columns
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int quarter = i ^ c;
+        const int row = c + quarter / 2 * 4, column = 16 * (warp % 2) + r + quarter % 2 * 8;
+        a[i] = load_word(box + (8 * step + row) * kSwizzleBytes + (column / 4 ^ row) * 16 + column % 4 * 4);
+      }
     }
   }
 
-  __device__ void load(Fragments& a, const Ring& ring, int consumer, bool row_sums, float (&row_sum)[2]) {
+  __device__ static void arrange(uint32_t (&a)[4]) {
+    if constexpr (sizeof(T) == 4 && kMajorA == Major::outer) {
+      const int c = threadIdx.x % 4;
+      const auto exchange_if = [&](bool wanted, int i, int j) {
+        const uint32_t first = a[i];
+        a[i] = wanted ? a[j] : first;
+        a[j] = wanted ? first : a[j];
+      };
+      exchange_if(c & 1, 0, 1);
+      exchange_if(c & 1, 2, 3);
+      exchange_if(c & 2, 0, 2);
+      exchange_if(c & 2, 1, 3);
+    }
+  }
+
+  __device__ void load(Fragments& a, const Ring& ring, int consumer, bool sums_rows, RowSums& row_sums) {
     const int warp = threadIdx.x / kWarp % 4;
     const char* tile = stages + ring.stage * kStageBytes + consumer * kBoxBytes;
     mbarrier_wait(full + ring.stage, ring.parity);
 #pragma unroll
-    for (int step = 0; step < kWgmmaSteps; ++step) load(a, tile, step, warp);
+    for (int step = 0; step < kWgmmaSteps; ++step) load(a.word[step], tile, step, warp);
     if (work.gated) {
 #pragma unroll
       for (int step = 0; step < kWgmmaSteps; ++step) {
-        Fragments gate;
+        uint32_t gate[4];
         load(gate, tile + kBytesA + kBytesB, step, warp);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.word[step][i] = behind_gate<T>(a.word[step][i], gate.word[step][i]);
+        for (int i = 0; i < 4; ++i) a.word[step][i] = behind_gate<T>(a.word[step][i], gate[i]);
       }
     }
-    if (row_sums) {
+#pragma unroll
+    for (int step = 0; step < kWgmmaSteps; ++step) arrange(a.word[step]);
+    if (sums_rows) {
+      float part[2] = {};
 #pragma unroll
       for (int step = 0; step < kWgmmaSteps; ++step) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) row_sum[i % 2] += sum_of_elements<T>(a.word[step][i]);
+        for (int i = 0; i < 4; ++i) part[i % 2] += sum_of_elements<T>(a.word[step][i]);
+      }
+      row_sums.add(part);
+    }
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int step = 0; step < kWgmmaSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a.word[step][i] = rounded_to_tf32(a.word[step][i]);
       }
     }
   }
 
   // While the tensor cores multiply the fragments of one stage, those of the next are fetched.
-  __device__ void multiply_fragments(float (&sum)[kTiles][4], float (&row_sum)[2], Ring& ring, int depth_tiles,
-                                     int consumer, bool row_sums) {
+  __device__ void multiply_fragments(float (&sum)[kTiles][4], Ring& ring, int depth_tiles, int consumer, bool sums_rows,
+                                     RowSums& row_sums) {
     Fragments even, odd;
-    load(even, ring, consumer, row_sums, row_sum);
+    load(even, ring, consumer, sums_rows, row_sums);
     const auto multiply_stage = [&](Fragments& a, Fragments& next, int k) {
       const int stage = ring.stage;
       wgmma_fence();
@@ -218,7 +259,7 @@ struct WgmmaKernel {
       }
       wgmma_commit_group();
       ring.advance();
-      if (k + 1 < depth_tiles) load(next, ring, consumer, row_sums, row_sum);
+      if (k + 1 < depth_tiles) load(next, ring, consumer, sums_rows, row_sums);
       wgmma_wait_group<0>();
       release(stage);
     };
@@ -232,16 +273,17 @@ struct WgmmaKernel {
     Ring ring;
     for (int i = first_item(); i < items(); i += items_at_once()) {
       const Item at = item(i);
-      float sum[kTiles][4], row_sum[2] = {};
-      const bool row_sums = kFragments && work.output.row_sums && at.first_column;
+      float sum[kTiles][4];
+      RowSums row_sums;
+      const bool sums_rows = kFragments && work.output.row_sums && at.first_column;
       if constexpr (kFragments) {
-        multiply_fragments(sum, row_sum, ring, at.depth_tiles, consumer, row_sums);
+        multiply_fragments(sum, ring, at.depth_tiles, consumer, sums_rows, row_sums);
       } else {
         multiply(sum, ring, at.depth_tiles, consumer);
       }
       const int row = at.row + 64 * consumer + 16 * (threadIdx.x / kWarp % 4);
       store_sums(work.output, sum, row, at.column, at.part);
-      if (row_sums) store_row_sums(work.output, row_sum, row, at.part);
+      if (sums_rows) store_row_sums(work.output, row_sums, row, at.part);
     }
   }
 

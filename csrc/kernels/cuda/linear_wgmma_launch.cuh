@@ -3,6 +3,7 @@
 
 #include "linear_wgmma.cuh"
 #include "linear_wgmma.h"
+#include "transpose.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -42,21 +43,44 @@ bool has_wgmma() {
 #endif
 }
 
+// Whether b is copied first, so that it lies along the depth: the tensor cores read floats no other way.
 template <class T>
-bool wgmma_takes(const Product<T>& product) {
-  if constexpr (sizeof(T) != 2) {
-    return false;
-  } else {
-    const Product<T>& p = product;
-    if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
-    if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
-    if (!is_copied_in_boxes(p.a, p.rows, p.depth) || !is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
-    if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a)))
-      return false;
-    // Of the layouts with fragments only those of a layer's gradients are compiled.
-    if (uses_fragments(p) && major_of(p.b) != Major::outer) return false;
-    return has_wgmma<T>();
-  }
+bool transposes_b(const Product<T>& product) {
+  return sizeof(T) == 4 && major_of(product.b) == Major::outer;
+}
+
+// b as the tensor cores read it, whose rows begin at multiples of 16 bytes.
+template <class T>
+Operand<T> transposed_b(const Product<T>& product, const void* copy) {
+  return {static_cast<const T*>(copy), tiles_of(product.depth, kPack<T>) * kPack<T>, 1};
+}
+
+template <class T>
+int64_t transposed_bytes(const Product<T>& product) {
+  if (!transposes_b(product)) return 0;
+  return product.columns * transposed_b(product, nullptr).outer_stride * static_cast<int64_t>(sizeof(T));
+}
+
+// Whether there are kernels for these sizes and layouts.
+template <class T>
+bool wgmma_can(const Product<T>& p) {
+  if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
+  if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
+  if (!is_copied_in_boxes(p.a, p.rows, p.depth)) return false;
+  if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a))) return false;
+  if (transposes_b(p)) return is_copied_in_boxes(transposed_b(p, nullptr), p.columns, p.depth);
+  if (!is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
+  // Of the half dtypes' layouts with fragments only those of a layer's gradients are compiled.
+  return sizeof(T) == 4 || !uses_fragments(p) || major_of(p.b) == Major::outer;
+}
+
+// Of the result, for which a copy of b costs less than mma_product's slower instruction.
+inline constexpr int64_t kLeastRowsForCopy = 2048;
+
+template <class T>
+bool wgmma_takes(const Product<T>& product, Precision precision) {
+  return (sizeof(T) == 2 || precision == Precision::tf32) && wgmma_can(product) &&
+         (!transposes_b(product) || product.rows >= kLeastRowsForCopy) && has_wgmma<T>();
 }
 
 struct WgmmaPlan {
@@ -69,7 +93,8 @@ struct WgmmaPlan {
 // Wide tiles where they fill the device; else narrow ones, and where these do not fill it either, the depth in parts.
 template <class T>
 WgmmaPlan wgmma_plan(const Product<T>& product) {
-  constexpr int kLeastTiles = 8, kFewRowTiles = 8;  // of which a cluster would waste too much if they are odd
+  constexpr int kLeastTiles = 8;   // of the depth, in a part of it
+  constexpr int kFewRowTiles = 8;  // of which a cluster would waste too much if they are odd
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const auto tiles = [](int64_t size, int side) { return static_cast<int>(tiles_of(size, side)); };
   WgmmaPlan plan{};
@@ -78,7 +103,7 @@ WgmmaPlan wgmma_plan(const Product<T>& product) {
   plan.column_tiles = tiles(product.columns, plan.columns);
   plan.cluster = plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles ? 2 : 1;
   plan.row_tiles += plan.row_tiles % static_cast<int>(plan.cluster);
-  plan.depth_tiles = tiles(product.depth, kWgmmaDepth);
+  plan.depth_tiles = tiles(product.depth, kWgmmaDepth<T>);
   int parts = processors / (plan.row_tiles * plan.column_tiles);
   if (parts > plan.depth_tiles / kLeastTiles) parts = plan.depth_tiles / kLeastTiles;
   if (parts < 1) parts = 1;
@@ -89,16 +114,16 @@ WgmmaPlan wgmma_plan(const Product<T>& product) {
 
 template <class T>
 int64_t wgmma_workspace_bytes(const Product<T>& product) {
-  return parts_bytes(product, wgmma_plan(product).parts);
+  return transposed_bytes(product) + parts_bytes(product, wgmma_plan(product).parts);
 }
 
-// In boxes of `outer` by 64 of the depth, or of 64 by 64.
+// In boxes of `box` by 128 bytes of the depth, or of 128 bytes by the depth of a stage.
 template <class T>
-TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t depth, int box) {
+TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t depth, int box, bool in_tf32) {
   const bool by_depth = major_of(operand) == Major::depth;
   const int64_t stride = (by_depth ? operand.outer_stride : operand.depth_stride) * static_cast<int64_t>(sizeof(T));
-  return by_depth ? tensor_map(operand.data, depth, outer, stride, box)
-                  : tensor_map(operand.data, outer, depth, stride, kWgmmaDepth);
+  return by_depth ? tensor_map(operand.data, depth, outer, stride, box, in_tf32)
+                  : tensor_map(operand.data, outer, depth, stride, kWgmmaDepth<T>, in_tf32);
 }
 
 template <class T, Major kMajorA, Major kMajorB, bool kFragments>
@@ -118,24 +143,37 @@ void launch_wgmma(const WgmmaWork<T>& work, const WgmmaPlan& plan, cudaStream_t 
 template <class T>
 void wgmma_product(const Product<T>& product, void* workspace, cudaStream_t stream) {
   const WgmmaPlan plan = wgmma_plan(product);
-  const TensorMap a = boxes_of(product.a, product.rows, product.depth, kWgmmaRows);
+  const bool fragments = uses_fragments(product);
+  const auto boxes_of_rows = [&](const Operand<T>& operand) {
+    return boxes_of(operand, product.rows, product.depth, kWgmmaRows, !fragments);
+  };
+  Operand<T> b = product.b;
+  if (transposes_b(product)) {
+    const Operand<T> across = product.b;
+    b = transposed_b(product, workspace);
+    transpose(across.data, product.depth, product.columns, across.depth_stride, static_cast<T*>(workspace),
+              b.outer_stride, stream);
+  }
+  char* parts = static_cast<char*>(workspace) + transposed_bytes(product);
+  const TensorMap a = boxes_of_rows(product.a);
   const WgmmaWork<T> work = {
       .a = a,
-      .gate = product.gate.data ? boxes_of(product.gate, product.rows, product.depth, kWgmmaRows) : a,
-      .b = boxes_of(product.b, product.columns, product.depth, plan.columns / static_cast<int>(plan.cluster)),
+      .gate = product.gate.data ? boxes_of_rows(product.gate) : a,
+      .b = boxes_of(b, product.columns, product.depth, plan.columns / static_cast<int>(plan.cluster), true),
       .gated = product.gate.data != nullptr,
       .row_tiles = plan.row_tiles,
       .column_tiles = plan.column_tiles,
       .depth_tiles = plan.depth_tiles,
       .depth_tiles_of_part = plan.depth_tiles_of_part,
       .parts = plan.parts,
-      .output = output_of(product, plan.parts, workspace)};
-  if (!uses_fragments(product)) {
-    major_of(product.b) == Major::depth ? launch_wgmma<T, Major::depth, Major::depth, false>(work, plan, stream)
-                                        : launch_wgmma<T, Major::depth, Major::outer, false>(work, plan, stream);
+      .output = output_of(product, plan.parts, parts)};
+  constexpr Major kMajorB = sizeof(T) == 4 ? Major::depth : Major::outer;  // of the gradients
+  if (fragments) {
+    major_of(product.a) == Major::depth ? launch_wgmma<T, Major::depth, kMajorB, true>(work, plan, stream)
+                                        : launch_wgmma<T, Major::outer, kMajorB, true>(work, plan, stream);
   } else {
-    major_of(product.a) == Major::depth ? launch_wgmma<T, Major::depth, Major::outer, true>(work, plan, stream)
-                                        : launch_wgmma<T, Major::outer, Major::outer, true>(work, plan, stream);
+    major_of(b) == Major::depth ? launch_wgmma<T, Major::depth, Major::depth, false>(work, plan, stream)
+                                : launch_wgmma<T, Major::depth, kMajorB, false>(work, plan, stream);
   }
   finish(work.output, plan.parts, stream);
 }

@@ -32,6 +32,15 @@ __device__ void ldmatrix(uint32_t (&part)[4], const void* row) {
 #endif
 }
 
+// A word of shared memory, for a fragment that ldmatrix cannot give: each lane reads its own.
+__device__ inline uint32_t load_word(const void* place) {
+#ifdef __CUDACC__
+  return *static_cast<const uint32_t*>(place);
+#else
+  return emulator::load_word(place);
+#endif
+}
+
 // d += a * b^T for a of 16 rows and b of 8, both 32 bytes deep: 16 elements of a half dtype, or 8 floats, which must
 // have been rounded to TF32.
 template <class T>

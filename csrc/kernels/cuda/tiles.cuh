@@ -14,7 +14,7 @@ Major major_of(const Operand<T>& operand) {
   return operand.outer_stride == 1 && operand.depth_stride != 1 ? Major::outer : Major::depth;
 }
 
-inline int64_t tiles_of(int64_t size, int64_t side) { return (size + side - 1) / side; }
+__host__ __device__ inline int64_t tiles_of(int64_t size, int64_t side) { return (size + side - 1) / side; }
 
 inline constexpr int64_t kMostTiles = 0x7fffffff;  // of a product: blocks of a grid
 
