@@ -17,8 +17,8 @@ void define_ops(Library& m) {
       "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 
   // The layers of a multilayer perceptron, one after the other, as `linear` computes each: (output, hidden: the outputs
-  // of all layers but the last, in one tensor). params: the weight of each layer, followed by its bias where it has one;
-  // layers: 1 (has a bias) + 2 (ReLU).
+  // of all layers but the last, in one tensor). params: the weight of each layer, followed by its bias where it has
+  // one; layers: 1 (has a bias) + 2 (ReLU).
   m.def("mlp(Tensor input, Tensor[] params, int[] layers) -> (Tensor, Tensor)");
 
   // The gradients of input, if need_input, and of each of params. hidden, output: what `mlp` returned; output only
