@@ -23,6 +23,10 @@ class SharedPlaces {
 
 int64_t whole_quads(int64_t numbers) { return (numbers + kQuad - 1) / kQuad * kQuad; }
 
+// A pitch of whole quads at which quads of the neurons 0, 2, 4 and 6 lie in different banks of shared memory: lanes that
+// have them together read and write them without waiting for each other.
+int64_t apart(int64_t pitch) { return pitch + (4 * kQuad + kQuad - pitch % (4 * kQuad)) % (4 * kQuad); }
+
 // Fills in what the launches have in common. Returns the floats of each block, or -1 where `work` has no room.
 int64_t plan_cluster(const TrainSteps<float>& x, unsigned cluster, ClusterWork& work) {
   constexpr int64_t kLargest = 1 << 20;  // no row of as many numbers fits, and the sums below do not overflow
@@ -50,8 +54,10 @@ int64_t plan_cluster(const TrainSteps<float>& x, unsigned cluster, ClusterWork& 
     layer.slice = static_cast<int>(slice);
     layer.input_pitch = static_cast<int>(input_pitch);
     layer.output_pitch = static_cast<int>(output_pitch);
-    layer.weights = places.take(slice * input_pitch);
-    layer.weights_buffer = places.take(from.weight.momentum_buffer ? slice * input_pitch : 0);
+    const int64_t weight_pitch = l == 0 && x.images.pixels ? apart(input_pitch) : input_pitch;
+    layer.weight_pitch = static_cast<int>(weight_pitch);
+    layer.weights = places.take(slice * weight_pitch);
+    layer.weights_buffer = places.take(from.weight.momentum_buffer ? slice * weight_pitch : 0);
     layer.biases = places.take(slice);
     layer.biases_buffer = places.take(from.bias.momentum_buffer ? slice : 0);
     layer.columns = l > work.lowest ? places.take(work.layers[l - 1].slice * output_pitch) : -1;
@@ -66,6 +72,14 @@ int64_t plan_cluster(const TrainSteps<float>& x, unsigned cluster, ClusterWork& 
       layer.grads = places.take(rows * layer.grads_pitch);
     }
     if (places.floats() > kLargest) return -1;
+  }
+  if (x.images.pixels) {
+    work.pixels = pixel_numbers(x.images.scale, x.images.shift);
+    work.sum_rows = static_cast<int>(rows < kSumRows ? (rows + 7) / 8 * 8 : kSumRows);
+    const int64_t floats = static_cast<int64_t>(kStepWarps) * work.sum_rows * kImageNeurons;
+    // The second layer's outputs come only after the first layer has no more need of these sums.
+    const bool beside = work.depth == 1 || rows * work.layers[1].output_pitch < floats;
+    work.sums = beside ? places.take(floats) : work.layers[1].outputs;
   }
   work.row_losses = places.take(rows);
   for (int& targets : work.targets) targets = places.take(rows);

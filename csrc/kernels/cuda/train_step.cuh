@@ -19,6 +19,7 @@
 #include "sgd.cuh"
 #include "train_step.h"
 #include "train_step_examples.cuh"
+#include "train_step_pixels.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -27,11 +28,12 @@ inline constexpr int kStepWarps = kStepThreads / kWarp;
 inline constexpr int kTileRows = 8;  // a warp's products: so many rows by so many neurons
 // Of images the block has usually 8 neurons, and each number of an image is to be converted once; above it has fewer.
 inline constexpr int kImageNeurons = 8, kHiddenNeurons = 4;
-inline constexpr int kQuad = 4;  // numbers of one access of 16 bytes; rows are padded to whole ones, with zeros
 inline constexpr int kLanesOfRow = 4;
+inline constexpr int kSumRows = 64;  // images of bytes whose products with weights a warp has at once
 
 inline constexpr int kClusterLayers = 8, kClusterGroups = 8, kClusterRates = 384;  // what a kernel's arguments hold
 
+// Numbers of one access of 16 bytes; rows are padded to whole ones, with zeros.
 struct alignas(16) Quad {
   float at[kQuad];
 };
@@ -42,8 +44,9 @@ struct ClusterLayer {
   int features, neurons;          // of the layer
   int slice;                      // neurons of each block, a multiple of 4; the last blocks may have fewer, or none
   int input_pitch, output_pitch;  // features and neurons, rounded up to whole quads
+  int weight_pitch;               // input_pitch, or a little more
   bool relu;
-  int weights, weights_buffer;  // [slice, input_pitch]
+  int weights, weights_buffer;  // [slice, weight_pitch]
   int biases, biases_buffer;    // [slice]
   int columns;                  // [slice of the layer below, output_pitch], or -1: not needed
   int outputs;                  // [rows, output_pitch]: of the whole layer
@@ -57,7 +60,8 @@ struct ClusterWork {
   int batch_size, steps, rows;
   Images<float> images;
   int64_t image_count;
-  bool bulk;  // rows of images can be fetched by bulk copies
+  PixelNumbers pixels;  // of images of bytes
+  bool bulk;            // rows of images can be fetched by bulk copies
   ClassIndices target;
   const int64_t* order;
   int64_t first, examples;  // of this launch, in order
@@ -72,40 +76,26 @@ struct ClusterWork {
   int images_at[2], image_bytes;  // [rows, image_bytes], of two steps
   int targets[2];                 // [rows] of int: -1 where ignored
   int row_losses;                 // [rows]
+  int sums, sum_rows;             // of the warps: [kStepWarps, sum_rows, kImageNeurons]; with images of bytes
   int barriers;                   // two
   int floats;                     // all in all
   float lr[kClusterRates];        // [steps, group_count]
 };
 static_assert(sizeof(ClusterWork) <= 4096, "a kernel's arguments");
 
-// Four numbers of a row of images or activations.
-__device__ inline Quad numbers_of(const float* row, int quad, const Images<float>&) {
-  return load_vector<Quad>(row + kQuad * quad);
-}
-
-__device__ inline Quad numbers_of(const uint8_t* row, int quad, const Images<float>& images) {
-  const uint32_t pixels = load_vector<uint32_t>(row + kQuad * quad);
-  Quad x;
-#pragma unroll
-  for (int i = 0; i < kQuad; ++i) {
-    x.at[i] = fmaf(static_cast<float>((pixels >> (8 * i)) & 0xff), images.scale, images.shift);
-  }
-  return x;
-}
-
 __device__ inline float relu_of(float x) { return x <= 0 ? 0 : x; }  // NaN stays
 
-// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange halves a lane's numbers: in the end it
-// has the sums of kNeurons / 4 of them, from the number lane * kNeurons / 4 on.
-template <int kHalf, int kDistance, int kNumbers>
+// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange, with the lanes at kFirst, kFirst / 2, ...
+// kLast, halves a lane's numbers: it keeps the lower half if it is the lower one of the two lanes.
+template <int kHalf, int kFirst, int kLast, int kNumbers>
 __device__ void exchange(float (&sums)[kNumbers]) {
-  const bool upper = threadIdx.x & kDistance;
+  const bool upper = threadIdx.x & kFirst;
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
     const float given = upper ? sums[i] : sums[i + kHalf], kept = upper ? sums[i + kHalf] : sums[i];
-    sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kDistance);
+    sums[i] = kept + __shfl_xor_sync(kAllLanes, given, kFirst);
   }
-  if constexpr (kDistance > 1) exchange<kHalf / 2, kDistance / 2>(sums);
+  if constexpr (kFirst > kLast) exchange<kHalf / 2, kFirst / 2, kLast>(sums);
 }
 
 // Neighbours in a row of outputs, that one lane has.
@@ -115,30 +105,44 @@ struct alignas(4 * kNumbers) Neighbours {
 };
 
 // Products of 8 rows of x with kNeurons rows of w, of which there are x_rows and w_rows (at least 1; the others'
-// results do not count). Lanes go along the rows, so that 16 bytes of each are read side by side; then each lane gets
-// the sums of the row lane / 4 with kNeurons / 4 rows of w from lane % 4 * kNeurons / 4 on.
-template <int kNeurons, class Number>
-__device__ Neighbours<kNeurons / 4> tile_products(const Number* x, int x_pitch, int x_rows, const float* w, int w_pitch,
-                                                  int w_rows, int quads, const Images<float>& images) {
+// results do not count). Each lane gets the sums of the row lane / 4 with kNeurons / 4 rows of w from
+// lane % 4 * kNeurons / 4 on.
+template <int kNeurons>
+__device__ Neighbours<kNeurons / 4> tile_products(const float* x, int x_pitch, int x_rows, const float* w, int w_pitch,
+                                                  int w_rows, int quads) {
   const int lane = threadIdx.x % kWarp;
   float sums[kTileRows * kNeurons] = {};
-  for (int q = lane; q < quads; q += kWarp) {
+  const auto quad_of_x = [&](int row, int q) {
+    return load_vector<Quad>(x + (row < x_rows ? row : 0) * x_pitch + kQuad * q);
+  };
+  const auto quad_of_w = [&](int n, int q) {
+    return load_vector<Quad>(w + (n < w_rows ? n : 0) * w_pitch + kQuad * q);
+  };
+  const auto multiply = [](const Quad& of_x, const Quad& of_w, float& sum) {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) sum = fmaf(of_x.at[i], of_w.at[i], sum);
+  };
+  // While there is a quad for each lane, lanes go along the rows, and each makes the whole tile's products of it.
+  const int whole = quads / kWarp * kWarp;
+  for (int q = lane; q < whole; q += kWarp) {
     Quad of_w[kNeurons];
 #pragma unroll
-    for (int n = 0; n < kNeurons; ++n) of_w[n] = load_vector<Quad>(w + (n < w_rows ? n : 0) * w_pitch + kQuad * q);
+    for (int n = 0; n < kNeurons; ++n) of_w[n] = quad_of_w(n, q);
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
-      const Quad of_x = numbers_of(x + (r < x_rows ? r : 0) * x_pitch, q, images);
+      const Quad of_x = quad_of_x(r, q);
 #pragma unroll
-      for (int n = 0; n < kNeurons; ++n) {
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i) {
-          sums[r * kNeurons + n] = fmaf(of_x.at[i], of_w[n].at[i], sums[r * kNeurons + n]);
-        }
-      }
+      for (int n = 0; n < kNeurons; ++n) multiply(of_x, of_w[n], sums[r * kNeurons + n]);
     }
   }
-  exchange<kTileRows * kNeurons / 2, kWarp / 2>(sums);
+  if (whole > 0) exchange<kTileRows * kNeurons / 2, kWarp / 2, kLanesOfRow>(sums);
+  // Now a lane has the row lane / 4 alone, and goes on with it: a turn takes four quads.
+  for (int q = whole + lane % kLanesOfRow; q < quads; q += kLanesOfRow) {
+    const Quad of_x = quad_of_x(lane / kLanesOfRow, q);
+#pragma unroll
+    for (int n = 0; n < kNeurons; ++n) multiply(of_x, quad_of_w(n, q), sums[n]);
+  }
+  exchange<kNeurons / 2, kLanesOfRow / 2, 1>(sums);
   Neighbours<kNeurons / 4> own;
 #pragma unroll
   for (int i = 0; i < kNeurons / 4; ++i) own.at[i] = sums[i];
@@ -189,7 +193,7 @@ struct ClusterSteps {
       const int64_t first = first_neuron(layer);
       const int count = neurons(layer), features = layer.features;
       for (int i = thread(); i < count * features; i += kStepThreads) {
-        const int at = i / features * layer.input_pitch + i % features;
+        const int at = i / features * layer.weight_pitch + i % features;
         f(layer.weight, first * features + i, layer.weights + at, layer.weights_buffer + at);
       }
       if (!layer.bias.data) continue;
@@ -275,29 +279,85 @@ struct ClusterSteps {
     }
   }
 
+  // Outputs of a row's neurons from `neuron` on, from their sums of products, to all blocks.
+  template <int kNumbers>
+  __device__ void finish_outputs(const ClusterLayer& layer, int row, int neuron, Neighbours<kNumbers> sums) const {
+    if (row >= rows || neuron >= layer.slice || first_neuron(layer) + neuron >= layer.output_pitch) return;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) {
+      if (layer.bias.data) sums.at[i] += shared[layer.biases + neuron + i];
+      if (layer.relu) sums.at[i] = relu_of(sums.at[i]);
+      if (neuron + i >= neurons(layer)) sums.at[i] = 0;
+    }
+    store_to_all(shared + layer.outputs + row * layer.output_pitch + first_neuron(layer) + neuron, sums);
+  }
+
   // Outputs of a layer's own neurons from x [rows, input_pitch]. before_storing is called once, by whole warps.
-  template <int kNeurons, class X, class Before>
-  __device__ void forward(const ClusterLayer& layer, const X* x, int pitch, const Before& before_storing) const {
+  template <int kNeurons, class Before>
+  __device__ void forward(const ClusterLayer& layer, const float* x, int pitch, const Before& before_storing) const {
     const int count = neurons(layer);
     bool stored = false;
     for_tiles<kNeurons>(count, [&](int row, int neuron) {
-      auto sums = tile_products<kNeurons>(x + row * pitch, pitch, rows - row,
-                                          shared + layer.weights + neuron * layer.input_pitch, layer.input_pitch,
-                                          count - neuron, layer.input_pitch / kQuad, w.images);
+      const auto sums = tile_products<kNeurons>(x + row * pitch, pitch, rows - row,
+                                                shared + layer.weights + neuron * layer.weight_pitch,
+                                                layer.weight_pitch, count - neuron, layer.input_pitch / kQuad);
       if (!stored) before_storing();
       stored = true;
-      constexpr int kOwn = kNeurons / 4;
-      const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn;
-      if (r >= rows || n >= layer.slice || first_neuron(layer) + n >= layer.output_pitch) return;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (layer.bias.data) sums.at[i] += shared[layer.biases + n + i];
-        if (layer.relu) sums.at[i] = relu_of(sums.at[i]);
-        if (n + i >= count) sums.at[i] = 0;
-      }
-      store_to_all(shared + layer.outputs + r * layer.output_pitch + first_neuron(layer) + n, sums);
+      finish_outputs(layer, row + lane() / kLanesOfRow, neuron + lane() % kLanesOfRow * (kNeurons / kLanesOfRow), sums);
     });
     if (!stored) before_storing();
+  }
+
+  // The same of the first layer, by tensor cores: each warp multiplies some of the inputs of kSumRows images, and then
+  // the warps' sums are added up, in the order of the warps.
+  template <class Before>
+  __device__ void forward(const ClusterLayer& layer, const uint8_t* x, int pitch, const Before& before_storing) const {
+    const int count = neurons(layer);
+    bool stored = false;
+    for (int neuron = 0; neuron < count; neuron += kImageNeurons) {
+      for (int row = 0; row < rows; row += kSumRows) {
+        TensorSums sums[kSumRows / 16];
+        pixels_times_weights(sums, x + row * pitch, pitch, rows - row,
+                             shared + layer.weights + neuron * layer.weight_pitch, layer.weight_pitch, count - neuron,
+                             layer.input_pitch / kQuad, warp(), kStepWarps, w.pixels);
+        float* of_warps = shared + w.sums;
+        if (stored) __syncthreads();  // the sums before have been read
+        store_sums(sums, of_warps + warp() * w.sum_rows * kImageNeurons);
+        __syncthreads();
+        if (!stored) before_storing();
+        stored = true;
+        constexpr int kPair = 2, kPairs = kImageNeurons / kPair;
+        for (int i = thread(); i < w.sum_rows * kPairs; i += kStepThreads) {
+          Neighbours<kPair> sum = {};
+#pragma unroll
+          for (int of = 0; of < kStepWarps; ++of) {
+            const auto part = load_vector<Neighbours<kPair>>(of_warps + (of * w.sum_rows * kPairs + i) * kPair);
+#pragma unroll
+            for (int k = 0; k < kPair; ++k) sum.at[k] += part.at[k];
+          }
+          finish_outputs(layer, row + i / kPairs, neuron + i % kPairs * kPair, sum);
+        }
+      }
+    }
+    if (!stored) before_storing();
+  }
+
+  __device__ void store_sums(const TensorSums (&sums)[kSumRows / 16], float* to) const {
+#pragma unroll
+    for (int half = 0; half < kSumRows / 8; ++half) {
+      const int row = 8 * half + lane() / 4;
+      const float* pair = sums[half / 2].at + 2 * (half % 2);
+      if (row < w.sum_rows) store_vector(to + row * kImageNeurons + lane() % 4 * 2, Neighbours<2>{{pair[0], pair[1]}});
+    }
+  }
+
+  template <class Before>
+  __device__ void forward_images(const Before& before_storing) const {
+    if constexpr (sizeof(Number) == 1) {
+      forward(w.layers[0], images(), image_pitch(), before_storing);
+    } else {
+      forward<kImageNeurons>(w.layers[0], images(), image_pitch(), before_storing);
+    }
   }
 
   __device__ void forward(int l) const {
@@ -311,7 +371,7 @@ struct ClusterSteps {
     const int quads = (neurons(below) + kQuad - 1) / kQuad, first = first_neuron(below);
     for (int i = thread(); i < quads * layer.neurons; i += kStepThreads) {
       const int neuron = i / quads, column = i % quads * kQuad;
-      const float* row = shared + layer.weights + neuron % layer.slice * layer.input_pitch + first + column;
+      const float* row = shared + layer.weights + neuron % layer.slice * layer.weight_pitch + first + column;
       const Quad quad = load_vector<Quad>(shared_memory_of(neuron / layer.slice, row));
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) shared[layer.columns + (column + k) * layer.output_pitch + neuron] = quad.at[k];
@@ -400,7 +460,7 @@ struct ClusterSteps {
       auto sums =
           tile_products<kHiddenNeurons>(shared + layer.grads + row * layer.output_pitch, layer.output_pitch, rows - row,
                                         shared + layer.columns + neuron * layer.output_pitch, layer.output_pitch,
-                                        count - neuron, layer.output_pitch / kQuad, w.images);
+                                        count - neuron, layer.output_pitch / kQuad);
       constexpr int kOwn = kHiddenNeurons / 4;
       const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn, of_layer = first_neuron(below) + n;
       if (r >= rows || n >= below.slice || of_layer >= below.output_pitch) return;
@@ -417,6 +477,11 @@ struct ClusterSteps {
     });
   }
 
+  // Of the outputs of the own neurons: [rows, grads_pitch].
+  __device__ const float* own_grads(const ClusterLayer& layer) const {
+    return shared + layer.grads + (layer.grads_of_all ? first_neuron(layer) : 0);
+  }
+
   __device__ SgdOptions options(const TrainedParameter<float>& p) const {
     SgdOptions o = w.groups[p.group];
     o.lr = static_cast<double>(w.lr[step * w.group_count + p.group]);
@@ -424,44 +489,85 @@ struct ClusterSteps {
     return o;
   }
 
-  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Each layer's
-  // work begins with another warp: that of the layers above is little, and is done beside that of the first one.
-  template <int kNeurons, class X>
-  __device__ void update(int l, const X* x, int pitch) const {
+  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Layers begin with
+  // warps 0 and 4 in turns: the work of those above is little, and is done beside that of the first one.
+  template <int kNeurons>
+  __device__ void update_weights(int l, const float* x, int pitch) const {
     const ClusterLayer& layer = w.layers[l];
-    const int first = (thread() + l * kWarp) % static_cast<int>(kStepThreads);
+    const int first = (thread() + l % 2 * static_cast<int>(kStepThreads / 2)) % static_cast<int>(kStepThreads);
     const int count = neurons(layer), quads = layer.input_pitch / kQuad;
-    const float* grads = shared + layer.grads + (layer.grads_of_all ? first_neuron(layer) : 0);
-    if (layer.weight.group >= 0) {
-      const SgdOptions o = options(layer.weight);
-      for (int i = first; i < (count + kNeurons - 1) / kNeurons * quads; i += kStepThreads) {
-        const int neuron = i / quads * kNeurons, quad = i % quads;
-        float sums[kNeurons][kQuad] = {};
+    const SgdOptions o = options(layer.weight);
+    for (int i = first; i < (count + kNeurons - 1) / kNeurons * quads; i += kStepThreads) {
+      const int neuron = i / quads * kNeurons, quad = i % quads;
+      const float* grads = own_grads(layer) + neuron;
+      constexpr int kTogether = kNeurons < kQuad ? kNeurons : kQuad;
+      float sums[kNeurons][kQuad] = {};
 #pragma unroll 4
-        for (int row = 0; row < rows; ++row) {
-          const float* g = grads + row * layer.grads_pitch + neuron;
-          const Quad of_x = numbers_of(x + row * pitch, quad, w.images);
-          Quad of_g[kNeurons / kQuad];
+      for (int row = 0; row < rows; ++row) {
+        const Quad of_x = load_vector<Quad>(x + row * pitch + kQuad * quad);
+        Neighbours<kTogether> of_g[kNeurons / kTogether];
 #pragma unroll
-          for (int n = 0; n < kNeurons; n += kQuad) {  // the slice may end in the middle of eight
-            of_g[n / kQuad] = load_vector<Quad>(g + (neuron + n < layer.slice ? n : 0));
-          }
-#pragma unroll
-          for (int n = 0; n < kNeurons; ++n) {
-#pragma unroll
-            for (int k = 0; k < kQuad; ++k) {
-              sums[n][k] = fmaf(of_g[n / kQuad].at[n % kQuad], of_x.at[k], sums[n][k]);
-            }
-          }
+        for (int n = 0; n < kNeurons; n += kTogether) {  // the slice may end in the middle of eight
+          const int there = neuron + n < layer.slice ? n : 0;
+          of_g[n / kTogether] = load_vector<Neighbours<kTogether>>(grads + row * layer.grads_pitch + there);
         }
 #pragma unroll
         for (int n = 0; n < kNeurons; ++n) {
-          if (neuron + n < count) update_quad(layer, o, (neuron + n) * layer.input_pitch, quad, sums[n]);
+#pragma unroll
+          for (int k = 0; k < kQuad; ++k) {
+            sums[n][k] = fmaf(of_g[n / kTogether].at[n % kTogether], of_x.at[k], sums[n][k]);
+          }
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kNeurons; ++n) {
+        if (neuron + n < count) update_quad(layer, o, neuron + n, quad, sums[n]);
+      }
+    }
+  }
+
+  // The same of the first layer, by tensor cores: a warp has units of 8 quads of inputs, the last warp the first one.
+  __device__ void update_weights(const uint8_t* x, int pitch) const {
+    const ClusterLayer& layer = w.layers[0];
+    const SgdOptions o = options(layer.weight);
+    const int units = (layer.input_pitch / kQuad + kUnitQuads - 1) / kUnitQuads;
+    for (int neuron = 0; neuron < neurons(layer); neuron += kImageNeurons) {
+      for (int unit = kStepWarps - 1 - warp(); unit < units; unit += 4 * kStepWarps) {
+        if (unit + 3 * kStepWarps < units) {
+          update_units<4>(layer, o, x, pitch, neuron, unit);
+        } else {
+          update_units<3>(layer, o, x, pitch, neuron, unit);
         }
       }
     }
-    if (layer.bias.group < 0) return;
-    for (int n = kStepThreads - 1 - first; n < count; n += kStepThreads) {
+  }
+
+  // Of kUnits units of inputs, kStepWarps apart, and kImageNeurons neurons.
+  template <int kUnits>
+  __device__ void update_units(const ClusterLayer& layer, const SgdOptions& o, const uint8_t* x, int pitch, int neuron,
+                               int unit) const {
+    const int count = neurons(layer), quads = layer.input_pitch / kQuad;
+    float sums[kUnits][2][kQuad];
+    pixels_times_gradients(sums, x, pitch, rows, own_grads(layer) + neuron, layer.grads_pitch, count - neuron, quads,
+                           unit, kStepWarps, w.pixels);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int quad = (unit + u * kStepWarps) * kUnitQuads + lane() / 4;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int n = neuron + lane() % 4 * 2 + k;
+        if (n < count && quad < quads) update_quad(layer, o, n, quad, sums[u][k]);
+      }
+    }
+  }
+
+  __device__ void update_biases(int l) const {
+    const ClusterLayer& layer = w.layers[l];
+    const float* grads = own_grads(layer);
+    const int count = neurons(layer);
+    // By another warp in each layer, and by none that begins with the weights above.
+    const int first = (thread() + (5 + l) * kWarp) % static_cast<int>(kStepThreads);
+    for (int n = first; n < count; n += kStepThreads) {
       Pack<float, 1> gradient = {}, bias, buffer;
 #pragma unroll 8
       for (int row = 0; row < rows; ++row) gradient.at[0] += grads[row * layer.grads_pitch + n];
@@ -478,11 +584,13 @@ struct ClusterSteps {
     }
   }
 
-  __device__ void update_quad(const ClusterLayer& layer, const SgdOptions& o, int row, int quad,
+  __device__ void update_quad(const ClusterLayer& layer, const SgdOptions& o, int neuron, int quad,
                               const float (&gradient)[kQuad]) const {
-    float* weights = shared + layer.weights + row + kQuad * quad;
-    float* buffers = layer.weight.momentum_buffer ? shared + layer.weights_buffer + row + kQuad * quad : nullptr;
+    const int at = neuron * layer.weight_pitch + kQuad * quad;
+    float* weights = shared + layer.weights + at;
+    float* buffers = layer.weight.momentum_buffer ? shared + layer.weights_buffer + at : nullptr;
     const auto clear_padding = [&](Pack<float, kQuad>& pack) {
+      if (kQuad * quad + kQuad <= layer.features) return;
 #pragma unroll
       for (int k = 1; k < kQuad; ++k) {
         if (kQuad * quad + k >= layer.features) pack.at[k] = 0;
@@ -504,7 +612,17 @@ struct ClusterSteps {
   }
 
   __device__ void update(int l) const {
-    update<kHiddenNeurons>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
+    const ClusterLayer& layer = w.layers[l];
+    if (layer.weight.group >= 0) {
+      if (l > 0) {
+        update_weights<1>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
+      } else if constexpr (sizeof(Number) == 1) {
+        update_weights(images(), image_pitch());
+      } else {
+        update_weights<kImageNeurons>(0, images(), image_pitch());
+      }
+    }
+    if (layer.bias.group >= 0) update_biases(l);
   }
 
   __device__ void run_step() {
@@ -512,7 +630,7 @@ struct ClusterSteps {
     __syncthreads();  // the images of the step before have been read; those of this one are there, if plainly copied
     if (step + 1 < w.steps) fetch(step + 1);
     if (w.bulk) barrier(step)->wait(static_cast<unsigned>(step / 2));
-    forward<kImageNeurons>(w.layers[0], images(), image_pitch(), [] { cluster_wait(); });
+    forward_images([] { cluster_wait(); });
     cluster_sync();
     for (int l = w.lowest + 1; l < w.depth; ++l) fetch_columns(l);
     for (int l = 1; l < w.depth; ++l) {
@@ -531,7 +649,7 @@ struct ClusterSteps {
     }
     for (int l = w.depth - 1; l > 0 && l >= w.lowest; --l) update(l);
     if (w.depth > 1) cluster_arrive();  // what other blocks store here has been read
-    if (w.lowest == 0) update<kImageNeurons>(0, images(), image_pitch());
+    if (w.lowest == 0) update(0);
     if (w.depth == 1) cluster_arrive();
   }
 
