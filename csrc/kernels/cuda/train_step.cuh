@@ -10,7 +10,8 @@
 //   arrive before them, so that the others can go on
 //
 // For the gradient of a layer's input a block needs the weights of its own neurons as inputs of the layer above, all
-// rows of those columns: it fetches them while the weights of the step are still in place.
+// rows of those columns: it fetches them while the weights of the step are still in place. That, and to begin to fetch
+// the next step's images, is done while the block waits for the others' first outputs.
 #pragma once
 
 #include "bulk_copy.cuh"
@@ -215,6 +216,7 @@ struct ClusterSteps {
       barrier(0)->init();
       barrier(1)->init();
     }
+    announce_images(0);
     __syncthreads();
   }
 
@@ -226,19 +228,40 @@ struct ClusterSteps {
     });
   }
 
-  __device__ int64_t image_of(int of_step, int row) const {
-    return checked_image(w.order, w.first + static_cast<int64_t>(of_step) * w.batch_size + row, w.image_count);
+  __device__ int64_t example_of(int of_step, int row) const {
+    return w.first + static_cast<int64_t>(of_step) * w.batch_size + row;
+  }
+  __device__ int64_t checked_image_of(int of_step, int row, int64_t image) const {
+    return checked_image(image, example_of(of_step, row), w.image_count);
   }
 
-  // Begins to fetch the images of a step; its targets are there after the block's next barrier.
-  __device__ void fetch(int of_step) const {
-    const int count = rows_of(of_step), features = w.layers[0].features, classes = w.layers[w.depth - 1].neurons;
-    int* targets_of_rows = targets(of_step);
-    for (int row = thread(); row < count; row += kStepThreads) {
-      const int64_t image = image_of(of_step, row);
-      const int64_t target = checked_label(w.target, image, w.ignore_index, classes);
-      targets_of_rows[row] = target == w.ignore_index ? -1 : static_cast<int>(target);
+  // The first row that a thread fetches: as many for each warp. The others are kStepThreads apart.
+  __device__ int first_row() const { return lane() * kStepWarps + warp(); }
+
+  // Device memory answers after some hundred cycles. So what a thread reads of its first row is asked for a good while
+  // before it is needed: first_image(), then its label along with fetch_images(), then fetch_targets().
+  __device__ int64_t first_image(int of_step) const {
+    return first_row() < rows_of(of_step) ? image_at(w.order, example_of(of_step, first_row())) : -1;
+  }
+
+  // Calls f(row, image) for the thread's rows of a step; image is unchecked. first: first_image().
+  template <class F>
+  __device__ void for_own_rows(int of_step, int64_t first, const F& f) const {
+    const int count = rows_of(of_step);
+    if (first_row() < count) f(first_row(), first);
+    for (int row = first_row() + static_cast<int>(kStepThreads); row < count; row += kStepThreads) {
+      f(row, image_at(w.order, example_of(of_step, row)));
     }
+  }
+
+  // Before the block's barrier before fetch_images().
+  __device__ void announce_images(int of_step) const {
+    if (!w.bulk || thread() != 0) return;
+    barrier(of_step)->expect(static_cast<unsigned>(rows_of(of_step) * w.image_bytes));
+  }
+
+  // Begins to fetch the images of a step. Returns the label of the thread's first row.
+  __device__ int64_t fetch_images(int of_step, int64_t first) const {
     char* to = reinterpret_cast<char*>(shared + w.images_at[of_step % 2]);
     const Number* from;
     if constexpr (sizeof(Number) == 1) {
@@ -246,21 +269,33 @@ struct ClusterSteps {
     } else {
       from = w.images.values;
     }
+    int64_t label = 0;
+    if (first_row() < rows_of(of_step)) label = label_at(w.target, checked_image_of(of_step, first_row(), first));
     if (w.bulk) {
-      if (warp() != 0) return;
-      if (lane() == 0) barrier(of_step)->expect(static_cast<unsigned>(count * w.image_bytes));
-      __syncwarp();
-      for (int row = lane(); row < count; row += kWarp) {
-        bulk_copy(to + row * w.image_bytes, from + image_of(of_step, row) * w.images.row_stride,
+      for_own_rows(of_step, first, [&](int row, int64_t image) {
+        bulk_copy(to + row * w.image_bytes, from + checked_image_of(of_step, row, image) * w.images.row_stride,
                   static_cast<unsigned>(w.image_bytes), barrier(of_step));
-      }
-      return;
+      });
+      return label;
     }
+    const int count = rows_of(of_step), features = w.layers[0].features;
     for (int row = warp(); row < count; row += kStepWarps) {
-      const Number* image = from + image_of(of_step, row) * w.images.row_stride;
+      const int64_t image = checked_image_of(of_step, row, image_at(w.order, example_of(of_step, row)));
       Number* place = reinterpret_cast<Number*>(to + row * w.image_bytes);
-      for (int i = lane(); i < features; i += kWarp) place[i] = image[i];
+      for (int i = lane(); i < features; i += kWarp) place[i] = from[image * w.images.row_stride + i];
     }
+    return label;
+  }
+
+  // The targets of a step are there after the block's next barrier. first_label: what fetch_images() returned.
+  __device__ void fetch_targets(int of_step, int64_t first, int64_t first_label) const {
+    const int classes = w.layers[w.depth - 1].neurons;
+    for_own_rows(of_step, first, [&](int row, int64_t image) {
+      image = checked_image_of(of_step, row, image);
+      int64_t target = row == first_row() ? first_label : label_at(w.target, image);
+      target = checked_label(target, image, w.ignore_index, classes);
+      targets(of_step)[row] = target == w.ignore_index ? -1 : static_cast<int>(target);
+    });
   }
 
   // To the same place in every block.
@@ -378,15 +413,20 @@ struct ClusterSteps {
     }
   }
 
-  // The loss of each row, and in place of the logits their gradient; see ../cross_entropy.h.
-  __device__ void loss() const {
-    const ClusterLayer& top = w.layers[w.depth - 1];
-    const int* target = targets(step);
+  __device__ double weight_of_targets() const {
     double total = 0;
     for (int row = lane(); row < rows; row += kWarp) {
-      if (target[row] >= 0) total += static_cast<double>(weight_of_class(target[row]));
+      const int target = targets(step)[row];
+      if (target >= 0) total += static_cast<double>(weight_of_class(target));
     }
-    total = reduce_warp(total, Add{});
+    return reduce_warp(total, Add{});
+  }
+
+  // The loss of each row, and in place of the logits their gradient; see ../cross_entropy.h.
+  // total: weight_of_targets(). Ends with a barrier of the block.
+  __device__ void loss(double total) const {
+    const ClusterLayer& top = w.layers[w.depth - 1];
+    const int* target = targets(step);
     const float scale = w.mean ? static_cast<float>(1 / total) : 1;
     const int sub = thread() % kLanesOfRow;
     for (int first = 0; first < rows; first += kStepThreads / kLanesOfRow) {
@@ -434,7 +474,7 @@ struct ClusterSteps {
     }
     others = reduce_row(others, Add{});
     const float sum = others + (target >= 0 ? expf(x_target - max) : 0);
-    const float log_sum = logf(sum);
+    const float log_sum = logf(sum), inverse_sum = 1 / sum;
     if (smooth) {
       of_every = reduce_row(of_every, Add{});
       loss_of_every = reduce_row(loss_of_every, Add{}) + of_every * log_sum;
@@ -443,9 +483,9 @@ struct ClusterSteps {
     const float of_target = target >= 0 ? w.of_target * weight_of_class(target) : 0;
     if (sub == 0) *loss = target >= 0 ? of_target * (log_sum - (x_target - max)) + loss_of_every : 0;
     for (int c = sub; c < top.neurons; c += kLanesOfRow) {
-      const float p = expf(x[c] - max) / sum, e = smooth ? w.every * weight_of_class(c) : 0;
+      const float p = expf(x[c] - max) * inverse_sum, e = smooth ? w.every * weight_of_class(c) : 0;
       // p - 1 of the target from the others: the difference would be lost as p approaches 1.
-      float gradient = p * of_every - e + of_target * (c == target ? -(others / sum) : p);
+      float gradient = p * of_every - e + of_target * (c == target ? -(others * inverse_sum) : p);
       gradient *= scale;
       if (target < 0 || (top.relu && x[c] <= 0)) gradient = 0;
       x[c] = gradient;
@@ -587,28 +627,23 @@ struct ClusterSteps {
   __device__ void update_quad(const ClusterLayer& layer, const SgdOptions& o, int neuron, int quad,
                               const float (&gradient)[kQuad]) const {
     const int at = neuron * layer.weight_pitch + kQuad * quad;
-    float* weights = shared + layer.weights + at;
-    float* buffers = layer.weight.momentum_buffer ? shared + layer.weights_buffer + at : nullptr;
-    const auto clear_padding = [&](Pack<float, kQuad>& pack) {
-      if (kQuad * quad + kQuad <= layer.features) return;
-#pragma unroll
-      for (int k = 1; k < kQuad; ++k) {
-        if (kQuad * quad + k >= layer.features) pack.at[k] = 0;
-      }
-    };
-    Pack<float, kQuad> p = load_pack<float, kQuad>(weights), g;
+    Pack<float, kQuad> p = load_pack<float, kQuad>(shared + layer.weights + at), g;
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) g.at[k] = gradient[k];
-    if (buffers) {
-      Pack<float, kQuad> buffer = load_pack<float, kQuad>(buffers);
+    if (kQuad * quad + kQuad > layer.features) {  // the padding has no gradient, so that it stays 0
+#pragma unroll
+      for (int k = 1; k < kQuad; ++k) {
+        if (kQuad * quad + k >= layer.features) g.at[k] = 0;
+      }
+    }
+    if (layer.weight.momentum_buffer) {
+      Pack<float, kQuad> buffer = load_pack<float, kQuad>(shared + layer.weights_buffer + at);
       sgd_elements<float, kQuad>(o, p, g, &buffer);
-      clear_padding(buffer);
-      store_pack(buffers, buffer);
+      store_pack(shared + layer.weights_buffer + at, buffer);
     } else {
       sgd_elements<float, kQuad>(o, p, g, nullptr);
     }
-    clear_padding(p);
-    store_pack(weights, p);
+    store_pack(shared + layer.weights + at, p);
   }
 
   __device__ void update(int l) const {
@@ -627,18 +662,24 @@ struct ClusterSteps {
 
   __device__ void run_step() {
     rows = rows_of(step);
+    const bool more = step + 1 < w.steps;
+    if (more) announce_images(step + 1);
     __syncthreads();  // the images of the step before have been read; those of this one are there, if plainly copied
-    if (step + 1 < w.steps) fetch(step + 1);
+    const int64_t first = more ? first_image(step + 1) : -1;
     if (w.bulk) barrier(step)->wait(static_cast<unsigned>(step / 2));
     forward_images([] { cluster_wait(); });
-    cluster_sync();
+    cluster_arrive();
+    // While the others come: all weights of layers above are those of this step.
+    const int64_t first_label = more ? fetch_images(step + 1, first) : 0;
     for (int l = w.lowest + 1; l < w.depth; ++l) fetch_columns(l);
+    const double total = weight_of_targets();
+    cluster_wait();
     for (int l = 1; l < w.depth; ++l) {
       forward(l);
       cluster_sync();
     }
-    loss();
-    __syncthreads();
+    loss(total);
+    if (more) fetch_targets(step + 1, first, first_label);
     for (int l = w.depth - 1; l > w.lowest; --l) {
       backward(l);
       if (w.layers[l - 1].grads_of_all) {
@@ -655,7 +696,8 @@ struct ClusterSteps {
 
   __device__ void run() {
     begin();
-    fetch(0);
+    const int64_t first = first_image(0);
+    fetch_targets(0, first, fetch_images(0, first));
     cluster_arrive();
     for (; step < w.steps; ++step) run_step();
     cluster_wait();

@@ -13,9 +13,19 @@ namespace mnist_ext::cuda {
   __trap();
 }
 
-// The image that an example is, for certain one of `images`.
-__device__ inline int64_t checked_image(const int64_t* order, int64_t example, int64_t images) {
-  const int64_t image = order ? order[example] : example;
+// The image that an example is, unchecked.
+__device__ inline int64_t image_at(const int64_t* order, int64_t example) { return order ? order[example] : example; }
+
+__device__ inline int64_t label_at(const ClassIndices& labels, int64_t image) {
+  switch (labels.type) {
+    case ClassIndices::Type::int64: return static_cast<const int64_t*>(labels.data)[image];
+    case ClassIndices::Type::int32: return static_cast<const int32_t*>(labels.data)[image];
+    default: return static_cast<const uint8_t*>(labels.data)[image];
+  }
+}
+
+// For certain one of `images`.
+__device__ inline int64_t checked_image(int64_t image, int64_t example, int64_t images) {
   if (static_cast<uint64_t>(image) >= static_cast<uint64_t>(images)) {
     report_bad_example("order", images, image, example);
   }
@@ -23,14 +33,7 @@ __device__ inline int64_t checked_image(const int64_t* order, int64_t example, i
 }
 
 // ignore_index, or a class for certain.
-__device__ inline int64_t checked_label(const ClassIndices& labels, int64_t image, int64_t ignore_index,
-                                        int64_t classes) {
-  int64_t label;
-  switch (labels.type) {
-    case ClassIndices::Type::int64: label = static_cast<const int64_t*>(labels.data)[image]; break;
-    case ClassIndices::Type::int32: label = static_cast<const int32_t*>(labels.data)[image]; break;
-    default: label = static_cast<const uint8_t*>(labels.data)[image];
-  }
+__device__ inline int64_t checked_label(int64_t label, int64_t image, int64_t ignore_index, int64_t classes) {
   if (label != ignore_index && static_cast<uint64_t>(label) >= static_cast<uint64_t>(classes)) {
     report_bad_example("labels", classes, label, image);
   }
@@ -62,8 +65,12 @@ __global__ void __launch_bounds__(kGatherThreads) gather_examples_kernel(const G
     from.first += work.captured->next * work.rows;
   }
   for (int64_t row = blockIdx.x; row < work.rows; row += gridDim.x) {
-    const int64_t image = checked_image(from.order, from.first + row, from.image_count);
-    if (threadIdx.x == 0) work.out.labels[row] = checked_label(from.target, image, work.ignore_index, work.classes);
+    const int64_t example = from.first + row;
+    const int64_t image = checked_image(image_at(from.order, example), example, from.image_count);
+    if (threadIdx.x == 0) {
+      const int64_t label = label_at(from.target, image);
+      work.out.labels[row] = checked_label(label, image, work.ignore_index, work.classes);
+    }
     const int64_t begin = image * from.images.row_stride;
     T* to = work.out.images + row * work.features;
     for (int64_t i = threadIdx.x; i < work.features; i += kGatherThreads) {
