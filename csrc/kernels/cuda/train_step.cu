@@ -23,8 +23,8 @@ class SharedPlaces {
 
 int64_t whole_quads(int64_t numbers) { return (numbers + kQuad - 1) / kQuad * kQuad; }
 
-// A pitch of whole quads at which quads of the neurons 0, 2, 4 and 6 lie in different banks of shared memory: lanes that
-// have them together read and write them without waiting for each other.
+// A pitch of whole quads at which quads of the neurons 0, 2, 4 and 6 lie in different banks of shared memory: lanes
+// that have them together read and write them without waiting for each other.
 int64_t apart(int64_t pitch) { return pitch + (4 * kQuad + kQuad - pitch % (4 * kQuad)) % (4 * kQuad); }
 
 // Fills in what the launches have in common. Returns the floats of each block, or -1 where `work` has no room.

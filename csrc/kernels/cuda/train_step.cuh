@@ -86,8 +86,8 @@ static_assert(sizeof(ClusterWork) <= 4096, "a kernel's arguments");
 
 __device__ inline float relu_of(float x) { return x <= 0 ? 0 : x; }  // NaN stays
 
-// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange, with the lanes at kFirst, kFirst / 2, ...
-// kLast, halves a lane's numbers: it keeps the lower half if it is the lower one of the two lanes.
+// Sums over groups of lanes, of 2 * kHalf numbers of each lane. Each exchange, with the lanes at kFirst, kFirst / 2,
+// ... kLast, halves a lane's numbers: it keeps the lower half if it is the lower one of the two lanes.
 template <int kHalf, int kFirst, int kLast, int kNumbers>
 __device__ void exchange(float (&sums)[kNumbers]) {
   const bool upper = threadIdx.x & kFirst;
@@ -497,10 +497,9 @@ struct ClusterSteps {
     const ClusterLayer &layer = w.layers[l], &below = w.layers[l - 1];
     const int count = neurons(below);
     for_tiles<kHiddenNeurons>(count, [&](int row, int neuron) {
-      auto sums =
-          tile_products<kHiddenNeurons>(shared + layer.grads + row * layer.output_pitch, layer.output_pitch, rows - row,
-                                        shared + layer.columns + neuron * layer.output_pitch, layer.output_pitch,
-                                        count - neuron, layer.output_pitch / kQuad);
+      auto sums = tile_products<kHiddenNeurons>(shared + layer.grads + row * layer.output_pitch, layer.output_pitch,
+                                                rows - row, shared + layer.columns + neuron * layer.output_pitch,
+                                                layer.output_pitch, count - neuron, layer.output_pitch / kQuad);
       constexpr int kOwn = kHiddenNeurons / 4;
       const int r = row + lane() / 4, n = neuron + lane() % 4 * kOwn, of_layer = first_neuron(below) + n;
       if (r >= rows || n >= below.slice || of_layer >= below.output_pitch) return;
@@ -529,12 +528,12 @@ struct ClusterSteps {
     return o;
   }
 
-  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Layers begin with
-  // warps 0 and 4 in turns: the work of those above is little, and is done beside that of the first one.
+  // Weight gradients and update of the own neurons: a thread has kNeurons neurons' weights of 4 inputs. Each layer
+  // begins with another warp: the work of those above is little, and is done beside that of the first one.
   template <int kNeurons>
   __device__ void update_weights(int l, const float* x, int pitch) const {
     const ClusterLayer& layer = w.layers[l];
-    const int first = (thread() + l % 2 * static_cast<int>(kStepThreads / 2)) % static_cast<int>(kStepThreads);
+    const int first = static_cast<int>((threadIdx.x - 2 * kWarp * static_cast<unsigned>(l + 1)) % kStepThreads);
     const int count = neurons(layer), quads = layer.input_pitch / kQuad;
     const SgdOptions o = options(layer.weight);
     for (int i = first; i < (count + kNeurons - 1) / kNeurons * quads; i += kStepThreads) {
@@ -605,8 +604,7 @@ struct ClusterSteps {
     const ClusterLayer& layer = w.layers[l];
     const float* grads = own_grads(layer);
     const int count = neurons(layer);
-    // By another warp in each layer, and by none that begins with the weights above.
-    const int first = (thread() + (5 + l) * kWarp) % static_cast<int>(kStepThreads);
+    const int first = static_cast<int>((threadIdx.x + kWarp * static_cast<unsigned>(l + 5)) % kStepThreads);
     for (int n = first; n < count; n += kStepThreads) {
       Pack<float, 1> gradient = {}, bias, buffer;
 #pragma unroll 8
@@ -650,7 +648,7 @@ struct ClusterSteps {
     const ClusterLayer& layer = w.layers[l];
     if (layer.weight.group >= 0) {
       if (l > 0) {
-        update_weights<1>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
+        update_weights<2>(l, shared + w.layers[l - 1].outputs, w.layers[l - 1].output_pitch);
       } else if constexpr (sizeof(Number) == 1) {
         update_weights(images(), image_pitch());
       } else {

@@ -1,7 +1,7 @@
 // The two products of the first layer with images of bytes, by tensor cores, as a warp makes its part of them.
 //
-// A pixel p stands for p * scale + shift. What is multiplied is p - center, a whole number of at most 8 bits, which TF32
-// holds exactly; scale, and the rest of the shift, are applied to the sums:
+// A pixel p stands for p * scale + shift. What is multiplied is p - center, a whole number of at most 8 bits, which
+// TF32 holds exactly; scale, and the rest of the shift, are applied to the sums:
 //
 //   sum((p * scale + shift) * w) = scale * sum((p - center) * w) + (shift + center * scale) * sum(w)
 //
@@ -17,7 +17,7 @@
 namespace mnist_ext::cuda {
 
 struct PixelNumbers {
-  float center;  // a whole number, 0 to 255
+  float center;        // a whole number, 0 to 255
   float scale, shift;  // of p - center
 };
 
@@ -51,7 +51,8 @@ inline constexpr float kWhole = 1 << 23;  // the last of its bits counts 1
 // kWhole + byte i of the word: the byte takes the place of the last bits.
 __device__ inline float above_whole(uint32_t word, int i) {
 #ifdef __CUDA_ARCH__
-  return float_of(__byte_perm(word, bits_of(kWhole), 0x7440 + i));  // the compiler finds three instructions for the below
+  return float_of(
+      __byte_perm(word, bits_of(kWhole), 0x7440 + i));  // the compiler finds three instructions for the below
 #else
   return float_of(bits_of(kWhole) | ((word >> (8 * i)) & 0xff));
 #endif
@@ -98,9 +99,9 @@ __device__ inline TensorSums of_pixels(const TensorSums& sums, const TensorSums&
   return result;
 }
 
-// images [rows, pitch], of which kTiles * 16 rows at most are multiplied, with w [w_rows, w_pitch] of at most 8 rows and
-// `quads` times 4 numbers: of these the part of one warp of `warps`. pitch is a multiple of 16. What is left for rows
-// beyond the last one does not count.
+// images [rows, pitch], of which kTiles * 16 rows at most are multiplied, with w [w_rows, w_pitch] of at most 8 rows
+// and `quads` times 4 numbers: of these the part of one warp of `warps`. pitch is a multiple of 16. What is left for
+// rows beyond the last one does not count.
 template <int kTiles>
 __device__ void pixels_times_weights(TensorSums (&sums)[kTiles], const uint8_t* images, int pitch, int rows,
                                      const float* w, int w_pitch, int w_rows, int quads, int warp, int warps,
@@ -118,7 +119,8 @@ __device__ void pixels_times_weights(TensorSums (&sums)[kTiles], const uint8_t* 
 #pragma unroll
     for (int half = 0; half < 2 * kTiles; ++half) {
       const int row = 8 * half + r;
-      pixels[half / 2][half % 2] = centered_pixels(images + (row < rows ? row : 0) * pitch + kQuad * quad, numbers.center);
+      pixels[half / 2][half % 2] =
+          centered_pixels(images + (row < rows ? row : 0) * pitch + kQuad * quad, numbers.center);
     }
 #pragma unroll
     for (int i = 0; i < kQuad; i += 2) {
@@ -141,9 +143,9 @@ __device__ void pixels_times_weights(TensorSums (&sums)[kTiles], const uint8_t* 
 
 inline constexpr int kUnitQuads = 8;  // of inputs, that a warp has the weight gradients of at once
 
-// Products of pixels and gradients, summed over the rows, for the units unit, unit + stride, ... of 8 quads of inputs and
-// at most 8 neurons: images [rows, pitch] of `quads` times 4 pixels, grads [rows, grads_pitch]. Lane 4 r + c gets, of
-// each unit, quad r of inputs for neurons 2 c and 2 c + 1; what is beyond quads or neurons does not count.
+// Products of pixels and gradients, summed over the rows, for the units unit, unit + stride, ... of 8 quads of inputs
+// and at most 8 neurons: images [rows, pitch] of `quads` times 4 pixels, grads [rows, grads_pitch]. Lane 4 r + c gets,
+// of each unit, quad r of inputs for neurons 2 c and 2 c + 1; what is beyond quads or neurons does not count.
 template <int kUnits>
 __device__ void pixels_times_gradients(float (&sums)[kUnits][2][kQuad], const uint8_t* images, int pitch, int rows,
                                        const float* grads, int grads_pitch, int neurons, int quads, int unit,
