@@ -103,3 +103,14 @@ def test_wgmmas_of_a_stage_follow_each_other(sm_90a, dtype):
             assert ["gsb0" in x for x in products[first : first + 4]] == [False, False, False, True]
         waits = [i for i, x in enumerate(order) if x.startswith("WARPGROUP")]
         assert all("gsb0" in order[i - 1] or order[i - 1].startswith("WARPGROUP") for i in waits)
+
+
+def test_a_training_steps_products_of_pixels_are_made_in_registers(sm_90a):
+    """Two loops over gradients, of 3 and 4 units; each pixel's number takes two instructions."""
+    (pixels,) = instances(sm_90a, "train_steps_kernelIh")
+    assert pixels.count("HMMA.1688.F32.TF32") == 20 + 14 + 18
+    assert len(re.findall(r"PRMT \S+, \S+, 0x744[0-3],", pixels)) == 32 + 24 + 32
+    assert "I2F.U8" not in pixels
+    assert not re.search(r"\bLDL\b", pixels)  # STL: what printf is given
+    (floats,) = instances(sm_90a, "train_steps_kernelIf")
+    assert "HMMA" not in floats

@@ -396,6 +396,16 @@ T __ldcg(const T* place) {
   return *place;
 }
 
+// Each digit of the selector names one of the eight bytes, x's first, from the lowest byte of the result on.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
+  }
+  return result;
+}
+
 [[noreturn]] inline void __trap() { throw std::out_of_range("emulator: __trap"); }
 
 inline unsigned __clusterRelativeBlockRank() { return emulator::now.thread->block->rank; }

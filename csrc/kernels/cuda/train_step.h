@@ -6,7 +6,8 @@
 // these differ from the CPU:
 //
 //   - Sums are in float32, each in an order that is fixed by the sizes and the cluster: the same call gives the same
-//     bits. They are not those of the kernels called one after the other.
+//     bits. They are not those of the kernels called one after the other. With images of bytes the first layer's are
+//     made by tensor cores, as exact as in float32; there an infinite weight gives NaN.
 //   - A bad target or a bad index in order ends the kernel with a device-side assertion, as in cross_entropy.h. Nothing
 //     is read or written out of bounds, and no parameter is written.
 //

@@ -23,7 +23,7 @@ struct PixelNumbers {
 
 inline PixelNumbers pixel_numbers(double scale, double shift) {
   const double zero = -shift / scale;
-  const double center = zero > 0 ? (zero < 255 ? std::round(zero) : 255) : 0;  // 0 where scale is
+  const double center = zero > 0 ? (zero < 255 ? std::round(zero) : 255) : 0;
   return {static_cast<float>(center), static_cast<float>(scale), static_cast<float>(shift + center * scale)};
 }
 
@@ -50,12 +50,7 @@ inline constexpr float kWhole = 1 << 23;  // the last of its bits counts 1
 
 // kWhole + byte i of the word: the byte takes the place of the last bits.
 __device__ inline float above_whole(uint32_t word, int i) {
-#ifdef __CUDA_ARCH__
-  return float_of(
-      __byte_perm(word, bits_of(kWhole), 0x7440 + i));  // the compiler finds three instructions for the below
-#else
-  return float_of(bits_of(kWhole) | ((word >> (8 * i)) & 0xff));
-#endif
+  return float_of(__byte_perm(word, bits_of(kWhole), 0x7440 + static_cast<unsigned>(i)));
 }
 
 __device__ inline CenteredPixels centered_pixels(const uint8_t* pixels, float center) {
