@@ -166,13 +166,14 @@ class TestPixels:
 
 @pytest.mark.parametrize("pixels", [False, True])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_nan_is_not_hidden(path, pixels, layer):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_hidden(path, pixels, layer, value):
     """Not by a ReLU either: the loss says that something is wrong."""
     images = pixel_images(9, 20) if pixels else torch.randn(9, 20)
     step, (model, _, _) = trainer(small((12, 9)).to(path), **(PIXELS if pixels else {}))
     with torch.no_grad():
-        model[layer + 1].weight[3, 3] = torch.nan
-    assert step(images.to(path), torch.randint(0, 5, (9,)).to(path)).isnan()
+        model[layer + 1].weight[3, 3] = value
+    assert not step(images.to(path), torch.randint(0, 5, (9,)).to(path)).isfinite()
 
 
 @pytest.mark.parametrize("pixels", [False, True])
