@@ -26,13 +26,21 @@ struct CopyBarrierState {
 
 inline std::map<const void*, CopyBarrierState> copy_barriers;  // by their place in shared memory
 
+inline constexpr uint64_t kCopyBarrier = 0x62617272696572;  // what lies in its place in shared memory
+
 inline CopyBarrierState& copy_barrier(const void* place) {
   const auto found = copy_barriers.find(place);
   if (found == copy_barriers.end()) throw std::logic_error("emulator: a barrier of copies that was not initialized");
+  if (memcmp(place, &kCopyBarrier, sizeof kCopyBarrier) != 0) {
+    throw std::logic_error("emulator: a barrier of copies that was overwritten");
+  }
   return found->second;
 }
 
-inline void init_copy_barrier(const void* place) { copy_barriers[place] = {}; }
+inline void init_copy_barrier(void* place) {
+  copy_barriers[place] = {};
+  memcpy(place, &kCopyBarrier, sizeof kCopyBarrier);
+}
 
 inline void expect_copies(const void* place, unsigned bytes) {
   CopyBarrierState& barrier = copy_barrier(place);
