@@ -113,10 +113,11 @@ class TestPixels:
         truth, torchs = copy.deepcopy(model).double(), copy.deepcopy(model)
         step, (ours, _, _) = trainer(model.to(path), sgd={"momentum": 0.9}, normalize=normalize)
         loops = [trainer(m, sgd={"momentum": 0.9})[1] for m in (truth, torchs)]
+        inputs = (images.double() / 255 - mean) / std
         for _ in range(steps):
             loss = step(images.to(path), labels.to(path))
-            expected = ordinary_step(*loops[0], (images.double() / 255 - mean) / std, labels)
-            ordinary_step(*loops[1], (images.float() / 255 - mean) / std, labels)
+            expected = ordinary_step(*loops[0], inputs, labels)
+            ordinary_step(*loops[1], inputs.float(), labels)
             torch.testing.assert_close(loss.cpu().double(), expected, rtol=4e-6, atol=1e-7)
         for our, true, their in zip(*(m.parameters() for m in (ours, truth, torchs)), strict=True):
             assert_near(our.cpu(), true, their)
@@ -143,12 +144,13 @@ class TestPixels:
             (0, 256, (0.1307, 0.3081)),
             (0, 256, (0.0, 1.0)),
             (190, 200, (0.765, 0.01)),
+            (0, 256, (30.0, 10.0)),
             (0, 256, (1.7, 0.3)),
             (0, 256, (-0.4, 0.5)),
         ],
     )
     def test_normalizations(self, path, low, high, normalize):
-        self.check(path, (9,), pixel_images(16, 100, low, high), normalize)
+        self.check(path, (9,), pixel_images(16, 784, low, high), normalize)
 
     @pytest.mark.parametrize("value", [0, 1, 127, 128, 129, 254, 255])
     def test_every_pixel_is_what_it_stands_for(self, path, value):
@@ -162,6 +164,22 @@ class TestPixels:
         inputs = (torch.tensor([value, 100]).double() / 255 - 0.25) / 0.125
         expected = torch.stack([inputs / 2, -inputs / 2])
         torch.testing.assert_close(model.weight.cpu().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_launches_follow_each_other(path):
+    """Each has its losses, its learning rates and the momentum of the one before."""
+    images, labels = torch.randn(400, 4).to(path), torch.randint(0, 3, (400,)).to(path)
+    rates = [0.1 / (1 + i) for i in range(400)]
+    results = []
+    for sizes in ((400,), (150, 250)):
+        step, (model, _, _) = trainer(small((), 4, 3).to(path), sgd={"momentum": 0.9})
+        losses = []
+        for begin, size in zip((0, 150), sizes, strict=False):
+            chosen = slice(begin, begin + size)
+            losses.append(step._run(images[chosen], labels[chosen], None, 1, rates[chosen]))
+        results.append([torch.cat(losses), *(p.detach() for p in model.parameters())])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("pixels", [False, True])
