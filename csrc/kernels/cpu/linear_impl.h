@@ -22,9 +22,13 @@ bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
 }
 
 inline constexpr double kLinearGrain = 250e3;  // multiply-adds that are worth a thread of their own
+// To read or write a weight costs as much as to multiply it with so many rows.
+inline constexpr int64_t kFewestRows = 8;
 
+// Of one product, as far as they cost time.
 inline double multiply_adds(int64_t rows, int64_t in_features, int64_t out_features) {
-  return static_cast<double>(rows) * static_cast<double>(in_features) * static_cast<double>(out_features);
+  const int64_t counted = rows == 0 || rows > kFewestRows ? rows : kFewestRows;
+  return static_cast<double>(counted) * static_cast<double>(in_features) * static_cast<double>(out_features);
 }
 
 // What thread `thread` of `count` does of each product.
