@@ -335,15 +335,18 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
 }
 
 // How many of `threads` to give to the rows of C, the rest to its columns: the rows, unless the busiest thread has a
-// tenth less to do otherwise. Threads that share the rows of C write side by side, and each reads all of A.
+// tenth less to do otherwise. Threads that share the rows of C write side by side, and each reads all of B: where that
+// fits into no second-level cache, it costs as much as one more tile of rows.
 template <class T>
 int row_threads(const Gemm<T>& g, int threads) {
+  constexpr int64_t large = int64_t{1} << 20;  // bytes
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
+  const int64_t reading = g.depth * g.columns * static_cast<int64_t>(sizeof(T)) > large ? 1 : 0;
   int best = threads;
   double best_cost = 0;
   for (int by_row = threads; by_row >= 1; --by_row) {
     if (threads % by_row != 0) continue;
-    const double cost = static_cast<double>(tiles(tiles(g.rows, kTileRows), by_row)) *
+    const double cost = static_cast<double>(tiles(tiles(g.rows, kTileRows), by_row) + reading) *
                         static_cast<double>(tiles(tiles(g.columns, Vec<T>::width), threads / by_row));
     if (by_row == threads || cost < 0.9 * best_cost) {
       best = by_row;
