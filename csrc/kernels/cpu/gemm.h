@@ -339,7 +339,7 @@ void gemm_part(const Gemm<T>& g, Range rows, Range columns) {
 // fits into no second-level cache, it costs as much as one more tile of rows.
 template <class T>
 int row_threads(const Gemm<T>& g, int threads) {
-  constexpr int64_t large = int64_t{1} << 20;  // bytes
+  constexpr int64_t large = int64_t{2} << 20;  // bytes
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t reading = g.depth * g.columns * static_cast<int64_t>(sizeof(T)) > large ? 1 : 0;
   int best = threads;
