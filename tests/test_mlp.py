@@ -78,10 +78,10 @@ def test_same_bits_as_one_layer_after_the_other(isa, features, batch, dtype):
 def test_layers_with_other_modules_between_them_are_called_apart():
     sequential = model(dropout=True).eval()
     input = torch.randn(4, 12)
-    node = sequential(input).grad_fn
-    assert node.name() == TOGETHER  # the two behind Dropout
-    assert node.next_functions[0][0].name() == ALONE
-    assert torch.equal(sequential(input), one_by_one(sequential)(input))
+    output = sequential(input)
+    assert called(output) == TOGETHER  # the two behind Dropout
+    assert output.grad_fn.next_functions[0][0].name() == ALONE
+    assert torch.equal(output, one_by_one(sequential)(input))
 
 
 def _forward_hook(sequential, seen):
