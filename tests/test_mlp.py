@@ -384,6 +384,7 @@ def backward(
         ),
         (forward, {"params": [p.double() for p in PARAMS]}, "params: expected the dtype of input"),
         (backward, {"grad_output": torch.randn(5, 3)}, r"grad_output: .*got \[5, 3\]"),
+        (backward, {"grad_output": torch.tensor(1.0)}, r"grad_output: .*got \[\]"),
         (backward, {"grad_output": torch.randn(4, 2)}, r"grad_output: .*got \[4, 2\]"),
         (backward, {"grad_output": OUTPUT.double()}, "grad_output: expected the dtype of input"),
         (backward, {"hidden": HIDDEN[:-1]}, "hidden: expected the 20 numbers"),

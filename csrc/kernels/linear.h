@@ -2,7 +2,7 @@
 //
 // Precision: products are accumulated in ComputeType<T> by fused multiply-add where the instruction set has it, in
 // vector lanes and in blocks of the summed dimension, never in one long chain; the result is rounded to T once, after
-// bias and activation. grad_bias: sums over 32 rows in ComputeType<T>, and these added up in double.
+// bias and activation. grad_bias: sums over 8 rows in ComputeType<T>, and these added up in double.
 // Layout: every matrix is row-major with unit column stride; *_stride is the distance in elements between rows (the
 // leading dimension). A stride of 0 (an expanded tensor) is allowed for what is only read.
 // Aliasing: outputs overlap nothing. Any size may be 0; a sum over nothing is 0.

@@ -109,7 +109,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::optional<Tensor>& output, const std::vector<Tensor>& params,
                                  const std::vector<int64_t>& flags, bool need_input) {
   const std::vector<Layer> layers = layers_of(kBackward, input, params, flags);
-  const Matrix x = as_matrix(input), dy = as_matrix(grad_output);
+  const Matrix x = as_matrix(input);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
     check_like(kBackward, name, t, "input", input);
@@ -117,6 +117,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
           ": expected the shape of input ", Shape(input), " with ", classes, " columns, got ", Shape(t));
   };
   check_output("grad_output", grad_output);
+  const Matrix dy = as_matrix(grad_output);
   check(output.has_value() == layers.back().relu, kBackward, ": output: expected it where the last layer has a ReLU");
   std::optional<Matrix> y;
   if (output) {

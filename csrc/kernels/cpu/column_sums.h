@@ -18,7 +18,7 @@ struct GatedRows {
   int64_t gate_stride;
 };
 
-inline constexpr int64_t kSumChain = 32;
+inline constexpr int64_t kSumChain = 8;
 template <class T>
 inline constexpr int64_t kSummedColumns = 4 * Vec<T>::width;
 

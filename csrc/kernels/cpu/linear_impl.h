@@ -22,7 +22,7 @@ bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
 }
 
 inline constexpr double kLinearGrain = 250e3;  // multiply-adds that are worth a thread of their own
-// To read or write a weight costs as much as to multiply it with so many rows.
+// To read or write a weight costs as much as to multiply it with so many rows (benchmarks/training.py, batch 1).
 inline constexpr int64_t kFewestRows = 8;
 
 // Of one product, as far as they cost time.
