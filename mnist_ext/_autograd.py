@@ -38,7 +38,7 @@ def _host_may_read(tensor: Tensor) -> bool:
 _is_grad_enabled = torch.is_grad_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 
 
 # torch.backends.cuda.matmul.fp32_precision: unlike the older allow_tf32 it can be read whichever of

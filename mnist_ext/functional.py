@@ -10,6 +10,7 @@ float16 where oneDNN has the CPU's own instructions for it.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,6 +29,8 @@ Activation = Literal["none", "relu"]
 Reduction = Literal["none", "mean", "sum"]
 
 _RELU = {"none": False, "relu": True}
+_FLAGS = {"none": 0, "relu": RELU}  # of a layer of `mlp`
+_FLAGS_WITH_BIAS = {"none": BIAS, "relu": BIAS | RELU}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions:
@@ -39,7 +42,7 @@ _LINEAR_DTYPES = tuple(
     and not (dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported())
 )
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
-_TYPES = (Tensor, torch.nn.Parameter)
+_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -81,8 +84,9 @@ def _runs_linear(
 
 
 _is_autocast_enabled = torch.is_autocast_enabled
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _are_transforms_active = torch._C._are_functorch_transforms_active
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _transformed() -> bool:
@@ -202,8 +206,9 @@ def linear(
 
 def _all_or_nothing(input: Tensor, params: list[Tensor]) -> bool:
     # The op makes the gradients of all parameters; without a graph it is not asked for any.
-    needs = [param.requires_grad for param in params]
-    return all(needs) or not (any(needs) or input.requires_grad)
+    return all(map(_requires_grad, params)) or not (
+        any(map(_requires_grad, params)) or input.requires_grad
+    )
 
 
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
@@ -225,25 +230,25 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         ValueError: unknown activation.
     """
     params: list[Tensor] = []
-    flags = []
+    flags: list[int | None] = []
     for weight, bias, activation in layers:
-        flag = RELU if activation == "relu" else 0
         params.append(weight)
-        if bias is not None:
+        if bias is None:
+            flags.append(_FLAGS.get(activation))
+        else:
             params.append(bias)
-            flag |= BIAS
-        flags.append(flag)
+            flags.append(_FLAGS_WITH_BIAS.get(activation))
     if (
         len(flags) > 1
+        and not _is_compiling()
         and type(input) in _TYPES
         and input.is_cpu
         and input.dtype in (torch.float32, torch.float64)
-        and all([type(param) in _TYPES for param in params])
+        and _TYPES.issuperset(map(type, params))
         and _all_or_nothing(input, params)
-        and all([activation in _RELU for _, _, activation in layers])
+        and None not in flags
         and not _transformed()
         and not _is_autocast_enabled("cpu")
-        and not _is_compiling()
     ):
         # The op checks the rest; where it finds fault, the layer concerned says so below.
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that calls neighbouring `Linear` layers together.
 
     Where nobody looks between them (no hooks, of these or of all modules), `functional.mlp`
-    computes them, with the same bits. ``Identity`` may lie between. Everything else is called as
-    PyTorch's ``Sequential`` calls it.
+    computes them, with the same bits. ``Identity`` may lie between, and ``Flatten`` is done without
+    a call of its module. Everything else is called as PyTorch's ``Sequential`` calls it.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,6 +70,9 @@ class Sequential(torch.nn.Sequential):
         for module in self._modules.values():
             if type(module) is Linear and len(module._parameters) == 2 and not _is_watched(module):
                 linears.append(module)
+            elif type(module) is torch.nn.Flatten and not _is_watched(module):
+                input = _through(linears, input).flatten(module.start_dim, module.end_dim)
+                linears = []
             elif not (linears and type(module) is torch.nn.Identity and not _is_watched(module)):
                 input = module(_through(linears, input))
                 linears = []
@@ -77,14 +80,17 @@ class Sequential(torch.nn.Sequential):
 
 
 def _through(linears: list[Linear], input: Tensor) -> Tensor:
-    if len(linears) > 1:
-        layers = [(m._parameters["weight"], m._parameters["bias"], m.activation) for m in linears]
-        return functional.mlp(input, layers)  # type: ignore[arg-type]  # weight is no None
-    return linears[0](input) if linears else input
+    if len(linears) < 2:
+        return linears[0](input) if linears else input
+    layers: list[Any] = []
+    for linear in linears:
+        params = linear._parameters
+        layers.append((params["weight"], params["bias"], linear.activation))
+    return functional.mlp(input, layers)
 
 
 # Looked up once: every call asks them.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS]
@@ -103,7 +109,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return functional.cross_entropy(
             input,
             target,
-            self.weight,
+            self._buffers["weight"],  # without a detour through __getattr__
             ignore_index=self.ignore_index,
             reduction=self.reduction,  # type: ignore[arg-type]  # any str: checked there
             label_smoothing=self.label_smoothing,

@@ -104,6 +104,10 @@ def _hook_of_identity(sequential, seen):
     sequential[2].register_forward_hook(lambda *_: seen.append(1))
 
 
+def _hook_of_flatten(sequential, seen):
+    sequential[0].register_forward_hook(lambda *_: seen.append(1))
+
+
 def _own_forward(sequential, seen):
     forward = sequential[3].forward
     sequential[3].forward = lambda input: seen.append(1) or forward(input)
@@ -121,6 +125,7 @@ def _own_forward_of_identity(sequential, seen):
         _backward_hook,
         _backward_pre_hook,
         _hook_of_identity,
+        _hook_of_flatten,
         _own_forward,
         _own_forward_of_identity,
     ],
@@ -233,6 +238,16 @@ def test_swap_leaves_other_classes_and_replaced_forwards():
     replaced = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     replaced.forward = lambda input: input
     assert type(swap(replaced)) is nn.Sequential
+
+
+def test_flatten_between_and_with_its_own_dims():
+    sequential = nn.Sequential(
+        nn.Flatten(0, 1), nn.Linear(5, 4), nn.ReLU(), nn.Flatten(start_dim=0), nn.Linear(24, 3)
+    )
+    input = torch.randn(2, 3, 5)
+    expected = sequential(input)
+    torch.testing.assert_close(swap(sequential)(input), expected)
+    assert type(sequential) is mnist_ext.nn.Sequential
 
 
 def test_copies_slices_and_saved_models_compute_the_same():
