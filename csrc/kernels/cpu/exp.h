@@ -1,20 +1,29 @@
 // exp(x) for a vector of differences from a maximum: x <= 0, or NaN.
 //
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n * ln 2 in two parts (Cody and Waite), |r| <= ln(2)/2, exp(r) by
-// its Taylor polynomial: degree 7 (float) and 13 (double) leave an error of 0.1 ulp before rounding. The result is
-// within 1 ulp or so; subnormal results may be rounded twice. exp(-inf) = 0, exp(NaN) = NaN.
+// its Taylor polynomial, of a degree that leaves an error of 0.1 ulp before rounding. With AVX-512, n is rounded to
+// sixteenths instead (double: eighths), for which half the degree will do: the fractional powers of 2 fit into one
+// register, from which a permutation fetches them. The result is within 1 ulp or so; subnormal results may be rounded
+// twice. exp(-inf) = 0, exp(NaN) = NaN.
 #pragma once
 
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
+#if defined(__AVX512F__)
+inline constexpr bool kFetchesPowers = true;
+#else
+inline constexpr bool kFetchesPowers = false;
+#endif
+
 template <class T>
 struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr int degree = 7;
+  static constexpr int steps = kFetchesPowers ? 16 : 1;  // n is a multiple of 1 / steps
+  static constexpr int degree = kFetchesPowers ? 3 : 7;
   static constexpr float lowest = -104.0f;  // exp is 0 below
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
@@ -23,12 +32,53 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr int degree = 13;
+  static constexpr int steps = kFetchesPowers ? 8 : 1;
+  static constexpr int degree = kFetchesPowers ? 8 : 13;
   static constexpr double lowest = -746.0;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
 };
+
+constexpr double inverse_factorial(int k) { return k <= 1 ? 1.0 : inverse_factorial(k - 1) / k; }
+
+// The terms of exp(r) from r^first on, divided by r^first.
+template <int first, class T>
+MNIST_EXT_INLINE Vec<T> exp_terms(Vec<T> r) {
+  constexpr int degree = ExpConstants<T>::degree;
+  Vec<T> p = Vec<T>::broadcast(T(inverse_factorial(degree)));
+#pragma GCC unroll 16
+  for (int k = degree - 1; k >= first; --k) p = fma(p, r, Vec<T>::broadcast(T(inverse_factorial(k))));
+  return p;
+}
+
+#if defined(__AVX512F__)
+
+// 2^(n - floor(n)), by the low bits of n + magic.
+MNIST_EXT_INLINE Vec<float> fractional_power(Vec<float> n_and_magic) {
+  const __m512 powers = _mm512_setr_ps(1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
+                                       1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f,
+                                       1.6104903319f, 1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f);
+  return {_mm512_maskz_permutexvar_ps(0xffff, _mm512_castps_si512(n_and_magic.raw), powers)};
+}
+
+MNIST_EXT_INLINE Vec<double> fractional_power(Vec<double> n_and_magic) {
+  const __m512d powers =
+      _mm512_setr_pd(1.0, 1.0905077326652576592, 1.1892071150027210667, 1.2968395546510096659, 1.4142135623730950488,
+                     1.5422108254079408236, 1.6817928305074290861, 1.8340080864093424635);
+  return {_mm512_maskz_permutexvar_pd(0xff, _mm512_castpd_si512(n_and_magic.raw), powers)};
+}
+
+// p * 2^floor(n), also where the power itself lies outside the exponent range.
+MNIST_EXT_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
+  return {_mm512_maskz_scalef_ps(0xffff, p.raw, n.raw)};
+}
+
+MNIST_EXT_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
+  return {_mm512_maskz_scalef_pd(0xff, p.raw, n.raw)};
+}
+
+#else
 
 // The nearest integer, for |x| < 2^22.
 template <class T>
@@ -50,34 +100,32 @@ MNIST_EXT_INLINE Vec<T> exp2_integral(Vec<T> n) {
   return power;
 }
 
-// p * 2^n, also where 2^n itself lies outside the exponent range.
+// p * 2^n for integral n, also where 2^n itself lies outside the exponent range: two factors, both inside it.
 template <class T>
 MNIST_EXT_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return {_mm512_maskz_scalef_ps(0xffff, p.raw, n.raw)};  // masked: GCC warns of its own header's other form
-  } else {
-    return {_mm512_maskz_scalef_pd(0xff, p.raw, n.raw)};
-  }
-#else
-  const Vec<T> half = round_small(n * Vec<T>::broadcast(T(0.5)));  // two factors, both inside it
+  const Vec<T> half = round_small(n * Vec<T>::broadcast(T(0.5)));
   return p * exp2_integral(half) * exp2_integral(n - half);
-#endif
 }
 
-constexpr double inverse_factorial(int k) { return k <= 1 ? 1.0 : inverse_factorial(k - 1) / k; }
+#endif
 
 template <class T>
 MNIST_EXT_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
   using V = Vec<T>;
   x = max(V::broadcast(C::lowest), x);  // NaN passes: it is the second operand
-  const V n = round_small(x * V::broadcast(T(1.4426950408889634)));
+  const V magic = V::broadcast(C::round_magic / C::steps);
+  const V n_and_magic = fma(x, V::broadcast(T(1.4426950408889634)), magic);
+  const V n = n_and_magic - magic;
   V r = fma(n, V::broadcast(-C::ln2_high), x);
   r = fma(n, V::broadcast(-C::ln2_low), r);
-  V p = V::broadcast(T(inverse_factorial(C::degree)));
-#pragma GCC unroll 16
-  for (int k = C::degree - 1; k >= 0; --k) p = fma(p, r, V::broadcast(T(inverse_factorial(k))));
+  V p;
+  if constexpr (kFetchesPowers) {
+    const V power = fractional_power(n_and_magic);
+    p = fma(power * r, exp_terms<1>(r), power);  // power + power * (exp(r) - 1)
+  } else {
+    p = exp_terms<0>(r);
+  }
   return scale_by_power(p, n);
 }
 

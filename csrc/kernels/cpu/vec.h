@@ -97,10 +97,19 @@ MNIST_EXT_INLINE Vec<T> uncontracted(Vec<T> x) {
   return x;
 }
 
-// The larger one; b where either is NaN.
+// The larger one; b where either is NaN. (With AVX-512 the compiler would make a comparison and a blend of the general
+// form. The forms with a mask: GCC warns of its own header's others.)
 template <class T>
 MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {_mm512_maskz_max_ps(0xffff, a.raw, b.raw)};
+  } else {
+    return {_mm512_maskz_max_pd(0xff, a.raw, b.raw)};
+  }
+#else
   return {a.raw > b.raw ? a.raw : b.raw};
+#endif
 }
 
 // x in the first n lanes, 0 in the others.
