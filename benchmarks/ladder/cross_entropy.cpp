@@ -4,9 +4,10 @@
 //
 //   pass_per_op        each operation reads and writes whole matrices; the exponential is libm's
 //   pass_per_direction one pass forward, which keeps two numbers per row, and one backward
-//   vector_exp         in vectors, with the exponential of exp.h
+//   vector_exp         in vectors, with an exponential by a polynomial of degree 7
 //   row_in_cache       a row's gradient while the row is in the first-level cache
 //   one_exp            the exponentials are kept, where the gradient will be
+//   fetched_powers     (AVX-512) the exponential of exp.h: powers of 2 from a register and a polynomial of degree 3
 //   transposed         (short rows) a vector of rows at a time, transposed in registers: vectors are full
 //   threads            each its share of the rows
 //   cross_entropy      the kernel in use
@@ -76,6 +77,25 @@ void pass_per_op(const Problem& x) {
   }
 }
 
+// exp(x) for x <= 0, as exp.h has it where no permutation fetches powers of 2.
+struct ByPolynomial {
+  static MNIST_EXT_INLINE V exp(V x) {
+    using C = ExpConstants<float>;
+    x = MNIST_EXT_ISA::max(V::broadcast(C::lowest), x);
+    const V magic = V::broadcast(C::round_magic), n = fma(x, V::broadcast(1.4426950408889634f), magic) - magic;
+    V r = fma(n, V::broadcast(-C::ln2_high), x);
+    r = fma(n, V::broadcast(-C::ln2_low), r);
+    V p = V::broadcast(static_cast<float>(inverse_factorial(7)));
+#pragma GCC unroll 8
+    for (int k = 6; k >= 0; --k) p = fma(p, r, V::broadcast(static_cast<float>(inverse_factorial(k))));
+    return scale_by_power(p, n);
+  }
+};
+
+struct InUse {
+  static MNIST_EXT_INLINE V exp(V x) { return MNIST_EXT_ISA::exp(x); }
+};
+
 // What the backward needs to know of a row.
 struct Forward {
   float max, log_sum;
@@ -106,13 +126,13 @@ struct Vectors {
     const float max = row_max(row, classes);
     V sum{};
     for_each_vector<float>(classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      sum = sum + exp(load(row + c, lanes, kLowest) - V::broadcast(max));  // exp(-inf) is 0
+      sum = sum + ByPolynomial::exp(load(row + c, lanes, kLowest) - V::broadcast(max));  // exp(-inf) is 0
     });
     return {max, std::log(reduce_add(sum))};
   }
   static void backward(const float* row, int64_t classes, Forward f, float scale, float* grad) {
     for_each_vector<float>(classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      const V p = exp((load(row + c, lanes) - V::broadcast(f.max)) - V::broadcast(f.log_sum));
+      const V p = ByPolynomial::exp((load(row + c, lanes) - V::broadcast(f.max)) - V::broadcast(f.log_sum));
       store(grad + c, V::broadcast(scale) * p, lanes);
     });
   }
@@ -150,6 +170,7 @@ void row_in_cache(const Problem& x) {
 }
 
 // exp(logit - max) is what the forward adds up and, times 1 / sum, the backward's probability.
+template <class How>
 void one_exp(const Problem& x, Range rows) {
   for (int64_t i = rows.begin; i < rows.end; ++i) {
     const float* row = x.logits + i * x.classes;
@@ -157,7 +178,7 @@ void one_exp(const Problem& x, Range rows) {
     const float max = row_max(row, x.classes);
     V sums{};
     for_each_vector<float>(x.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      const V e = exp(load(row + c, lanes, kLowest) - V::broadcast(max));
+      const V e = How::exp(load(row + c, lanes, kLowest) - V::broadcast(max));
       store(grad + c, e, lanes);
       sums = sums + e;
     });
@@ -279,10 +300,11 @@ void climb(int64_t rows, int64_t classes, const Options& options) {
   ladder.rung("pass_per_direction", 1, [=] { pass_per_direction<Scalar>(x); });
   ladder.rung("vector_exp", 1, [=] { pass_per_direction<Vectors>(x); });
   ladder.rung("row_in_cache", 1, [=] { row_in_cache(x); });
-  ladder.rung("one_exp", 1, [=] { threads(x, 1, one_exp); });
+  ladder.rung("one_exp", 1, [=] { threads(x, 1, one_exp<ByPolynomial>); });
+  if (kFetchesPowers) ladder.rung("fetched_powers", 1, [=] { threads(x, 1, one_exp<InUse>); });
   const bool short_rows = classes <= kFewClasses;
   if (short_rows) ladder.rung("transposed", 1, [=] { threads(x, 1, transposed); });
-  if (n > 1) ladder.rung("threads", n, [=] { threads(x, n, short_rows ? transposed : one_exp); });
+  if (n > 1) ladder.rung("threads", n, [=] { threads(x, n, short_rows ? transposed : one_exp<InUse>); });
   ladder.rung("cross_entropy", n, [=] { cross_entropy(x, n); });
   ladder.run(options);
 }

@@ -103,6 +103,9 @@ struct RecomputedSoftmax {
   V max, log_sum;
 
   MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return exp((load(row + c, lanes) - max) - log_sum); }
+  MNIST_EXT_INLINE auto times(V factor) const {
+    return [*this, factor](int64_t c, int lanes) __attribute__((always_inline)) { return factor * (*this)(c, lanes); };
+  }
   ComputeType<T> at(int64_t c) const { return exp((V::broadcast(load_one(row + c)) - max) - log_sum).raw[0]; }
 };
 
@@ -115,6 +118,7 @@ struct KeptSoftmax {
   V inverse_sum;
 
   MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return load(exponentials + c, lanes) * inverse_sum; }
+  MNIST_EXT_INLINE KeptSoftmax times(V factor) const { return {exponentials, factor * inverse_sum}; }
   ComputeType<T> at(int64_t c) const { return exponentials[c] * inverse_sum.raw[0]; }
 };
 
@@ -183,11 +187,13 @@ void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<
   const A of_target = scale * q.target * q.weight_of(t);
   const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
   const A p_target = softmax.at(t);
-  const V factor = V::broadcast(of_all), scale_vector = V::broadcast(scale);
+  const auto scaled_softmax = softmax.times(V::broadcast(of_all));
+  const V scale_vector = V::broadcast(scale);
   const RowCoefficients<T> coefficients{q, nullptr};
+  const bool smoothed = q.smoothed;  // read once: as far as the compiler knows, the stores might change q
   for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-    V g = factor * softmax(c, lanes);
-    if (q.smoothed) g = g - scale_vector * coefficients(c, lanes);
+    V g = scaled_softmax(c, lanes);
+    if (smoothed) g = g - scale_vector * coefficients(c, lanes);
     store(grad + c, g, lanes);
   });
   // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
@@ -207,10 +213,11 @@ void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coeff
   const A scale = scales[i];
   if (x.grad_logits) {
     T* grad = x.grad_logits + i * p.classes;
-    const V factor = V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients)));
+    const auto scaled_softmax =
+        softmax.times(V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients))));
     const V scale_vector = V::broadcast(scale);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      store(grad + c, factor * softmax(c, lanes) - scale_vector * coefficients(c, lanes), lanes);
+      store(grad + c, scaled_softmax(c, lanes) - scale_vector * coefficients(c, lanes), lanes);
     });
   }
   if (x.grad_probabilities) {
