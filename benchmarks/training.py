@@ -10,7 +10,9 @@ model after `mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`; and `mnist_ext.Trai
 call per step, or with `epoch` one for many. All start from the same weights and see the same
 batches; their losses are compared before anything is timed. They take turns; each turn gives one
 ratio to the swapped model and one to TrainStep. The share of the limit: the step's arithmetic
-against that of PyTorch's product of two 1024x1024 matrices, in the same turns.
+against that of PyTorch's product of two 1024x1024 matrices, in the same turns. core_ns: how far
+apart two cores were before these turns and after them, see cores.py: small steps on two threads
+are slower where that is 170 instead of 30.
 
 Parts: where the time of a step goes, in eager and in ours; and in our kernels alone, called as ops
 without modules, autograd and optimizer around them. Kernels: all of these together on one thread
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import jax_peers
 import torch
+from cores import Cores
 from PIL import Image
 from provenance import describe, fields
 from table import Table
@@ -61,6 +64,7 @@ STEP_COLUMNS = {
     "ratio_p80": ">9.2f",
     "to_one_call": ">11.2f",
     "of_limit": ">8.0%",
+    "core_ns": ">7.0f",
 }
 
 
@@ -76,7 +80,7 @@ class MatrixProduct:
         torch.mm(self.a, self.b)
 
 
-def time_step(table: Table, batch_size: int, activation: str) -> None:
+def time_step(table: Table, cores: Cores, batch_size: int, activation: str) -> None:
     torch.manual_seed(0)
     model = mlp(activation=activation)
     number = max(2, min(64, 16384 // batch_size))
@@ -108,7 +112,9 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
     per_step = seconds(lambda: contestants["torch"].run(20), 1) / 20
     steps = max(1, round(SECONDS_PER_TURN / per_step))
     runs = {name: lambda c=c: c.run(steps) for name, c in contestants.items()}
+    before = cores.nanoseconds()
     times = take_turns(runs, TURNS, seconds_per_turn=0)  # one call is a turn's worth
+    after = cores.nanoseconds()
     products = steps * step_arithmetic(batch_size) / (2 * MatrixProduct.side**3)
     for name in contestants:
         if name == "matrix product":
@@ -128,6 +134,8 @@ def time_step(table: Table, batch_size: int, activation: str) -> None:
             ratio_p80=ratio[2],
             to_one_call=times.ratio(name, "ours TrainStep")[1],
             of_limit=products * times.ratio("matrix product", name)[1],
+            core_ns=before,
+            core_ns_after=after,
         )
 
 
@@ -365,9 +373,10 @@ def main() -> None:
     )
     table = Table(STEP_COLUMNS, fields())
     table.header()
+    cores = Cores()
     for batch_size in args.batch_size:
         for activation in args.activation:
-            time_step(table, batch_size, activation)
+            time_step(table, cores, batch_size, activation)
             time_parts(table, batch_size, activation)
             time_threads(table, batch_size, activation)
     if args.csv:
