@@ -35,6 +35,9 @@ def test_contestants_take_turns():
     times = timing.take_turns(contestants, turns=3, seconds_per_turn=0)
     assert called[-9:] == list("abccbaabc")
     assert all(len(turns) == 3 for turns in times.turns.values())
+    times = timing.take_turns(contestants, turns=1, seconds_per_turn=0, untimed=2)
+    assert called[-9:] == list("aaabbbccc")
+    assert all(len(turns) == 1 for turns in times.turns.values())
 
 
 def test_table_prints_and_writes_every_row(tmp_path, capsys):
