@@ -118,7 +118,8 @@ def compare(
 ) -> None:
     """Time the contestants and add their rows; ratios are to `best`, the time of ours."""
     # As in a training loop, where one call soon follows another: the memory of a large result comes
-    # back as it was left. (A virtual machine may hand it to its host in between, and get it slowly.)
+    # back as it was left. (A virtual machine hands it to its host after a while, and gets it back
+    # slowly.)
     times = take_turns(contestants, turns=table.turns, untimed=1)
     for name in contestants:
         low, middle, high = times.percentiles(name)
