@@ -109,7 +109,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return functional.cross_entropy(
             input,
             target,
-            self._buffers["weight"],  # without a detour through __getattr__
+            self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,  # type: ignore[arg-type]  # any str: checked there
             label_smoothing=self.label_smoothing,

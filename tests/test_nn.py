@@ -53,6 +53,16 @@ def test_cross_entropy_loss_passes_its_arguments(reduction):
         torch.testing.assert_close(ours(input, target), torchs(input, target))
 
 
+def test_class_weights_may_become_a_parameter():
+    input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 0])
+    losses = []
+    for criterion in (nn.CrossEntropyLoss(), mnist_ext.nn.CrossEntropyLoss()):
+        weight = torch.tensor([0.5, 1.0, 2.0, 3.0])
+        criterion.weight = nn.Parameter(weight, requires_grad=False)
+        losses.append(criterion(input, target))
+    torch.testing.assert_close(*losses)
+
+
 def test_swap_keeps_parameters_names_and_results():
     model = mlp()
     input = torch.randn(5, 3, 4)
