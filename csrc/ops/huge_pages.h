@@ -11,8 +11,8 @@
 
 namespace mnist_ext::ops {
 
-// From here on glibc's malloc maps an allocation by itself (its mmap threshold never grows beyond) unless so much is free
-// in one piece, so that as a rule the advice is about nothing else and ends with the tensor.
+// From here on glibc's malloc maps an allocation by itself (its mmap threshold never grows beyond) unless so much is
+// free in one piece, so that as a rule the advice is about nothing else and ends with the tensor.
 inline constexpr std::size_t kHugePagesFrom = std::size_t{32} << 20;
 
 // Asks for huge pages for memory that nothing has been written to. The first write to each page of 4 KiB costs a trip
