@@ -11,8 +11,8 @@ call per step, or with `epoch` one for many. All start from the same weights and
 batches; their losses are compared before anything is timed. They take turns; each turn gives one
 ratio to the swapped model and one to TrainStep. The share of the limit: the step's arithmetic
 against that of PyTorch's product of two 1024x1024 matrices, in the same turns. core_ns: how far
-apart two cores were before these turns and after them, see cores.py: small steps on two threads
-are slower where that is 170 instead of 30.
+apart two cores were before these turns (in the CSV core_ns_after: and after them), see cores.py:
+small steps on two threads are slower where that is 170 instead of 30.
 
 Parts: where the time of a step goes, in eager and in ours; and in our kernels alone, called as ops
 without modules, autograd and optimizer around them. Kernels: all of these together on one thread
