@@ -1,21 +1,25 @@
-"""The ops as ``torch.autograd.Function``s.
+"""The fused ops with their gradients, as ``torch.autograd.Function``s.
 
-All take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call costs five times
-as much. What that form cannot do (torch.func transforms) ``functional`` sends to PyTorch's own ops.
-A backward that is itself recorded (``create_graph=True``) is built from PyTorch's ops, so that it
-can be differentiated again.
+`linear`, `mlp` and `cross_entropy` call the op itself where no gradient is wanted, so that nothing
+is kept. The Functions take the ``forward(ctx, ...)`` form: with a separate ``setup_context`` a call
+costs five times as much. What that form cannot do (torch.func transforms) ``functional`` sends to
+PyTorch's own ops. A backward that is itself recorded (``create_graph=True``) is built from
+PyTorch's ops, so that it can be differentiated again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
+
+from mnist_ext import _torch_private
+from mnist_ext._torch_private import is_batched, is_compiling
 
 _ops = torch.ops.mnist_ext
 # The overloads, looked up once: a packet resolves its overload on every call.
@@ -29,27 +33,17 @@ _cross_entropy_backward = _ops.cross_entropy_backward.default
 # On a device that the host must not wait for: this op decides there.
 _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 
+_is_grad_enabled = torch.is_grad_enabled
+
 
 def _host_may_read(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-# Looked up once, too.
-_is_grad_enabled = torch.is_grad_enabled
-_are_transforms_active = torch._C._are_functorch_transforms_active
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-_is_compiling = torch.compiler.is_dynamo_compiling
-
-
-# torch.backends.cuda.matmul.fp32_precision: unlike the older allow_tf32 it can be read whichever of
-# the two was set.
-_fp32_precision = torch._C._get_fp32_precision_getter
-
-
 # The compiler takes the answer as a constant: what it compiled is guarded by this very setting.
-@torch.compiler.assume_constant_result
+@_torch_private.constant_when_compiled
 def _is_tf32_allowed() -> bool:
-    return _fp32_precision("cuda", "matmul") == "tf32"
+    return _torch_private.fp32_precision("cuda", "matmul") == "tf32"
 
 
 def _may_use_tf32(tensor: Tensor) -> bool:
@@ -60,49 +54,81 @@ def _may_use_tf32(tensor: Tensor) -> bool:
 def _is_recorded() -> bool:
     # A backward that is itself recorded, or run by vmap for many grad_outputs at once, must consist
     # of PyTorch's own ops.
-    return _is_grad_enabled() or _are_transforms_active()
+    return _is_grad_enabled() or _torch_private.are_transforms_active()
+
+
+def _wanted(ctx: Any) -> Sequence[bool]:
+    """Return for each input whether this backward is to make its gradient.
+
+    ``torch.autograd.grad(loss, input)`` wants no gradient of a parameter, though all need one.
+    """
+    needs: Sequence[bool] = ctx.needs_input_grad
+    if is_compiling():  # compiled autograd has no graph to ask
+        return needs
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return [need and _torch_private.will_execute(next(nodes)) for need in needs]
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """Compute ``relu(input @ weight.T + bias)``, or without relu.
+
+    Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N].
+    """
+    if _is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Linear.apply(input, weight, bias, relu)
+    return _linear(input, weight, bias, relu, _may_use_tf32(input))
 
 
 class Linear(Function):
-    """``relu(input @ weight.T + bias)``, or without relu."""
+    """`linear` where a gradient is wanted."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
-    ) -> Tensor:
-        """Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N]."""
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Keep what the backward reads, and nothing else."""
         output = _linear(input, weight, bias, relu, _may_use_tf32(input))
-        need_input, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        need_input, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(
-            input if need_weight else None,  # type: ignore[arg-type]
-            weight if need_input else None,  # type: ignore[arg-type]
-            output if relu else None,  # type: ignore[arg-type]
+            input if need_weight else None,
+            weight if need_input else None,
+            output if relu else None,
         )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients that are needed, None for the others."""
-        arguments = grad_output, *ctx.saved_tensors, ctx.needs_input_grad[2]
-        if _is_recorded():
-            return *_linear_backward_differentiable(*arguments), None
-        return *_linear_backward(*arguments, _may_use_tf32(grad_output)), None
+        """Return the gradients that are wanted, None for the others."""
+        want_input, want_weight, want_bias, _ = _wanted(ctx)
+        input, weight, output = ctx.saved_tensors
+        return *_linear_gradients(
+            grad_output,
+            input if want_weight else None,
+            weight if want_input else None,
+            output,
+            want_bias,
+        ), None
 
 
-def _linear_backward_differentiable(
+def _linear_gradients(
     grad_output: Tensor,
     input: Tensor | None,
     weight: Tensor | None,
     output: Tensor | None,
-    need_bias: bool,
+    want_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As the op `linear_backward`, and differentiable where the backward is recorded."""
+    if not _is_recorded():
+        return _linear_backward(
+            grad_output, input, weight, output, want_bias, _may_use_tf32(grad_output)
+        )
     if output is not None:
         grad_output = torch.where(output <= 0, 0, grad_output)
     rows = _as_matrix(grad_output)
     return (
         grad_output @ weight if weight is not None else None,
         rows.mT @ _as_matrix(input) if input is not None else None,
-        rows.sum(0) if need_bias else None,
+        rows.sum(0) if want_bias else None,
     )
 
 
@@ -113,76 +139,169 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 
 
+def mlp(input: Tensor, layers: list[int], params: list[Tensor]) -> Tensor:
+    """Compute linear layers one after the other: what `linear` computes for each, in one call.
+
+    Shapes: input [..., K]; returns [..., N] of the last layer.
+
+    Args:
+        input: of float32 or float64, on the CPU.
+        layers: for each BIAS, RELU, both or neither.
+        params: the weight of each layer, followed by its bias where it has one; either all need a
+            gradient, or neither they nor input do.
+    """
+    if _is_grad_enabled() and params[0].requires_grad:
+        return MLP.apply(input, layers, *params)
+    return _mlp(input, params, layers, False)[0]
+
+
 class MLP(Function):
-    """Linear layers one after the other: what `Linear` computes for each of them, in one call."""
+    """`mlp` where the gradients of all params are wanted."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layers: list[int], *params: Tensor) -> Tensor:
-        """Shapes: input [..., K]; params, which all need a gradient: see the op; returns [..., N].
-
-        layers: for each BIAS, RELU, both or neither.
-        """
-        output, hidden = _mlp(input, params, layers)
+        """Keep what the backward reads: not the biases, and the first weight only for input."""
+        output, hidden = _mlp(input, params, layers, True)
+        need_input = ctx.needs_input_grad[0]
+        # The others are held without being watched: their values do not matter, and a change of
+        # them is none of the backward's business.
+        read = [p.dim() == 2 and (i > 0 or need_input) for i, p in enumerate(params)]
         ctx.layers = layers
-        ctx.save_for_backward(input, hidden, output if layers[-1] & RELU else None, *params)
+        ctx.unread = [None if is_read else p for p, is_read in zip(params, read, strict=True)]
+        ctx.save_for_backward(
+            input,
+            hidden,
+            output if layers[-1] & RELU else None,
+            *[p for p, is_read in zip(params, read, strict=True) if is_read],
+        )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of input, if it is needed, and of all params."""
-        input, hidden, output, *params = ctx.saved_tensors
-        need_input = ctx.needs_input_grad[0]
-        arguments = grad_output, input, hidden, output, params, ctx.layers, need_input
-        if _is_recorded():
-            grads = _mlp_backward_by_layer(_linear_backward_differentiable, *arguments)
-        elif _is_batched(grad_output):  # by is_grads_batched=True, which takes no op with a list
-            grads = _mlp_backward_by_layer(_linear_backward, *arguments)
-        else:
-            grads = _mlp_backward(*arguments)
-        return (grads[0], None, *grads[1:]) if need_input else (None, None, *grads)
+        """Return the gradients of input and params that are wanted, None for the others."""
+        want_input, _, *want_params = _wanted(ctx)
+        input, hidden, output, *read = ctx.saved_tensors
+        values = iter(read)
+        params = [next(values) if p is None else p for p in ctx.unread]
+        if (
+            _is_recorded()
+            or not all(want_params)
+            or (not is_compiling() and is_batched(grad_output))
+        ):
+            grads = _mlp_gradients_by_layer(
+                grad_output, input, hidden, output, params, ctx.layers, want_input, want_params
+            )
+            return grads[0], None, *grads[1:]
+        grads = _mlp_backward(grad_output, input, hidden, output, params, ctx.layers, want_input)
+        return (grads[0], None, *grads[1:]) if want_input else (None, None, *grads)
 
 
-def _mlp_backward_by_layer(
-    linear_backward: Callable[..., tuple[Tensor | None, ...]],
+def _mlp_gradients_by_layer(
     grad_output: Tensor,
     input: Tensor,
     hidden: Tensor,
     output: Tensor | None,
     params: list[Tensor],
     layers: list[int],
-    need_input: bool,
+    want_input: bool,
+    want_params: Sequence[bool],
 ) -> list[Tensor | None]:
-    # What lies between the layers is no input of the Function: it is computed again from what is.
-    # Where ReLU let nothing through in the forward, which may round differently, it does not here.
-    given = iter(params)
-    inputs, weights = [input], []
-    outputs: list[Tensor | None] = []
-    rows, begin = input.shape[:-1], 0
+    """Return the gradients of input and params that are wanted, None for the others.
+
+    For a backward that is recorded, for one that vmap runs (the op takes a list, which vmap does
+    not), and for one that wants some gradients only, which ends at the first layer of these.
+    """
+    given = iter(zip(params, want_params, strict=True))
+    inputs = _inputs_of_layers(input, hidden, params, layers)
+    outputs = [*inputs[1:], output]
+    weights: list[Tensor] = []
+    wants: list[tuple[bool, bool]] = []
     for layer in layers:
-        weights.append(next(given))
-        product = F.linear(inputs[-1], weights[-1], next(given) if layer & BIAS else None)
-        end = begin + product.numel()
-        is_last = len(weights) == len(layers)
-        kept = output if is_last else hidden[begin:end].view(*rows, product.shape[-1])
-        outputs.append(kept if layer & RELU else None)
-        inputs.append(product if outputs[-1] is None else torch.where(outputs[-1] <= 0, 0, product))
-        begin = end
+        weight, want_weight = next(given)
+        weights.append(weight)
+        wants.append((want_weight, bool(layer & BIAS) and next(given)[1]))
     grads: list[Tensor | None] = []
-    grad: Any = grad_output
+    grad: Tensor | None = grad_output
     for i in reversed(range(len(layers))):
-        weight = weights[i] if i > 0 or need_input else None
-        needs_bias = bool(layers[i] & BIAS)
-        grad, *of_params = linear_backward(grad, inputs[i], weight, outputs[i], needs_bias)
-        grads[:0] = of_params if needs_bias else of_params[:1]
-    return [grad, *grads] if need_input else grads
+        grad_weight = grad_bias = None
+        want_weight, want_bias = wants[i]
+        want_lower = want_input or any(map(any, wants[:i]))
+        if grad is not None:
+            grad, grad_weight, grad_bias = _linear_gradients(
+                grad,
+                inputs[i] if want_weight else None,
+                weights[i] if want_lower else None,
+                outputs[i] if layers[i] & RELU else None,
+                want_bias,
+            )
+        grads[:0] = [grad_weight, grad_bias] if layers[i] & BIAS else [grad_weight]
+    return [grad, *grads]
+
+
+def _inputs_of_layers(
+    input: Tensor, hidden: Tensor, params: list[Tensor], layers: list[int]
+) -> list[Tensor]:
+    """Return what each layer was called with, connected to params and input where recorded."""
+    given = iter(params)
+    inputs = [input]
+    rows, begin = input.shape[:-1], 0
+    for layer in layers[:-1]:
+        weight, bias = next(given), next(given) if layer & BIAS else None
+        end = begin + inputs[-1].shape[:-1].numel() * weight.shape[0]
+        kept = hidden[begin:end].view(*rows, weight.shape[0])
+        begin = end
+        if _is_grad_enabled():
+            product = F.linear(inputs[-1], weight, bias)
+            kept = _WithValue.apply(
+                torch.where(kept <= 0, 0, product) if layer & RELU else product, kept
+            )
+        inputs.append(kept)
+    return inputs
+
+
+class _WithValue(Function):
+    """The value that the forward kept, with the gradient of how it was computed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(product: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> Tensor:
+    """Compute softmax cross-entropy against class indices or probabilities.
+
+    Shapes: see `functional.cross_entropy`. reduction: as the kernels number it.
+    """
+    options = ignore_index, label_smoothing, reduction
+    if _is_grad_enabled() and (logits.requires_grad or target.requires_grad):
+        return CrossEntropy.apply(logits, target, weight, *options)
+    return _cross_entropy(logits, target, weight, *options)[0]
 
 
 class CrossEntropy(Function):
-    """Softmax cross-entropy of logits against class indices or probabilities.
+    """`cross_entropy` where a gradient is wanted.
 
     The gradient of a mean or a sum is known but for a factor, grad_output, which nearly always is
     1: it is formed in the forward, while the logits are in the cache, and handed over to the first
-    backward. A second one, of a retained graph, computes it again from the logits.
+    backward, which scales it. A second one, of a retained graph, and one under hooks of saved
+    tensors, such as checkpointing, form it again from the logits: the same bits.
     """
 
     @staticmethod
@@ -195,91 +314,102 @@ class CrossEntropy(Function):
         label_smoothing: float,
         reduction: int,
     ) -> Tensor:
-        """Shapes: see `functional.cross_entropy`."""
+        """Form the gradient along with the loss, or keep what the backward makes it from."""
         options = ignore_index, label_smoothing, reduction
         needs = ctx.needs_input_grad
-        if (
+        ctx.options, ctx.gradient = options, None
+        ctx.is_scaled = (
             needs[0]
             and not needs[1]
             and reduction != 0
-            # float16 would underflow before grad_output, a loss scale, can prevent it.
-            and logits.dtype is not torch.float16
-            and not _is_compiling()
-        ):
-            loss, gradient = _cross_entropy_with_gradient(logits, target, weight, *options)
-            ctx.options, ctx.gradient = options, gradient
-            ctx.save_for_backward(logits, target, weight)
-            return loss
-        loss, stats, total_weight = _cross_entropy(logits, target, weight, *options)
-        ctx.options, ctx.gradient = options, None
-        ctx.save_for_backward(logits, target, weight, stats, total_weight)
+            # bfloat16 would be rounded twice where grad_output is not 1; float16 would underflow
+            # before grad_output, a loss scale, can prevent it.
+            and logits.dtype.itemsize > 2
+            and not is_compiling()
+        )
+        statistics: list[Tensor] = []
+        # Hooks shall have a say in what is kept, and see nothing on ctx: without the gradient.
+        if ctx.is_scaled and not _torch_private.are_saved_tensors_hooked():
+            loss, ctx.gradient = _cross_entropy_with_gradient(logits, target, weight, *options)
+        else:
+            loss, *statistics = _cross_entropy(logits, target, weight, *options)
+        ctx.save_for_backward(logits, target, weight, *([] if ctx.is_scaled else statistics))
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of logits and probabilities that are needed, None for the rest."""
+        """Return the gradients of logits and probabilities that are wanted, None for the rest."""
+        grads: tuple[Tensor | None, Tensor | None]
         if _is_recorded():
-            grads = _cross_entropy_backward_differentiable(
-                grad_output, *ctx.saved_tensors[:3], *ctx.options, *ctx.needs_input_grad[:2]
-            )
-            return *grads, None, None, None, None
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None or not _can_be_scaled(gradient, grad_output):
-            return *_cross_entropy_gradients(ctx, grad_output), None, None, None, None
-        return _scaled(ctx, gradient, grad_output), None, None, None, None, None
+            grads = _cross_entropy_gradients_recorded(ctx, grad_output)
+        # What compiled autograd makes of this runs many times, and changes no ctx.
+        elif ctx.is_scaled and not is_compiling() and _is_factor(grad_output):
+            gradient, ctx.gradient = ctx.gradient, None
+            if gradient is None:  # none was formed, or a backward has taken it
+                _, gradient = _cross_entropy_with_gradient(*ctx.saved_tensors, *ctx.options)
+            grads = _times_(ctx, gradient, grad_output), None
+        else:
+            grads = _cross_entropy_gradients(ctx, grad_output)
+        return *grads, None, None, None, None
 
 
-def _can_be_scaled(gradient: Tensor, grad_output: Tensor) -> bool:
-    if _is_batched(grad_output):
-        return False
-    if gradient.dtype is not torch.bfloat16 or not _host_may_read(gradient):
-        return True
-    return grad_output.item() == 1  # else rounded twice
+def _is_factor(grad_output: Tensor) -> bool:
+    # A row that is ignored has gradient 0, also times inf or NaN.
+    return not is_batched(grad_output) and (
+        not _host_may_read(grad_output) or math.isfinite(grad_output.item())
+    )
 
 
-def _scaled(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
-    if not _host_may_read(gradient):
-        _cross_entropy_gradient_(gradient, grad_output, *ctx.saved_tensors[:3], *ctx.options)
-        return gradient
-    return gradient if grad_output.item() == 1 else gradient.mul_(grad_output)
+def _times_(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
+    if not _host_may_read(grad_output):
+        _cross_entropy_gradient_(gradient, grad_output, *ctx.saved_tensors, *ctx.options)
+    elif grad_output.item() != 1:
+        gradient.mul_(grad_output)
+    return gradient
 
 
 def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     logits, target, weight, *statistics = ctx.saved_tensors
-    if not statistics:  # the forward formed the gradient, which a backward has taken
-        if _can_be_scaled(logits, grad_output):
-            _, gradient = _cross_entropy_with_gradient(logits, target, weight, *ctx.options)
-            return _scaled(ctx, gradient, grad_output), None
+    if ctx.is_scaled:
         _, *statistics = _cross_entropy(logits, target, weight, *ctx.options)
     return _cross_entropy_backward(
-        grad_output,
-        logits,
-        target,
-        weight,
-        *statistics,
-        *ctx.options,
-        *ctx.needs_input_grad[:2],
+        grad_output, logits, target, weight, *statistics, *ctx.options, *_wanted(ctx)[:2]
     )
 
 
-def _cross_entropy_backward_differentiable(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    need_logits: bool,
-    need_target: bool,
+def _cross_entropy_gradients_recorded(
+    ctx: Any, grad_output: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if target.dtype in (torch.int32, torch.uint8):  # PyTorch's op takes only int64 throughout
-        target = target.long()
-    wanted = [t for t, need in ((logits, need_logits), (target, need_target)) if need]
+    logits, target, weight = ctx.saved_tensors[:3]
+    ignore_index, label_smoothing, reduction = ctx.options
+    want_logits, want_target, *_ = _wanted(ctx)
+    wanted = [t for t, want in ((logits, want_logits), (target, want_target)) if want]
     with torch.enable_grad():
         loss = torch.ops.aten.cross_entropy_loss(
-            logits, target, weight, reduction, ignore_index, label_smoothing
+            *for_pytorchs_op(logits, target, ignore_index),
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
         )
-    recorded = torch.is_grad_enabled()
+    recorded = _is_grad_enabled()
     grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=recorded))
-    return next(grads) if need_logits else None, next(grads) if need_target else None
+    return next(grads) if want_logits else None, next(grads) if want_target else None
+
+
+def for_pytorchs_op(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return logits and target so that PyTorch's cross_entropy means what ours means.
+
+    That takes class indices of int64 only in some places, and lets the logits of an ignored row
+    into the gradient, where NaN and inf are not 0 when multiplied by 0.
+    """
+    if target.is_floating_point():
+        return input, target
+    if target.dtype in (torch.int32, torch.uint8):
+        target = target.long()
+    dim = 1 if input.dim() > 1 else 0
+    positions = input.shape[:dim] + input.shape[dim + 1 :]
+    # Else PyTorch says what is wrong.
+    if input.dim() > 0 and target.shape == positions and target.device == input.device:
+        input = input.masked_fill((target == ignore_index).unsqueeze(dim), 0)
+    return input, target

@@ -44,13 +44,15 @@ def _(
 
 
 @torch.library.register_fake("mnist_ext::mlp")
-def _(input: Tensor, params: list[Tensor], layers: list[int]) -> tuple[Tensor, Tensor]:
+def _(
+    input: Tensor, params: list[Tensor], layers: list[int], keep_hidden: bool
+) -> tuple[Tensor, Tensor]:
     features = [param.shape[0] for param in params if param.dim() == 2]
     torch._check(
         len(features) == len(layers), lambda: "mnist_ext.mlp: params: expected a weight per layer"
     )
-    rows = math.prod(input.shape[:-1])
     output = input.new_empty((*input.shape[:-1], features[-1]))
+    rows = math.prod(input.shape[:-1]) if keep_hidden else 0
     return output, input.new_empty((rows * sum(features[:-1]),))
 
 

@@ -9,21 +9,23 @@ float16 where oneDNN has the CPU's own instructions for it.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.nn import _reduction as _legacy_reduction
 
 from mnist_ext import (
+    _autograd,
     _fake,  # noqa: F401  (registers the shapes that torch.compile asks for)
     _library,
 )
-from mnist_ext._autograd import BIAS, MLP, RELU, CrossEntropy, Linear
+from mnist_ext._autograd import BIAS, RELU
+from mnist_ext._torch_private import is_any_autocast_enabled, is_compiling, observer
 
 Activation = Literal["none", "relu"]
 Reduction = Literal["none", "mean", "sum"]
@@ -45,11 +47,6 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
-def _plain(tensor: Tensor) -> bool:
-    # Subclasses bring their own ops; their type also says so without asking for __torch_function__.
-    return type(tensor) in _TYPES and tensor.layout is torch.strided and not tensor.is_nested
-
-
 def _is_built_for(capability: tuple[int, int], architectures: str) -> bool:
     # A GPU runs the code of an older one of its major number; newer ones compile the last one's.
     built = [tuple(map(int, name.split("."))) for name in architectures.split(";")]
@@ -58,43 +55,32 @@ def _is_built_for(capability: tuple[int, int], architectures: str) -> bool:
     )
 
 
-@functools.cache
+_builds_fit: dict[torch.device, bool] = {}  # CUDA devices whose capability has been asked for
+
+
 def _runs_kernels(device: torch.device) -> bool:
-    if device.type == "cuda" and _library.cuda is not None:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if _library.cuda is None:
+        return False
+    if device not in _builds_fit:
         capability = torch.cuda.get_device_capability(device)
-        return _is_built_for(capability, _library.cuda.architectures)
-    return device.type == "cpu"
-
-
-def _runs_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
-) -> bool:
-    """Whether our kernels do this call, in this dtype instead of input's own."""
-    dtype = dtype or input.dtype
-    if input.is_cpu:
-        fits = weight.is_cpu and (bias is None or bias.is_cpu)
-        return fits and dtype in _LINEAR_DTYPES
-    return (
-        input.is_cuda
-        and weight.device == input.device
-        and (bias is None or bias.device == input.device)
-        and dtype in _DTYPES
-        and _runs_kernels(input.device)
-    )
-
-
-_is_autocast_enabled = torch.is_autocast_enabled
-_is_compiling = torch.compiler.is_dynamo_compiling
-_are_transforms_active = torch._C._are_functorch_transforms_active
-_requires_grad = operator.attrgetter("requires_grad")
-
-
-def _transformed() -> bool:
-    # By torch.func, or for forward-mode derivatives.
-    return _are_transforms_active() or forward_ad._current_level >= 0
+        _builds_fit[device] = _is_built_for(capability, _library.cuda.architectures)
+    return _builds_fit[device]
 
 
 _PYTORCHS_ERRORS = (IndexError, NotImplementedError, RuntimeError, ValueError)
+
+
+def _is_pytorchs(error: Exception) -> bool:
+    """Return whether PyTorch's function raised the error: not a hook or a mode that it called."""
+    traceback: TracebackType | None = error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "mnist_ext.")):
+            return False
+        traceback = traceback.tb_next
+    return type(error) in _PYTORCHS_ERRORS  # a subclass may carry more than a message
 
 
 def _explained(op: str, error: Exception, **arguments: Tensor | None) -> Exception:
@@ -124,9 +110,9 @@ def _is_cast(tensor: Tensor) -> bool:
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast has linear run in; None where it is off or leaves input."""
     device = input.device.type
-    if device not in ("cpu", "cuda") or not _is_autocast_enabled(device) or not _is_cast(input):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if _is_cast(input) else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,9 +121,40 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if _is_cast(tensor) else tensor
 
 
-def _one_per_feature(bias: Tensor, weight: Tensor) -> bool:
-    # A single element is broadcast, which is left to PyTorch; any other length is an error of ours.
-    return bias.dim() == 1 and (bias.shape[0] != 1 or weight.shape[0] == 1)
+def _against_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None = None
+) -> str | None:
+    """Return why this call of linear is PyTorch's, or None: our kernels do it.
+
+    What is left to the op is an error in PyTorch, too: sizes and dtypes that do not fit together.
+    """
+    if (
+        type(input) not in _TYPES
+        or type(weight) not in _TYPES
+        or not (bias is None or type(bias) in _TYPES)
+    ):
+        return "a tensor subclass"
+    if who := observer():
+        return who
+    dtype = input.dtype if autocast is None else autocast
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if tensor.layout is not torch.strided:
+            return "another layout"
+        if not (tensor.is_cpu if input.is_cpu else tensor.device == input.device):
+            return "devices that differ"
+    if input.layout is not torch.strided or input.is_nested:
+        return "another layout"
+    if input.is_cpu:
+        if dtype not in _LINEAR_DTYPES:
+            return "another dtype, or one for which oneDNN has this CPU's own instructions"
+    elif dtype not in _DTYPES or not _runs_kernels(input.device):
+        return "another dtype or device"
+    if input.dim() == 0 or weight.dim() != 2:
+        return "a vector as weight, or no features"
+    # A single element is broadcast; any other length is an error.
+    if bias is not None and (bias.dim() != 1 or (bias.size(0) == 1 and weight.size(0) != 1)):
+        return "a bias that is broadcast"
+    return None
 
 
 def linear(
@@ -164,51 +181,64 @@ def linear(
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
-    relu = _RELU.get(activation)
-    if (
-        type(input) in _TYPES
-        and type(weight) in _TYPES
-        and (bias is None or type(bias) in _TYPES)
-        and relu is not None
-        and _runs_linear(input, weight, bias)
-        and not _transformed()
-        and not _is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-        and not _is_compiling()
-    ):
-        # Nearly every call. The op checks the rest, where that costs nothing.
-        try:
-            return Linear.apply(input, weight, bias, relu)
-        except _PYTORCHS_ERRORS:
-            pass
     relu = _RELU[check_activation(activation)]
-    if (
-        _plain(input)
-        and _plain(weight)
-        and (bias is None or _plain(bias))
-        and _runs_linear(input, weight, bias, autocast := _autocast_dtype(input))
-        and input.dim() > 0
-        and weight.dim() == 2
-        and (bias is None or _one_per_feature(bias, weight))
-        and not _transformed()
-    ):
+    autocast = None
+    if is_any_autocast_enabled() and isinstance(input, Tensor):
+        autocast = _autocast_dtype(input)
+    if _against_linear(input, weight, bias, autocast) is None:
         if autocast is not None:
             input, weight = _cast(input, autocast), _cast(weight, autocast)
             bias = None if bias is None else _cast(bias, autocast)
-        return Linear.apply(input, weight, bias, relu)
+        return _autograd.linear(input, weight, bias, relu)
     try:
         output = F.linear(input, weight, bias)
     except _PYTORCHS_ERRORS as error:
-        if type(error) not in _PYTORCHS_ERRORS:
-            raise  # a subclass may carry more than a message
+        if not _is_pytorchs(error):
+            raise
         raise _explained("linear", error, input=input, weight=weight, bias=bias) from error
     return torch.relu(output) if relu else output
 
 
-def _all_or_nothing(input: Tensor, params: list[Tensor]) -> bool:
+# What `mlp` asks of each parameter.
+_facts = operator.attrgetter("ndim", "dtype", "layout", "is_cpu", "is_nested", "requires_grad")
+
+
+def _against_mlp(
+    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]], params: list[Tensor]
+) -> str | None:
+    """Return why these layers are called one after the other, or None: as one op."""
+    if len(layers) < 2:
+        return "a single layer"
+    if type(input) not in _TYPES or not _TYPES.issuperset(map(type, params)):
+        return "a tensor subclass"
+    if is_compiling():
+        return "torch.compile"
+    if who := observer():
+        return who
+    if is_any_autocast_enabled():
+        return "autocast"
+    dtype = input.dtype
+    if not input.is_cpu or (dtype is not torch.float32 and dtype is not torch.float64):
+        return "another dtype or device"
+    if input.layout is not torch.strided or input.is_nested or input.dim() == 0:
+        return "another layout, or no features"
     # The op makes the gradients of all parameters; without a graph it is not asked for any.
-    return all(map(_requires_grad, params)) or not (
-        any(map(_requires_grad, params)) or input.requires_grad
-    )
+    needs_grad = params[0].requires_grad
+    if input.requires_grad and not needs_grad:
+        return "a gradient of input alone"
+    of_params = dtype, torch.strided, True, False, needs_grad
+    of_weight, of_bias = (2, *of_params), (1, *of_params)
+    features = input.size(-1)
+    for weight, bias, activation in layers:
+        if _facts(weight) != of_weight or (bias is not None and _facts(bias) != of_bias):
+            return "a parameter that differs from the others, or is frozen"
+        outputs, inputs = weight.shape
+        if inputs != features or (bias is not None and bias.shape != (outputs,)):
+            return "sizes that do not fit together, or a bias that is broadcast"
+        features = outputs
+        if activation not in _RELU:
+            return "an unknown activation"
+    return None
 
 
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
@@ -229,32 +259,13 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
-    params: list[Tensor] = []
-    flags: list[int | None] = []
-    for weight, bias, activation in layers:
-        params.append(weight)
-        if bias is None:
-            flags.append(_FLAGS.get(activation))
-        else:
-            params.append(bias)
-            flags.append(_FLAGS_WITH_BIAS.get(activation))
-    if (
-        len(flags) > 1
-        and not _is_compiling()
-        and type(input) in _TYPES
-        and input.is_cpu
-        and input.dtype in (torch.float32, torch.float64)
-        and _TYPES.issuperset(map(type, params))
-        and _all_or_nothing(input, params)
-        and None not in flags
-        and not _transformed()
-        and not _is_autocast_enabled("cpu")
-    ):
-        # The op checks the rest; where it finds fault, the layer concerned says so below.
-        try:
-            return MLP.apply(input, flags, *params)
-        except _PYTORCHS_ERRORS:
-            pass
+    params = [param for layer in layers for param in layer[:2] if param is not None]
+    if _against_mlp(input, layers, params) is None:
+        flags = [
+            (_FLAGS if bias is None else _FLAGS_WITH_BIAS)[activation]
+            for _, bias, activation in layers
+        ]
+        return _autograd.mlp(input, flags, params)
     for weight, bias, activation in layers:
         input = linear(input, weight, bias, activation=activation)
     return input
@@ -264,8 +275,9 @@ def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    *,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
@@ -285,7 +297,9 @@ def cross_entropy(
         target: class indices in ``[0, C)`` or ``ignore_index``, int64, int32 or uint8, of shape
             ``[]``, ``[N]`` or ``[N, d1, ...]``; or class probabilities, of the shape of input.
         weight: ``[C]``, of the dtype of input: a weight per class.
+        size_average: deprecated, as PyTorch's: with ``reduce`` it sets reduction.
         ignore_index: class indices of this value count neither in the loss nor in the gradient.
+        reduce: deprecated, see ``size_average``.
         reduction: ``"mean"`` (with class indices over the weights of the targets that count, NaN if
             there are none; with probabilities over ``N * d1 * ...``), ``"sum"`` or ``"none"``.
         label_smoothing: in [0, 1]: the share of the target that is spread evenly over the classes.
@@ -301,54 +315,23 @@ def cross_entropy(
         RuntimeError: shapes, dtypes or devices that do not fit together, label_smoothing above 1.
         NotImplementedError: logits of an integer dtype.
     """
-    mode = _REDUCTION.get(reduction) if isinstance(reduction, str) else None
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction.legacy_get_string(size_average, reduce)  # type: ignore[assignment]
+    # numpy's integers count as integers here, as in PyTorch.
+    if not isinstance(ignore_index, (int, Tensor)) and hasattr(ignore_index, "__index__"):
+        ignore_index = operator.index(ignore_index)
     if (
-        type(input) in _TYPES
-        and type(target) in _TYPES
-        and weight is None
-        and mode is not None
-        and type(ignore_index) is int
-        and type(label_smoothing) in (float, int)
-        and (
-            (input.is_cpu and target.is_cpu)
-            or (input.is_cuda and target.is_cuda and _runs_kernels(input.device))
-        )
-        and input.numel() > 0
-        and target.dtype in _INDEX_DTYPES
-        and not _transformed()
-        and not _is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-        and not _is_compiling()
+        _against_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        is None
     ):
-        # Nearly every call. The op checks the rest, where that costs nothing.
-        try:
-            return CrossEntropy.apply(input, target, None, ignore_index, label_smoothing, mode)
-        except IndexError:
-            raise
-        except _PYTORCHS_ERRORS:
-            pass
-    if (
-        mode is not None
-        and type(ignore_index) is int
-        and -(2**63) <= ignore_index < 2**63
-        and type(label_smoothing) in (float, int)
-        and _plain(input)
-        and _runs_kernels(input.device)
-        and input.dtype in _DTYPES
-        and input.dim() > 0
-        and _plain(target)
-        and target.device == input.device
-        and _fits(target, input)
-        and (classes := input.size(1 if input.dim() > 1 else 0)) > 0
-        and (weight is None or _is_constant_per_class(weight, classes, input))
-        and 0 <= label_smoothing <= 1
-        and not _transformed()
-    ):
-        if _is_autocast_enabled(input.device.type):
+        if is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
             input, target = _in_float32(input), _in_float32(target)
             weight = None if weight is None else _in_float32(weight)
-        return CrossEntropy.apply(input, target, weight, ignore_index, label_smoothing, mode)
-    if isinstance(target, Tensor) and target.dtype in (torch.int32, torch.uint8):
-        target = target.long()
+        return _autograd.cross_entropy(
+            input, target, weight, ignore_index, label_smoothing, _REDUCTION[reduction]
+        )
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and type(ignore_index) is int:
+        input, target = _autograd.for_pytorchs_op(input, target, ignore_index)
     try:
         return F.cross_entropy(
             input,
@@ -359,11 +342,53 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     except _PYTORCHS_ERRORS as error:
-        if type(error) not in _PYTORCHS_ERRORS:
-            raise  # a subclass may carry more than a message
+        if not _is_pytorchs(error):
+            raise
         raise _explained(
             "cross_entropy", error, input=input, target=target, weight=weight
         ) from error
+
+
+def _against_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> str | None:
+    """Return why this call of cross_entropy is PyTorch's, or None: our kernels do it."""
+    if type(input) not in _TYPES or type(target) not in _TYPES:
+        return "a tensor subclass"
+    if who := observer():
+        return who
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return "an ignore_index that is no integer of 64 bits"
+    if type(label_smoothing) not in (float, int) or not 0 <= label_smoothing <= 1:
+        return "label_smoothing outside [0, 1]"
+    if type(reduction) is not str or reduction not in _REDUCTION:
+        return "an unknown reduction"
+    if not (
+        (input.is_cpu and target.is_cpu)
+        or (target.device == input.device and _runs_kernels(input.device))
+    ):
+        return "another device, or devices that differ"
+    if (
+        input.layout is not torch.strided
+        or input.is_nested
+        or target.layout is not torch.strided
+        or target.is_nested
+    ):
+        return "another layout"
+    if input.dtype not in _DTYPES:
+        return "another dtype"
+    if input.dim() == 0 or input.size(1 if input.dim() > 1 else 0) == 0:
+        return "no classes"
+    if not _fits(target, input):
+        return "a target of another shape or dtype"
+    if weight is not None and not _is_constant_per_class(weight, input):
+        return "a weight that is not one constant for each class"
+    return None
 
 
 def _fits(target: Tensor, input: Tensor) -> bool:
@@ -375,14 +400,15 @@ def _fits(target: Tensor, input: Tensor) -> bool:
     return target.dtype is input.dtype and target.shape == input.shape
 
 
-def _is_constant_per_class(weight: Tensor, classes: int, input: Tensor) -> bool:
+def _is_constant_per_class(weight: Tensor, input: Tensor) -> bool:
     return (
-        _plain(weight)
+        type(weight) in _TYPES
+        and weight.layout is torch.strided
         and not weight.requires_grad
         and weight.device == input.device
         and weight.dtype is input.dtype
         and weight.dim() == 1
-        and weight.size(0) == classes
+        and weight.size(0) == input.size(1 if input.dim() > 1 else 0)
     )
 
 

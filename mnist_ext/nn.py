@@ -1,19 +1,25 @@
-"""The fused ops as modules, and ``swap``, which puts them into an existing model."""
+"""The fused ops as modules, ``swap``, which puts them into an existing model, and ``unswap``."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Linear as _TorchLinear
+from torch.nn import Module as _AnyModule
+from torch.nn import ReLU as _ReLU
 from torch.nn.utils.parametrize import is_parametrized
 
 from mnist_ext import functional
+from mnist_ext._torch_private import is_compiling, observer
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
+_Layer = tuple[Tensor, Tensor | None, functional.Activation]
 
 
 class Linear(torch.nn.Linear):
@@ -28,6 +34,9 @@ class Linear(torch.nn.Linear):
         activation: ``"none"`` or ``"relu"``.
     """
 
+    # Of the class, so that `swap` changes nothing but the class.
+    activation: functional.Activation = "none"
+
     def __init__(
         self,
         in_features: int,
@@ -39,66 +48,87 @@ class Linear(torch.nn.Linear):
         activation: functional.Activation = "none",
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.activation = functional.check_activation(activation)
+        if functional.check_activation(activation) != "none":
+            self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``; see `functional.linear`."""
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
-        """As torch's, and the activation."""
-        return f"{super().extra_repr()}, activation={self.activation!r}"
+        """As torch's, and the activation where there is one."""
+        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        return super().extra_repr() + activation
 
 
 class Sequential(torch.nn.Sequential):
-    """``torch.nn.Sequential`` that calls neighbouring `Linear` layers together.
+    """``torch.nn.Sequential`` that looks ahead and fuses what may be fused in this call.
 
-    Where nobody looks between them (no hooks, of these or of all modules), `functional.mlp`
-    computes them, with the same bits. ``Identity`` may lie between, and ``Flatten`` is done without
-    a call of its module. Everything else is called as PyTorch's ``Sequential`` calls it.
+    `Linear` and ``ReLU`` behind it are one op, and neighbouring such layers one native call
+    (`functional.mlp`), with the same bits. ``Identity`` may lie between, and ``Flatten`` is done
+    without a call of its module. Each module is called as PyTorch's ``Sequential`` calls it where
+    anybody looks between them at that moment: hooks, of a module or of all; a ``forward`` replaced
+    on the instance or the class; a compiled module; modes, tracing and torch.compile; and where a
+    module is of another class.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Call one module after the other."""
         if (
-            type(input) is not Tensor  # tracing, among others, shall see each module
+            type(input) is not Tensor  # tracing by torch.fx, among others, shall see each module
+            or is_compiling()
             or any(_GLOBAL_HOOKS)
-            or _is_compiling()
+            or observer() is not None
+            or _patchable() != _UNPATCHED
         ):
             return super().forward(input)
-        linears: list[Linear] = []
+        layers: list[_Layer] = []  # that wait for what comes behind them
+        module: Any
         for module in self._modules.values():
-            if type(module) is Linear and len(module._parameters) == 2 and not _is_watched(module):
-                linears.append(module)
-            elif type(module) is torch.nn.Flatten and not _is_watched(module):
-                input = _through(linears, input).flatten(module.start_dim, module.end_dim)
-                linears = []
-            elif not (linears and type(module) is torch.nn.Identity and not _is_watched(module)):
-                input = module(_through(linears, input))
-                linears = []
-        return _through(linears, input)
+            kind = type(module)
+            if kind is Linear and len(module._parameters) == 2 and not _is_watched(module):
+                params = module._parameters
+                layers.append((params["weight"], params["bias"], module.activation))
+            elif kind is torch.nn.Flatten and not _is_watched(module):
+                input = _through(layers, input).flatten(module.start_dim, module.end_dim)
+                layers = []
+            elif not layers or kind not in _FUSED or _is_watched(module):
+                input = module(_through(layers, input))
+                layers = []
+            elif kind is _ReLU:
+                layers[-1] = *layers[-1][:2], "relu"
+        return _through(layers, input)
 
 
-def _through(linears: list[Linear], input: Tensor) -> Tensor:
-    if len(linears) < 2:
-        return linears[0](input) if linears else input
-    layers: list[Any] = []
-    for linear in linears:
-        params = linear._parameters
-        layers.append((params["weight"], params["bias"], linear.activation))
-    return functional.mlp(input, layers)
+def _through(layers: list[_Layer], input: Tensor) -> Tensor:
+    if len(layers) == 1:
+        weight, bias, activation = layers[0]
+        return functional.linear(input, weight, bias, activation=activation)
+    return functional.mlp(input, layers) if layers else input
 
 
 # Looked up once: every call asks them.
-_is_compiling = torch.compiler.is_dynamo_compiling
+_FUSED = frozenset((_ReLU, torch.nn.Identity))  # into the Linear before them
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
 _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS]
 
 
+def _patchable() -> tuple[object, ...]:
+    # What tools replace for all layers at once, to see each of them.
+    return _AnyModule.__call__, _TorchLinear.forward, _ReLU.forward, F.linear, F.relu
+
+
+_UNPATCHED = _patchable()
+
+
 def _is_watched(module: torch.nn.Module) -> bool:
     attributes = module.__dict__
-    return any(_hooks_of(attributes)) or "forward" in attributes
+    return (
+        any(_hooks_of(attributes))
+        or "forward" in attributes
+        or "_compiled_call_impl" in attributes  # module.compile()
+    )
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -117,21 +147,20 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 def swap(module: _Module) -> _Module:
-    """Make every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` inside module one of ours.
+    """Make the layers inside module ours, by their class and by nothing else.
 
-    In a ``Sequential``, a ReLU right behind a Linear is fused into it and its place taken by an
-    ``Identity``, so that names and state_dict stay as they are. Modules are changed in place, by
-    their class: Parameter objects, hooks and references to them stay valid. Running it twice
-    changes nothing more. A ``Sequential`` with several Linear layers becomes ours, too, which calls
-    them together.
+    Every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` becomes one of ours, and so does a
+    ``Sequential`` in which a Linear has a neighbour to be fused with: another Linear or a ReLU.
+    Nothing is taken out or moved: Parameter objects, hooks, names, the state_dict and references to
+    the modules stay valid, a layer that is called, replaced or taken out by itself is what it was,
+    and `unswap` undoes it. Running it twice changes nothing more.
 
     Left alone, and named in one warning, are layers whose class is not exactly PyTorch's
     (subclasses, lazy layers that have not seen a batch, parametrized layers: swap first, then
     parametrize) and modules whose ``forward`` was replaced on the instance.
 
-    A ReLU is not fused where somebody may look between the two: if either of them has forward or
-    backward hooks, or if the Linear appears more than once in module. Code that takes a fused
-    Linear out of its Sequential and calls it alone gets the ReLU with it.
+    A loss that a forward computes by itself (``F.cross_entropy``) is out of reach: call
+    `functional.cross_entropy` there.
 
     Args:
         module: a model, a loss, or a bare Linear.
@@ -142,35 +171,71 @@ def swap(module: _Module) -> _Module:
     Warns:
         UserWarning: layers were left alone; which, and why.
     """
-    uses = Counter(id(m) for _, m in module.named_modules(remove_duplicate=False))
+    # The out_proj of a MultiheadAttention is called by nobody: only its parameters are read.
+    never_called = {
+        m.out_proj for m in module.modules() if isinstance(m, torch.nn.MultiheadAttention)
+    }
     left_alone = []
     for name, child in module.named_modules():
-        swapped = _SWAPPED.get(type(child))
+        if child in never_called:
+            continue
         if reason := _reason_to_leave(child):
             left_alone.append(f"{name or 'module'} ({type(child).__name__}: {reason})")
-        elif swapped is not None:
-            child.__class__ = swapped
-            if isinstance(child, Linear):
-                child.activation = "none"
-    for sequential in module.modules():
-        if (
-            isinstance(sequential, torch.nn.Sequential)
-            and type(sequential).forward in (torch.nn.Sequential.forward, Sequential.forward)
-            and not _has_own_forward(sequential)
-        ):
-            _fuse_relu(sequential, uses)
-            if type(sequential) is torch.nn.Sequential:
-                linears = [m for m in sequential if type(m) is Linear]
-                if len(linears) > 1:
-                    sequential.__class__ = Sequential
+        elif type(child) in _SWAPPED:
+            child.__class__ = _SWAPPED[type(child)]
+    for child in module.modules():
+        if type(child) is torch.nn.Sequential and not _is_replaced(child) and _has_pair(child):
+            child.__class__ = Sequential
     if left_alone:
-        warnings.warn(
-            f"mnist_ext.nn.swap left alone: {', '.join(left_alone)}", UserWarning, stacklevel=2
-        )
+        _warn("swap left alone", left_alone)
     return module
 
 
-_SWAPPED = {torch.nn.Linear: Linear, torch.nn.CrossEntropyLoss: CrossEntropyLoss}
+def unswap(module: _Module) -> _Module:
+    """Undo `swap`: every layer of ours inside module becomes PyTorch's, by its class.
+
+    For tools that ask for PyTorch's very classes and pass over others without a word, such as
+    ``quantize_dynamic``, ``fuse_modules``, FLOP counters by module, or ``type(m) is nn.Linear`` in
+    an initialiser: unswap, use the tool, and swap again what is left.
+
+    A `Linear` with an activation of its own, which no swap made, is left alone and named in a
+    warning: PyTorch has no such class.
+
+    Args:
+        module: a model, a loss, or a bare Linear.
+
+    Returns:
+        module itself, with the same Parameter objects, hooks and names.
+
+    Warns:
+        UserWarning: layers were left alone; which, and why.
+    """
+    left_alone = []
+    for name, child in module.named_modules():
+        if type(child) is Linear and child.activation != "none":
+            left_alone.append(f"{name or 'module'} (Linear with activation={child.activation!r})")
+        elif type(child) in _UNSWAPPED:
+            child.__class__ = _UNSWAPPED[type(child)]
+            child.__dict__.pop("activation", None)  # pickled by 0.1.0
+    if left_alone:
+        _warn("unswap left alone", left_alone)
+    return module
+
+
+_SWAPPED: Mapping[type, type] = {
+    torch.nn.Linear: Linear,
+    torch.nn.CrossEntropyLoss: CrossEntropyLoss,
+}
+_UNSWAPPED: Mapping[type, type] = {
+    Linear: torch.nn.Linear,
+    CrossEntropyLoss: torch.nn.CrossEntropyLoss,
+    Sequential: torch.nn.Sequential,
+}
+
+
+def _warn(what: str, names: list[str]) -> None:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    warnings.warn(f"mnist_ext.nn.{what}: {', '.join(names[:3])}{more}", UserWarning, stacklevel=3)
 
 
 def _reason_to_leave(module: torch.nn.Module) -> str | None:
@@ -182,29 +247,14 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
         return "parametrized: swap first"
     if type(module) not in _SWAPPED:
         return "a subclass"
-    return "its forward was replaced" if _has_own_forward(module) else None
+    return "its forward was replaced" if _is_replaced(module) else None
 
 
-def _fuse_relu(sequential: torch.nn.Sequential, uses: Counter[int]) -> None:
-    for index in range(len(sequential) - 1):
-        layer, following = sequential[index], sequential[index + 1]
-        if (
-            type(layer) is Linear
-            and type(following) is torch.nn.ReLU
-            and layer.activation == "none"
-            and uses[id(layer)] == 1
-            and not _has_hooks(layer)
-            and not _has_hooks(following)
-            and not _has_own_forward(following)
-        ):
-            layer.activation = "relu"
-            sequential[index + 1] = torch.nn.Identity().train(following.training)
-
-
-def _has_own_forward(module: torch.nn.Module) -> bool:
+def _is_replaced(module: torch.nn.Module) -> bool:
     # Wrappers that put a function of theirs in place of a module's forward.
     return "forward" in vars(module)
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return any(_hooks_of(vars(module)))
+def _has_pair(sequential: torch.nn.Sequential) -> bool:
+    fused = [type(m) for m in sequential if type(m) in (Linear, torch.nn.ReLU)]
+    return len(fused) > 1 and Linear in fused

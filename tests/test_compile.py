@@ -168,8 +168,8 @@ def forward_and_backward_calls(case, dtype):
             (bias is not None) + 2 * (activation == "relu")
             for bias, activation in zip(tensors[2::2], activations, strict=True)
         ]
-        yield op.mlp.default, (input, params, layers)
-        output, hidden = op.mlp(input, params, layers)
+        yield op.mlp.default, (input, params, layers, True)
+        output, hidden = op.mlp(input, params, layers, True)
         grad_output, kept = torch.randn_like(output), output if layers[-1] & 2 else None
         for need_input in (False, True):
             arguments = grad_output, input, hidden, kept, params, layers, need_input

@@ -1,6 +1,7 @@
 // mlp and mlp_backward on the CPU: checks, allocation, dispatch on the dtype.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -66,6 +67,12 @@ int64_t hidden_size(const std::vector<Layer>& layers, int64_t rows) {
   return rows * features;
 }
 
+int64_t widest_hidden(const std::vector<Layer>& layers) {
+  int64_t features = 0;
+  for (std::size_t l = 0; l + 1 < layers.size(); ++l) features = std::max(features, layers[l].out_features());
+  return features;
+}
+
 // Calls run with an element of the dtype.
 template <class Run>
 void by_dtype(const Tensor& t, const Run& run) {
@@ -73,17 +80,20 @@ void by_dtype(const Tensor& t, const Run& run) {
 }
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& params,
-                               const std::vector<int64_t>& flags) {
+                               const std::vector<int64_t>& flags, bool keep_hidden) {
   const std::vector<Layer> layers = layers_of(kMlp, input, params, flags);
   const Matrix x = as_matrix(input);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
-  const Tensor hidden = empty(dtype_of(input), {hidden_size(layers, x.rows)});
+  // Where nothing is kept, layers write to two buffers by turns.
+  const int64_t buffer_size = keep_hidden ? 0 : x.rows * widest_hidden(layers);
+  const Tensor hidden = empty(dtype_of(input), {keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size});
   by_dtype(input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<LinearForward<T>> forward;
     const T* from = x.data<T>();
     int64_t stride = x.stride;
-    T* to = static_cast<T*>(hidden.mutable_data_ptr());
+    T* const hidden_data = static_cast<T*>(hidden.mutable_data_ptr());
+    T* to = hidden_data;
     for (const Layer& layer : layers) {
       if (&layer == &layers.back()) to = static_cast<T*>(output.mutable_data_ptr());
       forward.push_back({.rows = x.rows,
@@ -98,11 +108,11 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& p
                          .out = to});
       from = to;
       stride = layer.out_features();
-      to += x.rows * stride;
+      to = keep_hidden ? to + x.rows * stride : hidden_data + (to == hidden_data ? buffer_size : 0);
     }
     mlp_forward<T>(forward.data(), static_cast<int64_t>(forward.size()), threads());
   });
-  return {output, hidden};
+  return {output, keep_hidden ? hidden : empty(dtype_of(input), {0})};
 }
 
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& hidden,

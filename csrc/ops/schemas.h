@@ -17,9 +17,9 @@ void define_ops(Library& m) {
       "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 
   // The layers of a multilayer perceptron, one after the other, as `linear` computes each: (output, hidden: the outputs
-  // of all layers but the last, in one tensor). params: the weight of each layer, followed by its bias where it has
-  // one; layers: 1 (has a bias) + 2 (ReLU).
-  m.def("mlp(Tensor input, Tensor[] params, int[] layers) -> (Tensor, Tensor)");
+  // of all layers but the last, in one tensor; without keep_hidden empty). params: the weight of each layer, followed by
+  // its bias where it has one; layers: 1 (has a bias) + 2 (ReLU).
+  m.def("mlp(Tensor input, Tensor[] params, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
 
   // The gradients of input, if need_input, and of each of params. hidden, output: what `mlp` returned; output only
   // where the last layer has a ReLU.
