@@ -10,7 +10,7 @@ PyTorch's ops, so that it can be differentiated again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,13 +57,24 @@ def _is_recorded() -> bool:
     return _is_grad_enabled() or _torch_private.are_transforms_active()
 
 
+# What a backward is asked for beyond needs_input_grad costs some 2 us for each tensor to find out.
+# It is asked where a gradient takes 100 us and more: in multiply-adds, to which memory adds as
+# many as 40 rows would.
+_ASK_FROM = 10_000_000
+_ROWS_OF_MEMORY = 40
+
+
+def _is_worth_asking(rows: int, weights: Iterable[Tensor]) -> bool:
+    return (rows + _ROWS_OF_MEMORY) * sum(map(Tensor.numel, weights)) >= _ASK_FROM
+
+
 def _wanted(ctx: Any) -> Sequence[bool]:
     """Return for each input whether this backward is to make its gradient.
 
     ``torch.autograd.grad(loss, input)`` wants no gradient of a parameter, though all need one.
     """
     needs: Sequence[bool] = ctx.needs_input_grad
-    if is_compiling():  # compiled autograd has no graph to ask
+    if not ctx.asks or is_compiling():  # compiled autograd has no graph to ask
         return needs
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return [need and _torch_private.will_execute(next(nodes)) for need in needs]
@@ -89,6 +100,7 @@ class Linear(Function):
         """Keep what the backward reads, and nothing else."""
         output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]
+        ctx.asks = _is_worth_asking(input.numel() // (weight.shape[1] or 1), (weight,))
         ctx.save_for_backward(
             input if need_weight else None,
             weight if need_input else None,
@@ -139,41 +151,45 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 
 
-def mlp(input: Tensor, layers: list[int], params: list[Tensor]) -> Tensor:
+def mlp(
+    input: Tensor, layers: list[int], weights: list[Tensor], biases: list[Tensor]
+) -> Tensor | None:
     """Compute linear layers one after the other: what `linear` computes for each, in one call.
 
-    Shapes: input [..., K]; returns [..., N] of the last layer.
+    Shapes: input [..., K]; returns [..., N] of the last layer, or None, having done nothing: where
+    the op does not take the tensors, or only some of the gradients are wanted.
 
     Args:
         input: of float32 or float64, on the CPU.
         layers: for each BIAS, RELU, both or neither.
-        params: the weight of each layer, followed by its bias where it has one; either all need a
-            gradient, or neither they nor input do.
+        weights: of each layer.
+        biases: of each layer that has one.
     """
-    if _is_grad_enabled() and params[0].requires_grad:
-        return MLP.apply(input, layers, *params)
-    return _mlp(input, params, layers, False)[0]
+    if _is_grad_enabled():
+        return MLP.apply(input, layers, *weights, *biases)
+    return _mlp(input, weights, biases, layers, False)[0]
 
 
 class MLP(Function):
-    """`mlp` where the gradients of all params are wanted."""
+    """`mlp` where the gradients of all weights and biases may be wanted."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, layers: list[int], *params: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, layers: list[int], *params: Tensor) -> Tensor | None:
         """Keep what the backward reads: not the biases, and the first weight only for input."""
-        output, hidden = _mlp(input, params, layers, True)
-        need_input = ctx.needs_input_grad[0]
-        # The others are held without being watched: their values do not matter, and a change of
-        # them is none of the backward's business.
-        read = [p.dim() == 2 and (i > 0 or need_input) for i, p in enumerate(params)]
+        depth = len(layers)
+        need_input, _, *need_params = ctx.needs_input_grad
+        if not all(need_params) and (need_input or any(need_params)):
+            return None  # the op makes all gradients or none
+        output, hidden = _mlp(input, params[:depth], params[depth:], layers, need_params[0])
+        if output is None or not need_params[0]:
+            return output
+        first_read = 0 if need_input else 1
         ctx.layers = layers
-        ctx.unread = [None if is_read else p for p, is_read in zip(params, read, strict=True)]
-        ctx.save_for_backward(
-            input,
-            hidden,
-            output if layers[-1] & RELU else None,
-            *[p for p, is_read in zip(params, read, strict=True) if is_read],
-        )
+        ctx.asks = _is_worth_asking(output.numel() // (output.shape[-1] or 1), params[:depth])
+        # Held, but not watched: whoever writes to them in between does not change the gradients.
+        ctx.unread = params[:first_read], params[depth:]
+        kept = output if layers[-1] & RELU else None
+        ctx.save_for_backward(input, hidden, kept, *params[first_read:depth])
         return output
 
     @staticmethod
@@ -181,80 +197,91 @@ class MLP(Function):
         """Return the gradients of input and params that are wanted, None for the others."""
         want_input, _, *want_params = _wanted(ctx)
         input, hidden, output, *read = ctx.saved_tensors
-        values = iter(read)
-        params = [next(values) if p is None else p for p in ctx.unread]
+        first, biases = ctx.unread
+        weights, layers = [*first, *read], ctx.layers
         if (
             _is_recorded()
             or not all(want_params)
-            or (not is_compiling() and is_batched(grad_output))
+            or (not is_compiling() and is_batched(grad_output))  # vmap takes no op with a list
         ):
             grads = _mlp_gradients_by_layer(
-                grad_output, input, hidden, output, params, ctx.layers, want_input, want_params
+                grad_output,
+                _inputs_of_layers(input, hidden, weights, biases, layers),
+                output,
+                weights,
+                layers,
+                want_input,
+                want_params,
             )
             return grads[0], None, *grads[1:]
-        grads = _mlp_backward(grad_output, input, hidden, output, params, ctx.layers, want_input)
+        grads = _mlp_backward(
+            grad_output, input, hidden, output, weights, biases, layers, want_input
+        )
         return (grads[0], None, *grads[1:]) if want_input else (None, None, *grads)
 
 
 def _mlp_gradients_by_layer(
     grad_output: Tensor,
-    input: Tensor,
-    hidden: Tensor,
+    inputs: list[Tensor],
     output: Tensor | None,
-    params: list[Tensor],
+    weights: list[Tensor],
     layers: list[int],
     want_input: bool,
-    want_params: Sequence[bool],
+    want_params: list[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of input and params that are wanted, None for the others.
+    """Return the gradients of input, weights and biases that are wanted, None for the others.
 
-    For a backward that is recorded, for one that vmap runs (the op takes a list, which vmap does
-    not), and for one that wants some gradients only, which ends at the first layer of these.
+    It ends at the first layer of which one is wanted.
     """
-    given = iter(zip(params, want_params, strict=True))
-    inputs = _inputs_of_layers(input, hidden, params, layers)
+    depth = len(layers)
     outputs = [*inputs[1:], output]
-    weights: list[Tensor] = []
-    wants: list[tuple[bool, bool]] = []
-    for layer in layers:
-        weight, want_weight = next(given)
-        weights.append(weight)
-        wants.append((want_weight, bool(layer & BIAS) and next(given)[1]))
-    grads: list[Tensor | None] = []
-    grad: Tensor | None = grad_output
-    for i in reversed(range(len(layers))):
-        grad_weight = grad_bias = None
-        want_weight, want_bias = wants[i]
-        want_lower = want_input or any(map(any, wants[:i]))
-        if grad is not None:
-            grad, grad_weight, grad_bias = _linear_gradients(
-                grad,
-                inputs[i] if want_weight else None,
-                weights[i] if want_lower else None,
-                outputs[i] if layers[i] & RELU else None,
-                want_bias,
-            )
-        grads[:0] = [grad_weight, grad_bias] if layers[i] & BIAS else [grad_weight]
-    return [grad, *grads]
+    number = iter(range(depth, len(want_params)))
+    biases = [next(number) if layer & BIAS else None for layer in layers]  # among the params
+    grads: list[Tensor | None] = [None] * (1 + len(want_params))
+    grad: Any = grad_output
+    for i in reversed(range(depth)):
+        bias = biases[i]
+        want_lower = (
+            want_input
+            or any(want_params[:i])
+            or any(want_params[j] for j in biases[:i] if j is not None)
+        )
+        grad, grads[1 + i], grad_bias = _linear_gradients(
+            grad,
+            inputs[i] if want_params[i] else None,
+            weights[i] if want_lower else None,
+            outputs[i] if layers[i] & RELU else None,
+            bias is not None and want_params[bias],
+        )
+        if bias is not None:
+            grads[1 + bias] = grad_bias
+        if grad is None:
+            return grads
+    grads[0] = grad
+    return grads
 
 
 def _inputs_of_layers(
-    input: Tensor, hidden: Tensor, params: list[Tensor], layers: list[int]
+    input: Tensor,
+    hidden: Tensor,
+    weights: list[Tensor],
+    biases: Sequence[Tensor],
+    layers: list[int],
 ) -> list[Tensor]:
-    """Return what each layer was called with, connected to params and input where recorded."""
-    given = iter(params)
+    """Return what each layer was called with, connected to the params and input where recorded."""
+    next_bias = iter(biases)
     inputs = [input]
     rows, begin = input.shape[:-1], 0
-    for layer in layers[:-1]:
-        weight, bias = next(given), next(given) if layer & BIAS else None
-        end = begin + inputs[-1].shape[:-1].numel() * weight.shape[0]
+    for weight, layer in zip(weights[:-1], layers, strict=False):
+        bias = next(next_bias) if layer & BIAS else None
+        end = begin + rows.numel() * weight.shape[0]
         kept = hidden[begin:end].view(*rows, weight.shape[0])
         begin = end
         if _is_grad_enabled():
             product = F.linear(inputs[-1], weight, bias)
-            kept = _WithValue.apply(
-                torch.where(kept <= 0, 0, product) if layer & RELU else product, kept
-            )
+            if layer & RELU:
+                product = torch.where(kept <= 0, 0, product)
+            kept = _WithValue.apply(product, kept)
         inputs.append(kept)
     return inputs
 
@@ -373,7 +400,7 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     if ctx.is_scaled:
         _, *statistics = _cross_entropy(logits, target, weight, *ctx.options)
     return _cross_entropy_backward(
-        grad_output, logits, target, weight, *statistics, *ctx.options, *_wanted(ctx)[:2]
+        grad_output, logits, target, weight, *statistics, *ctx.options, *ctx.needs_input_grad[:2]
     )
 
 
@@ -382,7 +409,7 @@ def _cross_entropy_gradients_recorded(
 ) -> tuple[Tensor | None, Tensor | None]:
     logits, target, weight = ctx.saved_tensors[:3]
     ignore_index, label_smoothing, reduction = ctx.options
-    want_logits, want_target, *_ = _wanted(ctx)
+    want_logits, want_target = ctx.needs_input_grad[:2]
     wanted = [t for t, want in ((logits, want_logits), (target, want_target)) if want]
     with torch.enable_grad():
         loss = torch.ops.aten.cross_entropy_loss(

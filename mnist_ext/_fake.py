@@ -45,12 +45,16 @@ def _(
 
 @torch.library.register_fake("mnist_ext::mlp")
 def _(
-    input: Tensor, params: list[Tensor], layers: list[int], keep_hidden: bool
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    layers: list[int],
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    features = [param.shape[0] for param in params if param.dim() == 2]
     torch._check(
-        len(features) == len(layers), lambda: "mnist_ext.mlp: params: expected a weight per layer"
+        0 < len(weights) == len(layers), lambda: "mnist_ext.mlp: weights: expected one per layer"
     )
+    features = [weight.shape[0] for weight in weights]
     output = input.new_empty((*input.shape[:-1], features[-1]))
     rows = math.prod(input.shape[:-1]) if keep_hidden else 0
     return output, input.new_empty((rows * sum(features[:-1]),))
@@ -62,11 +66,12 @@ def _(
     input: Tensor,
     hidden: Tensor,
     output: Tensor | None,
-    params: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
     layers: list[int],
     need_input: bool,
 ) -> list[Tensor]:
-    grads = [input.new_empty(param.shape) for param in params]
+    grads = [input.new_empty(param.shape) for param in (*weights, *biases)]
     return [input.new_empty(input.shape), *grads] if need_input else grads
 
 

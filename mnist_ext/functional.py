@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -136,23 +136,30 @@ def _against_linear(
         return "a tensor subclass"
     if who := observer():
         return who
-    dtype = input.dtype if autocast is None else autocast
-    for tensor in (weight,) if bias is None else (weight, bias):
-        if tensor.layout is not torch.strided:
-            return "another layout"
-        if not (tensor.is_cpu if input.is_cpu else tensor.device == input.device):
-            return "devices that differ"
-    if input.layout is not torch.strided or input.is_nested:
+    strided = torch.strided
+    if (
+        input.layout is not strided
+        or input.is_nested
+        or weight.layout is not strided
+        or not (bias is None or bias.layout is strided)
+    ):
         return "another layout"
+    dtype = autocast or input.dtype
     if input.is_cpu:
+        if not weight.is_cpu or not (bias is None or bias.is_cpu):
+            return "devices that differ"
         if dtype not in _LINEAR_DTYPES:
             return "another dtype, or one for which oneDNN has this CPU's own instructions"
-    elif dtype not in _DTYPES or not _runs_kernels(input.device):
-        return "another dtype or device"
+    elif (
+        dtype not in _DTYPES
+        or not _runs_kernels(input.device)
+        or weight.device != input.device
+        or not (bias is None or bias.device == input.device)
+    ):
+        return "another dtype or device, or devices that differ"
     if input.dim() == 0 or weight.dim() != 2:
         return "a vector as weight, or no features"
-    # A single element is broadcast; any other length is an error.
-    if bias is not None and (bias.dim() != 1 or (bias.size(0) == 1 and weight.size(0) != 1)):
+    if bias is not None and (bias.dim() != 1 or (bias.numel() == 1 and weight.size(0) != 1)):
         return "a bias that is broadcast"
     return None
 
@@ -199,46 +206,26 @@ def linear(
     return torch.relu(output) if relu else output
 
 
-# What `mlp` asks of each parameter.
-_facts = operator.attrgetter("ndim", "dtype", "layout", "is_cpu", "is_nested", "requires_grad")
-
-
 def _against_mlp(
-    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]], params: list[Tensor]
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], flags: list[Any]
 ) -> str | None:
-    """Return why these layers are called one after the other, or None: as one op."""
-    if len(layers) < 2:
+    """Return why these layers are called one after the other, or None: the op decides.
+
+    It sees dtypes, sizes and devices of all of them in a fraction of the time.
+    """
+    if len(flags) < 2:
         return "a single layer"
-    if type(input) not in _TYPES or not _TYPES.issuperset(map(type, params)):
+    if None in flags:
+        return "an unknown activation"
+    if type(input) not in _TYPES or not _TYPES.issuperset(map(type, weights + biases)):
         return "a tensor subclass"
+    if not input.is_cpu:
+        return "another device"
     if is_compiling():
         return "torch.compile"
-    if who := observer():
-        return who
     if is_any_autocast_enabled():
         return "autocast"
-    dtype = input.dtype
-    if not input.is_cpu or (dtype is not torch.float32 and dtype is not torch.float64):
-        return "another dtype or device"
-    if input.layout is not torch.strided or input.is_nested or input.dim() == 0:
-        return "another layout, or no features"
-    # The op makes the gradients of all parameters; without a graph it is not asked for any.
-    needs_grad = params[0].requires_grad
-    if input.requires_grad and not needs_grad:
-        return "a gradient of input alone"
-    of_params = dtype, torch.strided, True, False, needs_grad
-    of_weight, of_bias = (2, *of_params), (1, *of_params)
-    features = input.size(-1)
-    for weight, bias, activation in layers:
-        if _facts(weight) != of_weight or (bias is not None and _facts(bias) != of_bias):
-            return "a parameter that differs from the others, or is frozen"
-        outputs, inputs = weight.shape
-        if inputs != features or (bias is not None and bias.shape != (outputs,)):
-            return "sizes that do not fit together, or a bias that is broadcast"
-        features = outputs
-        if activation not in _RELU:
-            return "an unknown activation"
-    return None
+    return observer()
 
 
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
@@ -259,13 +246,20 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
-    params = [param for layer in layers for param in layer[:2] if param is not None]
-    if _against_mlp(input, layers, params) is None:
-        flags = [
-            (_FLAGS if bias is None else _FLAGS_WITH_BIAS)[activation]
-            for _, bias, activation in layers
-        ]
-        return _autograd.mlp(input, flags, params)
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    flags: list[Any] = []
+    for weight, bias, activation in layers:
+        weights.append(weight)
+        if bias is None:
+            flags.append(_FLAGS.get(activation))
+        else:
+            biases.append(bias)
+            flags.append(_FLAGS_WITH_BIAS.get(activation))
+    if _against_mlp(input, weights, biases, flags) is None:
+        output = _autograd.mlp(input, flags, weights, biases)
+        if output is not None:
+            return output
     for weight, bias, activation in layers:
         input = linear(input, weight, bias, activation=activation)
     return input
@@ -373,31 +367,21 @@ def _against_cross_entropy(
         or (target.device == input.device and _runs_kernels(input.device))
     ):
         return "another device, or devices that differ"
-    if (
-        input.layout is not torch.strided
-        or input.is_nested
-        or target.layout is not torch.strided
-        or target.is_nested
-    ):
+    if input.layout is not torch.strided or input.is_nested or target.layout is not torch.strided:
         return "another layout"
     if input.dtype not in _DTYPES:
         return "another dtype"
-    if input.dim() == 0 or input.size(1 if input.dim() > 1 else 0) == 0:
+    shape = input.shape
+    if len(shape) == 0 or shape[len(shape) > 1] == 0:
         return "no classes"
-    if not _fits(target, input):
+    # Probabilities of another dtype are promoted, which is left to PyTorch.
+    indices = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    expected = indices if target.dtype in _INDEX_DTYPES else shape
+    if target.shape != expected or (expected is shape and target.dtype is not input.dtype):
         return "a target of another shape or dtype"
     if weight is not None and not _is_constant_per_class(weight, input):
         return "a weight that is not one constant for each class"
     return None
-
-
-def _fits(target: Tensor, input: Tensor) -> bool:
-    if target.dtype in _INDEX_DTYPES:
-        if input.dim() == 2:
-            return target.dim() == 1 and target.size(0) == input.size(0)
-        return target.shape == (input.shape[:1] + input.shape[2:] if input.dim() > 1 else ())
-    # Probabilities. Those of another dtype are promoted, which is left to PyTorch.
-    return target.dtype is input.dtype and target.shape == input.shape
 
 
 def _is_constant_per_class(weight: Tensor, input: Tensor) -> bool:

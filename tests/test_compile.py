@@ -161,18 +161,19 @@ def forward_and_backward_calls(case, dtype):
     elif case.op == "mlp":
         if dtype.itemsize < 4:  # which the op does not take
             return
-        input, *params = tensors
-        params = [p for p in params if p is not None]
+        input, weights = tensors[0], tensors[1::2]
+        biases = [bias for bias in tensors[2::2] if bias is not None]
         activations = case.options["activations"]
         layers = [
             (bias is not None) + 2 * (activation == "relu")
             for bias, activation in zip(tensors[2::2], activations, strict=True)
         ]
-        yield op.mlp.default, (input, params, layers, True)
-        output, hidden = op.mlp(input, params, layers, True)
+        for keep_hidden in (False, True):
+            yield op.mlp.default, (input, weights, biases, layers, keep_hidden)
+        output, hidden = op.mlp(input, weights, biases, layers, True)
         grad_output, kept = torch.randn_like(output), output if layers[-1] & 2 else None
         for need_input in (False, True):
-            arguments = grad_output, input, hidden, kept, params, layers, need_input
+            arguments = grad_output, input, hidden, kept, weights, biases, layers, need_input
             yield op.mlp_backward.default, arguments
     else:
         options = (

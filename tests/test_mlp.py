@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -368,38 +369,26 @@ def test_unknown_activation():
 
 
 INPUT = torch.randn(5, 3)
-PARAMS = [WEIGHTS[0], BIASES[0], WEIGHTS[1], BIASES[1]]
 LAYERS = [3, 1]
-OUTPUT, HIDDEN = op.mlp(INPUT, PARAMS, LAYERS, True)
+OUTPUT, HIDDEN = op.mlp(INPUT, WEIGHTS, BIASES, LAYERS, True)
 
 
-def forward(input=INPUT, params=PARAMS, layers=LAYERS):
-    op.mlp(input, params, layers, True)
+def forward(input=INPUT, weights=WEIGHTS, biases=BIASES, layers=LAYERS):
+    op.mlp(input, weights, biases, layers, True)
 
 
-def backward(
-    grad_output=OUTPUT, input=INPUT, hidden=HIDDEN, output=None, params=PARAMS, layers=LAYERS
-):
-    op.mlp_backward(grad_output, input, hidden, output, params, layers, True)
+def backward(grad_output=OUTPUT, input=INPUT, hidden=HIDDEN, output=None, layers=LAYERS):
+    op.mlp_backward(grad_output, input, hidden, output, WEIGHTS, BIASES, layers, True)
 
 
 @pytest.mark.parametrize(
     ("function", "changed", "message"),
     [
         (forward, {"layers": []}, "layers"),
-        (forward, {"layers": [3]}, "params: expected 2"),
-        (forward, {"layers": [3, 1, 0]}, "params: expected a weight"),
-        (forward, {"layers": [3, 3], "params": PARAMS[:3]}, "params: expected a weight"),
-        (forward, {"input": INPUT.bfloat16()}, "input: expected float32 or float64, got bfloat16"),
-        (forward, {"input": torch.tensor(1.0)}, "input: expected 1 to 64 dimensions"),
-        (forward, {"input": torch.randn(5, 4)}, r"params\[0\]: expected a weight"),
-        (forward, {"params": [*PARAMS[:3], torch.randn(3)]}, r"params\[3\]: expected a bias \[2\]"),
-        (
-            forward,
-            {"params": [*PARAMS[:2], torch.randn(2, 5), BIASES[1]]},
-            r"params\[2\].*\[2, 5\]",
-        ),
-        (forward, {"params": [p.double() for p in PARAMS]}, "params: expected the dtype of input"),
+        (forward, {"layers": [3]}, "weights: expected one for each of 1"),
+        (forward, {"layers": [3, 1, 0]}, "weights: expected one for each of 3 layers, got 2"),
+        (forward, {"layers": [3, 2]}, "biases: expected 1 for these layers, got 2"),
+        (forward, {"biases": BIASES[:1]}, "biases: expected 2 for these layers, got 1"),
         (backward, {"grad_output": torch.randn(5, 3)}, r"grad_output: .*got \[5, 3\]"),
         (backward, {"grad_output": torch.tensor(1.0)}, r"grad_output: .*got \[\]"),
         (backward, {"grad_output": torch.randn(4, 2)}, r"grad_output: .*got \[4, 2\]"),
@@ -410,13 +399,41 @@ def backward(
         (backward, {"output": OUTPUT}, "output: expected it where the last layer has a ReLU"),
         (backward, {"layers": [3, 3]}, "output: expected it where the last layer has a ReLU"),
         (backward, {"layers": [3, 3], "output": OUTPUT[:3]}, r"output: .*got \[3, 2\]"),
-        (backward, {"layers": [1]}, "params: expected 2"),
+        (backward, {"layers": [1]}, "weights: expected one for each of 1"),
     ],
 )
 def test_ops_check_their_arguments(function, changed, message):
     with pytest.raises(RuntimeError, match=message):
         function(**changed)
     function()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"input": INPUT.bfloat16()},
+        {"input": torch.tensor(1.0)},
+        {"input": torch.randn(5, 4)},
+        {"input": INPUT.to_sparse()},
+        {"biases": [BIASES[0], torch.randn(3)]},
+        {"biases": [BIASES[0], torch.randn(1)]},
+        {"biases": [BIASES[0], torch.randn(1, 2)]},
+        {"weights": [WEIGHTS[0], torch.randn(2, 5)]},
+        {"weights": [WEIGHTS[0], torch.randn(4)]},
+        {"weights": [w.double() for w in WEIGHTS]},
+        {"biases": [b.double() for b in BIASES]},
+    ],
+)
+def test_what_the_op_does_not_take_it_leaves_alone(changed):
+    arguments = {"input": INPUT, "weights": WEIGHTS, "biases": BIASES, **changed}
+    assert op.mlp(*arguments.values(), LAYERS, True) == (None, None)
+
+
+def test_a_bias_that_is_broadcast_is_pytorchs():
+    biases = [torch.randn(4), torch.randn(1)]
+    layers = [(w, b, "none") for w, b in zip(WEIGHTS, biases, strict=True)]
+    expected = F.linear(F.linear(INPUT, WEIGHTS[0], biases[0]), WEIGHTS[1], biases[1])
+    torch.testing.assert_close(functional.mlp(INPUT, layers), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
@@ -427,14 +444,14 @@ import resource, torch, mnist_ext
 torch.set_num_threads(2)
 mlp = torch.ops.mnist_ext.mlp
 torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)
-x, params = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+x, weights = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
 torch.set_num_threads(1)
-mlp(x, params, [2, 0], True)  # this thread has its memory
+mlp(x, weights, [], [2, 0], True)  # this thread has its memory
 torch.set_num_threads(2)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
 try:
-    mlp(x, params, [2, 0], True)
+    mlp(x, weights, [], [2, 0], True)
 except (MemoryError, RuntimeError) as error:
     print(type(error).__name__)
 """

@@ -1,5 +1,4 @@
-// How an op is told of several linear layers: their parameters in one list, the weight of each followed by its bias
-// where it has one, and a number for each layer.
+// How an op is told of several linear layers: a number for each.
 #pragma once
 
 #include <cstdint>

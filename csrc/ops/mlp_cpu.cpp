@@ -24,39 +24,34 @@ struct Layer {
   int64_t out_features() const { return weight.rows; }
 };
 
-// The layers, each of which takes what the one before it returns.
-std::vector<Layer> layers_of(const char* op, const Tensor& input, const std::vector<Tensor>& params,
-                             const std::vector<int64_t>& flags) {
+// The layers, each of which takes what the one before it returns; nothing where one of the tensors is not what the
+// kernels take: `linear`, layer by layer, takes it or says what is wrong with it.
+std::optional<std::vector<Layer>> layers_of(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                            const std::vector<Tensor>& biases, const std::vector<int64_t>& flags) {
   check(!flags.empty(), op, ": layers: expected at least one");
-  check(input.scalar_type() == ScalarType::Float || input.scalar_type() == ScalarType::Double, op,
-        ": input: expected float32 or float64, got ", DtypeName(input));
-  check(1 <= input.dim() && input.dim() <= kMaxDims, op, ": input: expected 1 to ", kMaxDims, " dimensions, got ",
-        input.dim());
+  check(weights.size() == flags.size(), op, ": weights: expected one for each of ", flags.size(), " layers, got ",
+        weights.size());
+  const auto count = std::count_if(flags.begin(), flags.end(), [](int64_t flag) { return flag & kBias; });
+  check(static_cast<int64_t>(biases.size()) == count, op, ": biases: expected ", count, " for these layers, got ",
+        biases.size());
+  const ScalarType dtype = input.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) return std::nullopt;
+  if (input.dim() < 1 || input.dim() > kMaxDims) return std::nullopt;
   std::vector<Layer> layers;
   int64_t features = input.size(input.dim() - 1);
-  std::size_t next = 0;
-  for (const int64_t flag : flags) {
-    const bool has_bias = flag & kBias;
-    check(next + (has_bias ? 2 : 1) <= params.size(), op, ": params: expected a weight for each of ", flags.size(),
-          " layers and a bias where it has one, got ", params.size());
-    const Tensor& weight = params[next];
-    check_like(op, "params", weight, "input", input);
-    check(weight.dim() == 2 && weight.size(1) == features, op, ": params[", next,
-          "]: expected a weight [out_features, ", features, "], got ", Shape(weight));
+  auto bias = biases.begin();
+  for (std::size_t l = 0; l < flags.size(); ++l) {
+    const Tensor& weight = weights[l];
+    if (weight.scalar_type() != dtype || weight.dim() != 2 || weight.size(1) != features) return std::nullopt;
     features = weight.size(0);
-    ++next;
-    Layer layer = {as_matrix(weight), std::nullopt, (flag & kRelu) != 0};
-    if (has_bias) {
-      const Tensor& bias = params[next];
-      check_like(op, "params", bias, "input", input);
-      check(bias.dim() == 1 && bias.size(0) == features, op, ": params[", next, "]: expected a bias [", features,
-            "], got ", Shape(bias));
-      layer.bias = bias.is_contiguous() ? bias : torch::stable::contiguous(bias);
-      ++next;
+    Layer layer = {as_matrix(weight), std::nullopt, (flags[l] & kRelu) != 0};
+    if (flags[l] & kBias) {
+      if (bias->scalar_type() != dtype || bias->dim() != 1 || bias->size(0) != features) return std::nullopt;
+      layer.bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+      ++bias;
     }
     layers.push_back(std::move(layer));
   }
-  check(next == params.size(), op, ": params: expected ", next, " for these layers, got ", params.size());
   return layers;
 }
 
@@ -79,9 +74,11 @@ void by_dtype(const Tensor& t, const Run& run) {
   t.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
 }
 
-std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& params,
-                               const std::vector<int64_t>& flags, bool keep_hidden) {
-  const std::vector<Layer> layers = layers_of(kMlp, input, params, flags);
+std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& weights,
+                               const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool keep_hidden) {
+  const auto taken = layers_of(kMlp, input, weights, biases, flags);
+  if (!taken) return {};
+  const std::vector<Layer>& layers = *taken;
   const Matrix x = as_matrix(input);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   // Where nothing is kept, layers write to two buffers by turns.
@@ -116,9 +113,12 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& p
 }
 
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& hidden,
-                                 const std::optional<Tensor>& output, const std::vector<Tensor>& params,
-                                 const std::vector<int64_t>& flags, bool need_input) {
-  const std::vector<Layer> layers = layers_of(kBackward, input, params, flags);
+                                 const std::optional<Tensor>& output, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& biases, const std::vector<int64_t>& flags,
+                                 bool need_input) {
+  const auto taken = layers_of(kBackward, input, weights, biases, flags);
+  check(taken.has_value(), kBackward, ": input, weights, biases: expected what mlp takes");
+  const std::vector<Layer>& layers = *taken;
   const Matrix x = as_matrix(input);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
@@ -141,24 +141,23 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   const int32_t dtype = dtype_of(input);
   std::vector<Tensor> gradients;
   if (need_input) gradients.push_back(empty_with_columns(grad_output, x.columns));
-  for (const Layer& layer : layers) {
-    gradients.push_back(empty(dtype, {layer.out_features(), layer.in_features()}));
-    if (layer.bias) gradients.push_back(empty(dtype, {layer.out_features()}));
-  }
+  for (const Layer& layer : layers) gradients.push_back(empty(dtype, {layer.out_features(), layer.in_features()}));
+  for (const Tensor& bias : biases) gradients.push_back(empty(dtype, {bias.size(0)}));
   const Tensor grad_hidden = empty(dtype, {hidden.numel()});
 
   by_dtype(input, [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
     std::vector<LinearBackward<T>> backward;
-    auto gradient = gradients.begin();
-    T* grad_input = need_input ? data(*gradient++) : nullptr;
+    auto weight_gradient = gradients.begin() + (need_input ? 1 : 0);
+    auto bias_gradient = weight_gradient + static_cast<std::ptrdiff_t>(layers.size());
+    T* grad_input = need_input ? data(gradients[0]) : nullptr;
     const T* from = x.data<T>();
     int64_t stride = x.stride, offset = 0;
     for (const Layer& layer : layers) {
       const bool is_last = &layer == &layers.back();
-      T* grad_weight = data(*gradient++);
-      T* grad_bias = layer.bias ? data(*gradient++) : nullptr;
+      T* grad_weight = data(*weight_gradient++);
+      T* grad_bias = layer.bias ? data(*bias_gradient++) : nullptr;
       T* grad_outputs = data(grad_hidden) + offset;
       const T* outputs = data(hidden) + offset;
       backward.push_back({.rows = x.rows,
@@ -187,11 +186,19 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   return gradients;
 }
 
+// Of tensors that are not on the CPU, or not dense.
+std::tuple<Tensor, Tensor> not_taken(const Tensor&, const std::vector<Tensor>&, const std::vector<Tensor>&,
+                                     const std::vector<int64_t>&, bool) {
+  return {};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CPU, m) {
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CompositeExplicitAutograd, m) { m.impl("mlp", TORCH_BOX(&not_taken)); }
 
 }  // namespace mnist_ext::ops

@@ -17,15 +17,17 @@ void define_ops(Library& m) {
       "bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
 
   // The layers of a multilayer perceptron, one after the other, as `linear` computes each: (output, hidden: the outputs
-  // of all layers but the last, in one tensor; without keep_hidden empty). params: the weight of each layer, followed by
-  // its bias where it has one; layers: 1 (has a bias) + 2 (ReLU).
-  m.def("mlp(Tensor input, Tensor[] params, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
-
-  // The gradients of input, if need_input, and of each of params. hidden, output: what `mlp` returned; output only
-  // where the last layer has a ReLU.
+  // of all layers but the last, in one tensor; without keep_hidden empty). weights: of each layer; biases: of each that
+  // has one; layers: 1 (has a bias) + 2 (ReLU). Both are undefined (None) where the tensors are none that the kernels
+  // take: of float32 or float64, dense, on the CPU, of sizes that fit together.
   m.def(
-      "mlp_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor? output, Tensor[] params, int[] layers, "
-      "bool need_input) -> Tensor[]");
+      "mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
+
+  // The gradients of input, if need_input, of each of weights and of each of biases. hidden, output: what `mlp`
+  // returned; output only where the last layer has a ReLU.
+  m.def(
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor? output, Tensor[] weights, "
+      "Tensor[] biases, int[] layers, bool need_input) -> Tensor[]");
 
   // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
   // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or
