@@ -2,12 +2,16 @@
 
 import sys
 
-from mnist_ext import interrupts
-
 
 def main() -> int:
-    """Run the command line; Ctrl-C is answered from here on."""
-    interrupts.answer()
+    """Run the command line; return its exit code."""
+    try:
+        from mnist_ext import interrupts
+
+        interrupts.answer()
+    except KeyboardInterrupt:  # in the milliseconds until then
+        print("mnist-ext: interrupted", file=sys.stderr)
+        return 130
     from mnist_ext.cli import main
 
     return main()

@@ -13,12 +13,13 @@ _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 def replace_file(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``: readers, also after a crash, see the old file or the new.
 
-    The content goes to ``<path>.<process>.partial`` first, onto the disk, and is then renamed.
+    The content goes to a file ``<path>.<process>-<random>.partial`` first, onto the disk, and is
+    then renamed: of several writers the last one counts.
 
     Raises:
         OSError: the file cannot be written; it is as it was then.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(3).hex()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
