@@ -30,6 +30,9 @@ if not TYPE_CHECKING:
         globals()[name] = value
         return value
 
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
     # Where torch is there already, at once: torch.ops.mnist_ext may be called without these names.
     if "torch" in sys.modules:
         for _name in __all__:
