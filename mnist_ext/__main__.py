@@ -1,7 +1,21 @@
-"""Run the command line as ``python -m mnist_ext``."""
+"""Run the command line: ``mnist-ext``, or ``python -m mnist_ext``."""
 
 import sys
 
-from mnist_ext.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line; return its exit code."""
+    try:
+        from mnist_ext import interrupts
+
+        interrupts.answer()
+    except KeyboardInterrupt:  # in the milliseconds until then
+        print("mnist-ext: interrupted", file=sys.stderr)
+        return 130
+    from mnist_ext.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

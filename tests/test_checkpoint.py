@@ -69,6 +69,22 @@ def test_foreign_files(tmp_path):
         checkpoint.read(path)
 
 
+def test_of_two_writers_at_once_the_last_one_counts(path, monkeypatch):
+    rename = os.replace
+    order = []
+
+    def slow(source, target):
+        order.append(source)
+        if len(order) == 1:
+            atomic.replace_file(path, b"second")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    atomic.replace_file(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
     before = path.read_bytes()
 

@@ -2,7 +2,7 @@
 
 A command has ``add_parser(commands)``, which describes its options and sets ``run``, a function
 from the parsed arguments to the exit code. The modules are imported for ``--help`` too, so that
-they import what takes long (torchvision, matplotlib) within ``run``.
+they import what takes long (torch, matplotlib) within ``run``.
 """
 
 from mnist_ext.commands import bench, doctor, evaluate, predict, report, train
