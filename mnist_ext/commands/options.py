@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,3 +75,8 @@ def folder_name(text: str) -> str:
     if text in ("", ".", "..") or Path(text).name != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder name; see --output-dir")
     return text
+
+
+def data_folder(text: str) -> str:
+    """Return the whole path of a folder: a run that goes on elsewhere finds it again."""
+    return os.path.abspath(os.path.expanduser(text))

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mnist_ext.commands.options import data_folder
 from mnist_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
+        type=data_folder,
         metavar="DIR",
-        help="folder that holds MNIST/raw, or to download to (default: that of the run, then "
-        "$MNIST_EXT_DATA, then the user's cache folder)",
+        help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
+        "(default: that of the run, then $MNIST_EXT_DATA, then the user's cache folder)",
     )
 
 

@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.commands.options import MOST_THREADS, folder_name, integer, number, widths
+from mnist_ext.commands.options import (
+    MOST_THREADS,
+    data_folder,
+    folder_name,
+    integer,
+    number,
+    widths,
+)
 from mnist_ext.commands.train_config import config_of, read_toml
 from mnist_ext.errors import UserError
 from mnist_ext.settings import (
@@ -127,9 +134,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data-dir",
+        type=data_folder,
         metavar="DIR",
-        help="folder that holds MNIST/raw, or to download to (default: $MNIST_EXT_DATA, then "
-        "the user's cache folder)",
+        help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
+        "(default: $MNIST_EXT_DATA, then the user's cache folder)",
     )
     add(
         "--limit-batches",
