@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps({"file": file, "error": str(error)}), flush=True)
             continue
+        if prepared.notice:
+            print(f"mnist-ext: note: {file}: {prepared.notice}", file=sys.stderr, flush=True)
         result = _classify(model, file, prepared)
         if args.json:
             print(json.dumps(result), flush=True)
@@ -99,6 +101,7 @@ def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, An
         "height": prepared.size[1],
         "mode": prepared.mode,
         "seen_as": "dark on light" if prepared.inverted else "light on dark",
+        "notice": prepared.notice,
     }
 
 
