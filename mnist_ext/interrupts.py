@@ -50,20 +50,18 @@ def _importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt within this context, and at its end if that got lost."""
+    """Let Ctrl-C raise KeyboardInterrupt within this context, and at its end if that got lost.
+
+    A destructor or a careless ``except`` may swallow it, or turn it into another exception.
+    """
     global _cleans_up, _came
     _cleans_up, _came = True, False
     try:
         yield
     finally:
         _cleans_up = False
-        _raise_what_got_lost()
-
-
-def _raise_what_got_lost() -> None:
-    """Raise KeyboardInterrupt again where a destructor or a careless ``except`` swallowed it."""
-    if _came:
-        raise KeyboardInterrupt
+        if _came:
+            raise KeyboardInterrupt
 
 
 class StopRequest:
@@ -84,7 +82,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         """Begin to note signals down."""
-        _raise_what_got_lost()
+        if _cleans_up and _came:  # and the exception got lost
+            raise KeyboardInterrupt
         self._terminals = [number for number in _OUTPUTS if os.isatty(number)]
         for number in _STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:

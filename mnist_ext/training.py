@@ -396,18 +396,24 @@ class _Rates:
         return rates
 
 
-def chance(split: Split, limit_batches: int | None = None) -> float:
-    """Return the accuracy in percent that does not stand out from the same answer to every image.
+def at_chance(accuracy: float, split: Split, limit_batches: int | None = None) -> str | None:
+    """Say so where an accuracy does not stand out from the same answer to every image.
 
-    It is the share of the most frequent class and two standard errors of it.
+    It does from two standard errors above the share of the most frequent class on.
 
     Args:
+        accuracy: in percent.
         split: the images and labels.
         limit_batches: as for ``evaluate``.
     """
     share = int(split.labels.bincount().max()) / len(split)
     error = math.sqrt(share * (1 - share) / _evaluated(split, limit_batches))
-    return 100 * (share + 2 * error)
+    if accuracy > 100 * (share + 2 * error):
+        return None
+    return (
+        f"an accuracy of {accuracy:.2f} % is at chance: the same answer to every image reaches "
+        f"{100 * share:.2f} %; another --lr or more --epochs may help"
+    )
 
 
 def _evaluated(split: Split, limit_batches: int | None) -> int:

@@ -46,6 +46,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     """
     from mnist_ext import data, trained
     from mnist_ext.scores import Scores, logits_of
+    from mnist_ext.training import at_chance
 
     model = trained.load(args.run_folder)
     name = args.dataset or model.dataset
@@ -57,9 +58,11 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     how = trained.divergence(args.run_folder)
     if how is None and not math.isfinite(scores.loss):
         how = f"the loss is {scores.loss}"
+    note = at_chance(scores.accuracy, dataset.test)
     if how is not None:
-        text = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
-        print(f"mnist-ext: note: {text}", file=sys.stderr)
+        note = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
+    if note is not None:
+        print(f"mnist-ext: note: {note}", file=sys.stderr)
     return model, dataset, scores
 
 

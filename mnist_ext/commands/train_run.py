@@ -27,8 +27,8 @@ from mnist_ext.training import (
     EpochMetrics,
     StepMetrics,
     Trainer,
+    at_chance,
     build,
-    chance,
     select_device,
 )
 
@@ -147,11 +147,8 @@ def _judge(
 ) -> int:
     """Say what is to be said of the accuracy reached; return the exit code."""
     reached, target = metrics.test_accuracy, config.target_accuracy
-    if reached <= chance(dataset.test, config.limit_batches):
-        output.note(
-            f"a test accuracy of {reached:.2f} % is at chance, no more than the same answer to "
-            "every image reaches; try another --lr, or more --epochs"
-        )
+    if note := at_chance(reached, dataset.test, config.limit_batches):
+        output.note(note)
     if target is None or reached >= target:
         return 0
     if processes.rank == 0:
