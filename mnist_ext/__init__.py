@@ -5,14 +5,32 @@ yours, ``optim`` an SGD with one native call per step, ``TrainStep`` a whole tra
 ``build_info`` says what was built and what is in use.
 """
 
-from mnist_ext import _library
+import sys
+from importlib import import_module
 
-_library.load()
-
-# The library registers the ops that these call.
-from mnist_ext import functional, nn, optim  # noqa: E402
-from mnist_ext._build_info import build_info  # noqa: E402
-from mnist_ext._version import __version__  # noqa: E402
-from mnist_ext.train_step import TrainStep  # noqa: E402
+TYPE_CHECKING = False  # as typing's, which takes longer to import than all the rest
+if TYPE_CHECKING:
+    from mnist_ext import functional, nn, optim
+    from mnist_ext._build_info import build_info
+    from mnist_ext._version import __version__
+    from mnist_ext.train_step import TrainStep
 
 __all__ = ["TrainStep", "__version__", "build_info", "functional", "nn", "optim"]
+
+_HOMES = {"TrainStep": "train_step", "__version__": "_version", "build_info": "_build_info"}
+
+if not TYPE_CHECKING:
+    # The names are imported when they are asked for: the command line answers Ctrl-C and --help
+    # before torch, which takes seconds.
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        value = getattr(module, name) if name in _HOMES else module
+        globals()[name] = value
+        return value
+
+    # Where torch is there already, at once: torch.ops.mnist_ext may be called without these names.
+    if "torch" in sys.modules:
+        for _name in __all__:
+            __getattr__(_name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import mnist_ext._library  # noqa: F401  (before _C: it says what to do where that is missing)
 from mnist_ext import _C, _library
 from mnist_ext._version import __version__
 

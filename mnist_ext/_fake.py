@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mnist_ext import _library  # noqa: F401  (loads the ops)
+
 
 @torch.library.register_fake("mnist_ext::linear")
 def _(

@@ -1,4 +1,7 @@
-"""Loads the compiled libraries, or says what to run where that is not possible."""
+"""Loads the compiled libraries, or says what to run where that is not possible.
+
+What calls the ops imports this module, which loads them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ cuda: ModuleType | None = None
 cuda_reason = ""
 
 
-def load() -> ModuleType:
+def load() -> None:
     """Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``.
 
     torch comes first: its OpenMP runtime is then in the process already, and ours resolves to it.
@@ -40,7 +43,6 @@ def load() -> ModuleType:
             f"Python outside the source folder (this is {__file__})"
         ) from error
     _load_cuda(_C)
-    return _C
 
 
 def _load_cuda(cpu_library: ModuleType) -> None:
@@ -57,3 +59,6 @@ def _load_cuda(cpu_library: ModuleType) -> None:
         cuda_reason = f"mnist_ext._cuda cannot be loaded ({error}): build mnist_ext again"
         return
     cuda = _cuda
+
+
+load()

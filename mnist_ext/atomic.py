@@ -1,20 +1,24 @@
 """Files that are whole at every moment, whatever happens to the process or the machine."""
 
+import errno
+import glob
 import os
 from contextlib import suppress
 from pathlib import Path
+
+# What file systems answer that cannot sync a folder, or let it be written but not be opened.
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``: readers, also after a crash, see the old file or the new.
 
-    The content goes to ``<path>.partial`` first, onto the disk, and is then renamed. One process
-    may write a path at a time.
+    The content goes to ``<path>.<process>.partial`` first, onto the disk, and is then renamed.
 
     Raises:
         OSError: the file cannot be written; it is as it was then.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -25,12 +29,27 @@ def replace_file(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
-    # The rename itself is on the disk only when the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where its file system can do that."""
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes left of replacing ``path``; none may be replacing it now."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}*.partial"):
+        with suppress(OSError):
+            partial.unlink()
 
 
 def sync_file(path: Path) -> None:

@@ -1,8 +1,8 @@
 """The command line: ``mnist-ext COMMAND``. Each command is a module of ``mnist_ext.commands``.
 
 Exit codes: 0 done; 1 the goal was missed: the training diverged, ended early or missed its target;
-2 wrong use or bad input; 130 interrupted by Ctrl-C, 143 by SIGTERM, 141 by a closed pipe, as shells
-count them.
+2 wrong use or bad input; 128 plus the number of a signal that ended it, as shells count them: 130
+Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 141 a closed pipe.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_ext import __version__, distributed
+from mnist_ext import __version__, interrupts
 from mnist_ext.commands import COMMANDS
 from mnist_ext.commands.options import Parser
 from mnist_ext.errors import UserError
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes the process's own.
     """
     code = _main(list(sys.argv[1:] if argv is None else argv))
-    if distributed.joined():
+    # Imported with torch, by who may have joined other processes.
+    distributed = sys.modules.get("mnist_ext.distributed")
+    if distributed is not None and distributed.joined():
         distributed.leave(code)
     return code
 
@@ -36,7 +38,8 @@ def _main(argv: list[str]) -> int:
     try:
         args = _parser().parse_args(argv)
         args.command_line = shlex.join(["mnist-ext", *argv])
-        code: int = args.run(args)
+        with interrupts.cleaning_up():
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except UserError as error:

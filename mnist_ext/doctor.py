@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import mnist_ext
+import mnist_ext._library
 from mnist_ext import _C, _library, build_info, data
 from mnist_ext.errors import UserError
 from mnist_ext.machine import cpu_model, cpus

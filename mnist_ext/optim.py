@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import optimizer as _torchs
 from torch.optim.sgd import sgd as _torchs_sgd
 
+from mnist_ext import _library  # noqa: F401  (loads the ops)
+
 _sgd_step = torch.ops.mnist_ext.sgd_step.default
 _set_grad_enabled = torch._C._set_grad_enabled
 _is_compiling = torch.compiler.is_dynamo_compiling

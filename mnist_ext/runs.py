@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,14 @@ from mnist_ext.data import Dataset
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
 from mnist_ext.settings import TrainConfig
+from mnist_ext.trained import parse_epochs
 from mnist_ext.training import EpochMetrics, StepMetrics, Trainer
 
 # Files that grow; a checkpoint says how long they were.
 LOGS = ("metrics.csv", "steps.csv")
+# Files that are replaced.
+REPLACED = ("config.json", "model.safetensors", checkpoint.FILE_NAME)
+_ELSEWHERE = "choose another folder with --output-dir"
 
 
 class Run:
@@ -54,7 +59,7 @@ class Run:
         now = datetime.now().astimezone()
         output_dir = Path(config.output_dir)
         default_name = f"{now:%Y%m%d-%H%M%S}-{dataset.name}-{config.impl}"
-        with _writing(output_dir):
+        with _writing(output_dir, _ELSEWHERE):
             self._parents = make_folders(output_dir)
             try:
                 self.path = _make_unused_folder(output_dir, config.name or default_name)
@@ -85,7 +90,7 @@ class Run:
         """Continue the run in ``path``: drop what its logs say beyond the checkpoint.
 
         Args:
-            path: the folder.
+            path: the folder, locked.
             config: the settings from now on.
             dataset: the data set of the run.
             environment: of this process; ``config.json`` lists it under ``resumed``.
@@ -101,17 +106,10 @@ class Run:
         try:
             record = json.loads(file.read_bytes())
             resumed = [*record.get("resumed", []), _now_in(environment)]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
         for name, size in log_sizes.items():
-            with _writing(path / name):
-                if size > (found := _size(path / name)):
-                    raise UserError(
-                        f"{path / name} is damaged: it has {found:,} bytes, and had {size:,} when "
-                        "the checkpoint was written"
-                    )
-                if found:
-                    os.truncate(path / name, size)
+            run._cut(name, size)
         record = {**record, "settings": asdict(config), "resumed": resumed}
         run._replace("config.json", json.dumps(record, indent=2).encode() + b"\n")
         return run
@@ -179,7 +177,7 @@ class Run:
             UserError: the file cannot be written.
         """
         path = self.path / checkpoint.FILE_NAME
-        with _writing(path):
+        with self._writing(path.name):
             # What the checkpoint says of the logs is on the disk before it.
             for name in LOGS:
                 sync_file(self.path / name)
@@ -191,17 +189,39 @@ class Run:
             checkpoint.write(path, tensors, values)
         self._keep = self._keep or keep
 
+    def _cut(self, name: str, size: int) -> None:
+        path = self.path / name
+        with self._writing(name):
+            if size > (found := _size(path)):
+                raise UserError(
+                    f"{path} is damaged: it has {found:,} bytes, and had {size:,} when the "
+                    "checkpoint was written"
+                )
+            if size and name == "metrics.csv":
+                parse_epochs(path, path.read_bytes()[:size].decode(errors="replace"))
+            if found:
+                os.truncate(path, size)
+
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         path = self.path / name
-        with _writing(path), path.open("a", newline="") as file:
+        with self._writing(name), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, rows[0], lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerows(rows)
 
     def _replace(self, name: str, content: bytes) -> None:
-        with _writing(self.path / name):
+        with self._writing(name):
             replace_file(self.path / name, content)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        advice = _ELSEWHERE
+        if self._keep:
+            command = f"mnist-ext train --resume {shlex.quote(str(self.path))}"
+            advice = f"mend that, then continue with: {command}"
+        with _writing(self.path / name, advice):
+            yield
 
     def _remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -246,10 +266,8 @@ def _make_unused_folder(parent: Path, name: str) -> Path:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; choose another folder with --output-dir"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; {advice}") from error

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mnist_ext.nn import swap
 from mnist_ext.training import EpochMetrics
 
 _MODEL = "model.safetensors"
+_TRAIN_AGAIN = "train again, with a lower --lr"
 _EXPECTED = "expected a folder that 'mnist-ext train' has written"
 
 
@@ -92,7 +94,7 @@ def load(run: str | Path) -> Trained:
         std = _number(metadata, "std")
         if std <= 0:
             raise ValueError(f"std {std} is not above 0")
-        return Trained(
+        trained = Trained(
             path=folder,
             model=_model(hidden, activation, tensors),
             hidden=hidden,
@@ -104,6 +106,26 @@ def load(run: str | Path) -> Trained:
         )
     except ValueError as error:
         raise UserError(f"{path} is not a model of 'mnist-ext train': {error}") from error
+    for name, parameter in trained.model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{path}: the training diverged ({divergence(folder) or 'as the model shows'}): "
+                f"{name} holds values that are not finite; {_TRAIN_AGAIN}"
+            )
+    return trained
+
+
+def divergence(run: str | Path) -> str | None:
+    """Say which loss of a run's last epoch is not finite; None where none is known to be."""
+    path = Path(run) / "metrics.csv"
+    try:
+        last = parse_epochs(path, _read(path))[-1]
+    except UserError:
+        return None  # the model alone was kept
+    for name, loss in (("training", last.train_loss), ("test", last.test_loss)):
+        if not math.isfinite(loss):
+            return f"the {name} loss was {loss} after epoch {last.epoch}"
+    return None
 
 
 def load_record(run: str | Path) -> Record:
@@ -122,14 +144,32 @@ def load_record(run: str | Path) -> Record:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or not of 'mnist-ext train': restore it") from error
     path = _file(folder, "metrics.csv")
+    return Record(config, parse_epochs(path, _read(path)))
+
+
+def parse_epochs(path: Path, text: str) -> list[EpochMetrics]:
+    """Return the rows of ``metrics.csv``.
+
+    Args:
+        path: its path, for messages.
+        text: its content.
+
+    Raises:
+        UserError: it is damaged, or its epochs do not ascend.
+    """
     try:
-        rows = list(csv.DictReader(_read(path).splitlines()))
-        epochs = [_epoch(row) for row in rows]
+        epochs = [_epoch(row) for row in csv.DictReader(text.splitlines())]
         if not epochs:
             raise ValueError("no epochs")
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged, or not of 'mnist-ext train': restore it") from error
-    return Record(config, epochs)
+    for before, after in pairwise(epochs):
+        if after.epoch <= before.epoch:
+            raise UserError(
+                f"{path} is damaged: epoch {after.epoch} stands after epoch {before.epoch}, as if "
+                "two processes had written it; restore it, or train again"
+            )
+    return epochs
 
 
 def _epoch(row: Mapping[str, str]) -> EpochMetrics:
@@ -152,6 +192,8 @@ def _file(folder: Path, name: str) -> Path:
     if runs:
         newest = max(runs, key=lambda path: (path / name).stat().st_mtime)
         raise UserError(f"{folder} holds runs, but is none itself; its newest one is {newest}")
+    if how := divergence(folder):
+        raise UserError(f"{folder} has no {name}: the training diverged ({how}); {_TRAIN_AGAIN}")
     raise UserError(
         f"{folder} has no {name}: {_EXPECTED} and not stopped before its first epoch was over"
     )
@@ -184,8 +226,6 @@ def _model(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')} of shape "
                 f"{tuple(tensor.shape)} where float32 of shape {shape} is expected"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite")
     model.load_state_dict(tensors, assign=True)
     return swap(model).eval().requires_grad_(False)
 

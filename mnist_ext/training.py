@@ -1,5 +1,6 @@
 """Training and evaluation: the loop that PyTorch's own tutorials teach."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,6 +240,23 @@ class Trainer:
         self._epoch_start = self._generator.get_state()
         return metrics
 
+    def fault(self, metrics: EpochMetrics | None = None) -> str | None:
+        """Say which loss or parameter is not finite, or return None where all are.
+
+        Args:
+            metrics: those of the epoch that is over; None within an epoch.
+        """
+        losses = {"training loss": self._loss_sum.item()}
+        if metrics is not None:
+            losses = {"training loss": metrics.train_loss, "test loss": metrics.test_loss}
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                return f"the {name} is {loss}"
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"the parameter {name} is not finite"
+        return None
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that the training depends on from here: tensors, and values for JSON.
 
@@ -378,6 +396,32 @@ class _Rates:
         return rates
 
 
+def at_chance(accuracy: float, split: Split, limit_batches: int | None = None) -> str | None:
+    """Say so where an accuracy does not stand out from the same answer to every image.
+
+    It does from two standard errors above the share of the most frequent class on.
+
+    Args:
+        accuracy: in percent.
+        split: the images and labels.
+        limit_batches: as for ``evaluate``.
+    """
+    share = int(split.labels.bincount().max()) / len(split)
+    error = math.sqrt(share * (1 - share) / _evaluated(split, limit_batches))
+    if accuracy > 100 * (share + 2 * error):
+        return None
+    return (
+        f"an accuracy of {accuracy:.2f} % is at chance: the same answer to every image reaches "
+        f"{100 * share:.2f} %; another --lr or more --epochs may help"
+    )
+
+
+def _evaluated(split: Split, limit_batches: int | None) -> int:
+    return (
+        len(split) if limit_batches is None else min(len(split), limit_batches * _EVALUATION_BATCH)
+    )
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -401,9 +445,7 @@ def evaluate(
     """
     model.eval()
     device = split.labels.device
-    images_used = len(split)
-    if limit_batches is not None:
-        images_used = min(images_used, limit_batches * _EVALUATION_BATCH)
+    images_used = _evaluated(split, limit_batches)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the loss, of correct answers
     all_batches = batches(split, _EVALUATION_BATCH, mean, std)
     for images, labels in islice(all_batches, processes.rank, limit_batches, processes.size):

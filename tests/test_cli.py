@@ -95,6 +95,28 @@ class TestTrain:
         assert " images/s, 00:00 left" in captured.err
         assert "%|" not in captured.out
 
+    @pytest.mark.parametrize(
+        ("number", "options"),
+        [(signal.SIGINT, []), (signal.SIGTERM, []), (None, ["--lr", "1e30"])],
+    )
+    def test_messages_stand_on_a_line_of_their_own(self, capsys, monkeypatch, number, options):
+        rows_of = training.Trainer._rows
+
+        def sends(self, losses, rates):
+            if number is not None:
+                signal.raise_signal(number)
+            return rows_of(self, losses, rates)
+
+        monkeypatch.setattr(training.Trainer, "_rows", sends)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert cli.main([*DIGITS, *options]) in (1, 130, 143)
+        before, _ = capsys.readouterr().err.split("mnist-ext: ")
+        # The bar is overwritten, and the cursor is back at the start of its line.
+        *_, bar, blanks, rest = before.split("\r")
+        assert "images/s" in bar
+        assert blanks == " " * len(bar)
+        assert rest == ""
+
     def test_settings_and_environment_are_written(self):
         argv = [*DIGITS, "--seed", "5", "--hidden", "16", "--threads", "1"]
         assert cli.main(argv) == 0

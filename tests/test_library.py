@@ -56,17 +56,33 @@ class TestImport:
         shutil.copytree(PACKAGE, target / "mnist_ext", ignore=shutil.ignore_patterns("_C.*.so"))
         return target
 
-    def test_without_a_built_library(self, tmp_path):
+    @pytest.mark.parametrize("imports", ["import torch, mnist_ext", "import mnist_ext.optim"])
+    def test_without_a_built_library(self, tmp_path, imports):
         # An editable install has an import hook that would find the library all the same.
         code = (
             "import sys\n"
             "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
-            "import mnist_ext"
+            + imports
         )
         process = run(code, path=self.copy_package(tmp_path))
         assert process.returncode == 1
         assert last_line(process).startswith("ImportError: mnist_ext: cannot load the compiled")
         assert "pip install ." in last_line(process)
+
+    def test_of_itself_it_does_without_torch(self):
+        code = (
+            "import sys, mnist_ext\n"
+            "print('torch' in sys.modules)\n"
+            "from mnist_ext import *\n"
+            "print(TrainStep.__module__, nn.__name__, build_info()['version'], __version__)\n"
+            "mnist_ext.nothing"
+        )
+        process = run(code)
+        first, second = process.stdout.splitlines()
+        assert first == "False"
+        version = mnist_ext.__version__
+        assert second == f"mnist_ext.train_step mnist_ext.nn {version} {version}"
+        assert last_line(process).endswith("module 'mnist_ext' has no attribute 'nothing'")
 
     @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
     def test_on_a_torch_that_is_too_old(self, version):
@@ -88,14 +104,14 @@ class TestInstructionSet:
         assert process.stdout.split(maxsplit=1) == [forced, "MNIST_EXT_ISA asks for it\n"]
 
     def test_unknown_one_is_an_import_error_with_the_choices(self):
-        process = run("import mnist_ext", MNIST_EXT_ISA="avx3")
+        process = run("from mnist_ext import functional", MNIST_EXT_ISA="avx3")
         assert process.returncode == 1
         assert "ImportError" in last_line(process)
         assert "'avx3'" in last_line(process)
         assert ", ".join(_C.available_isas()) in last_line(process)
 
     def test_empty_is_as_unset(self):
-        process = run("import mnist_ext; print(mnist_ext._C.active_isa())", MNIST_EXT_ISA="")
+        process = run("import torch, mnist_ext; print(mnist_ext._C.active_isa())", MNIST_EXT_ISA="")
         assert process.stdout.strip() == _C.available_isas()[-1]
 
     def test_set_isa_refuses_unknown_names(self):

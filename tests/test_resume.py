@@ -1,18 +1,23 @@
 """A run that was interrupted and resumed is, in every bit, the run that was not."""
 
 import csv
+import errno
 import json
 import os
+import shlex
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from mnist_ext import checkpoint, cli
+from mnist_ext import checkpoint, cli, runs
+from mnist_ext.locks import locked
 from mnist_ext.runs import Run
 from mnist_ext.training import Trainer
 
@@ -104,17 +109,227 @@ def test_interrupted_and_resumed(monkeypatch, capsys, impl, scheduler, moment):
     assert_same_runs(Path("runs/whole"), Path("runs/parts"))
 
 
-def test_sigterm_saves_too(capsys):
-    with a_signal(steps=3, number=signal.SIGTERM):
-        assert cli.main([*DIGITS, "--name", "run"]) == 143
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_other_signals_save_too(capsys, number):
+    with a_signal(steps=3, number=number):
+        assert cli.main([*DIGITS, "--name", "run"]) == 128 + number
     assert "interrupted after step 3 of epoch 1" in capsys.readouterr().err
     assert checkpoint.read(Path("runs/run/checkpoint.safetensors"))[1]["step"] == 3
 
 
+def test_ctrl_c_in_the_last_evaluation(capsys):
+    with a_signal(epochs=1):
+        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 130
+    assert capsys.readouterr().err == (
+        "mnist-ext: interrupted after epoch 1, the last one; written to runs/run\n"
+    )
+    assert cli.main(["train", "--resume", "runs/run"]) == 0
+
+
 def test_signals_are_as_before_afterwards():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
     assert cli.main([*DIGITS, "--epochs", "1"]) == 0
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+class TestTwoProcesses:
+    """The second one on a run; here the first is this process too."""
+
+    @pytest.fixture(autouse=True)
+    def a_run(self):
+        with a_signal(epochs=1):
+            assert cli.main([*DIGITS, "--epochs", "2", "--name", "run"]) == 130
+
+    def resume(self) -> int:
+        return cli.main(["train", "--resume", "runs/run", "--quiet"])
+
+    def test_a_run_in_use_is_left_alone(self, capsys):
+        capsys.readouterr()
+        before = Path("runs/run/config.json").read_bytes()
+        with locked(Path("runs/run")):
+            assert self.resume() == 2
+            err = capsys.readouterr().err
+        assert err.startswith("mnist-ext: error: runs/run is in use: process ")
+        assert f" {os.getpid()} trains it; wait until that has ended, or end it with 'kill " in err
+        assert err.count("\n") == 1
+        assert Path("runs/run/config.json").read_bytes() == before
+        assert self.resume() == 0
+
+    def test_a_run_is_in_use_from_its_start_to_its_end(self, monkeypatch):
+        codes = []
+        record = Run.record
+
+        def second_process(self, metrics):
+            codes.append(cli.main(["train", "--resume", str(self.path), "--quiet"]))
+            record(self, metrics)
+
+        monkeypatch.setattr(Run, "record", second_process)
+        assert cli.main([*DIGITS, "--epochs", "1", "--name", "new"]) == 0
+        assert self.resume() == 0
+        assert codes == [2, 2]
+        for name in ("new", "run"):
+            assert not Path("runs", name, "lock").exists()
+
+    def test_what_a_killed_process_leaves(self):
+        Path("runs/run/lock").write_text("1 here\n")
+        left = [Path(f"runs/run/{name}.1.partial") for name in ("model.safetensors", "config.json")]
+        for path in left:
+            path.touch()
+        assert self.resume() == 0
+        assert not any(path.exists() for path in left)
+
+    def test_a_file_system_without_locks(self, monkeypatch):
+        def flock(file, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        assert self.resume() == 0
+
+    def test_epochs_that_do_not_ascend(self, capsys):
+        path = Path("runs/run/metrics.csv")
+        text = path.read_text()
+        path.write_text(text + text.splitlines(keepends=True)[-1])
+        tensors, values = checkpoint.read(Path("runs/run/checkpoint.safetensors"))
+        values["log_sizes"]["metrics.csv"] = path.stat().st_size
+        checkpoint.write(Path("runs/run/checkpoint.safetensors"), tensors, values)
+        capsys.readouterr()
+        assert self.resume() == 2
+        assert "metrics.csv is damaged: epoch 1 stands after epoch 1" in capsys.readouterr().err
+        assert cli.main(["report", "runs/run"]) == 2
+        assert "metrics.csv is damaged: epoch 1 stands after epoch 1" in capsys.readouterr().err
+
+
+class TestDisk:
+    def test_full_after_an_epoch(self, capsys, monkeypatch):
+        replace_file = runs.replace_file
+
+        def full(path, content):
+            if path.name == "model.safetensors" and path.exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace_file(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "replace_file", full)
+            assert cli.main([*DIGITS, "--epochs", "3", "--name", "a run"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(
+            "mnist-ext: error: cannot write runs/a run/model.safetensors: No space"
+        )
+        # The advice is obeyed word by word.
+        command = err.split("; mend that, then continue with: mnist-ext ")[1]
+        assert cli.main([*shlex.split(command), "--quiet"]) == 0
+        assert [row["epoch"] for row in metrics_of(Path("runs/a run"))] == ["1", "2", "3"]
+
+    def test_full_before_the_first_epoch(self, capsys, monkeypatch):
+        def full(path, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(checkpoint, "replace_file", full)
+        assert cli.main([*DIGITS, "--name", "run"]) == 2
+        assert "choose another folder with --output-dir" in capsys.readouterr().err
+        assert not Path("runs").exists()
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+    def test_folders_that_cannot_be_synced(self, monkeypatch, number):
+        fsync = os.fsync
+
+        def only_files(file):
+            if stat.S_ISDIR(os.fstat(file).st_mode):
+                raise OSError(number, os.strerror(number))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", only_files)
+        assert cli.main([*DIGITS, "--epochs", "1"]) == 0
+
+    def test_files_that_cannot_be_synced(self, capsys, monkeypatch):
+        def none(file):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+        monkeypatch.setattr(os, "fsync", none)
+        assert cli.main([*DIGITS, "--epochs", "1"]) == 2
+        assert "cannot write runs/" in capsys.readouterr().err
+
+
+class TestDivergence:
+    def test_nothing_is_saved_of_it(self, capsys):
+        # One step an epoch: the loss before the last step is finite, the one after it is not.
+        argv = [*DIGITS, "--epochs", "4", "--name", "run", "--batch-size", "1437", "--lr", "1e5"]
+        assert cli.main(argv) == 1
+        err = capsys.readouterr().err
+        assert "the training diverged: the test loss is nan after epoch 2; use a lower --lr" in err
+        assert err.endswith("; runs/run keeps model and checkpoint of epoch 1\n")
+        _, values = checkpoint.read(Path("runs/run/checkpoint.safetensors"))
+        assert values["epoch"] == 1
+        assert [row["test_loss"] for row in metrics_of(Path("runs/run"))][-1] == "nan"
+        model = load_file("runs/run/model.safetensors")
+        assert all(value.isfinite().all() for value in model.values())
+        assert cli.main(["eval", "runs/run"]) == 0
+        assert capsys.readouterr().err == (
+            "mnist-ext: note: the training diverged: the test loss was nan after epoch 2; this is "
+            "the model of epoch 1\n"
+        )
+
+    def test_a_parameter_alone(self, capsys, monkeypatch):
+        rows_of = Trainer._rows
+
+        def poisoned(self, losses, rates):
+            self.model[1].bias.data[3] = -torch.inf  # ReLU hides it from the loss
+            return rows_of(self, losses, rates)
+
+        monkeypatch.setattr(Trainer, "_rows", poisoned)
+        argv = [*DIGITS, "--epochs", "1", "--recipe", "best", "--name", "run"]
+        assert cli.main(argv) == 1
+        err = capsys.readouterr().err
+        assert "the training diverged: the parameter 1.bias is not finite after epoch 1" in err
+        assert not Path("runs/run/model.safetensors").exists()
+
+    def test_where_it_is_interrupted(self, capsys):
+        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
+        good = Path("runs/run/checkpoint.safetensors").read_bytes()
+        poisoned = Trainer.load_state
+
+        def load_state(self, tensors, values):
+            poisoned(self, tensors, values)
+            self.model[1].bias.data[0] = torch.nan
+
+        with pytest.MonkeyPatch.context() as patch, a_signal(steps=3):
+            patch.setattr(Trainer, "load_state", load_state)
+            assert cli.main(["train", "--resume", "runs/run", "--epochs", "2"]) == 130
+        err = capsys.readouterr().err
+        assert "interrupted after step 3 of epoch 2; the training had diverged: " in err
+        assert "runs/run keeps model and checkpoint of epoch 1" in err
+        assert Path("runs/run/checkpoint.safetensors").read_bytes() == good
+
+    def test_before_a_model_was_saved(self, capsys):
+        assert cli.main([*DIGITS, "--lr", "1e30", "--name", "run"]) == 1
+        capsys.readouterr()
+        assert cli.main(["eval", "runs/run"]) == 2
+        err = capsys.readouterr().err
+        assert "the training diverged (the training loss was nan after epoch 1)" in err
+        assert "--lr" in err
+
+    def test_a_model_of_an_older_version(self, capsys):
+        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
+        model = Path("runs/run/model.safetensors")
+        with safe_open(model, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(model)
+        tensors["1.bias"][0] = torch.nan
+        save_file(tensors, model, metadata)
+        for command in ("eval", "report"):
+            assert cli.main([command, "runs/run"]) == 2
+            err = capsys.readouterr().err
+            assert "the training diverged" in err
+            assert "1.bias holds values that are not finite; train again, with a lower --lr" in err
+
+    @pytest.mark.parametrize("lr", ["0", "0.1"])
+    def test_accuracy_at_chance(self, capsys, lr):
+        argv = [word for word in DIGITS if word != "--quiet"]
+        assert cli.main([*argv, "--epochs", "2", "--lr", lr, "--name", "run"]) == 0
+        assert cli.main(["eval", "runs/run"]) == 0
+        notes = capsys.readouterr().err.count("% is at chance: the same answer to every image ")
+        assert notes == (2 if lr == "0" else 0)
 
 
 class TestWhatMayChange:
@@ -139,8 +354,28 @@ class TestWhatMayChange:
 
     def test_a_complete_run_has_nothing_to_do(self, capsys):
         assert cli.main(["train", "--resume", "runs/run"]) == 0
-        assert capsys.readouterr().out.endswith("written to runs/run\n")
+        out = capsys.readouterr().out
+        assert "\nfinished: all 1 epochs of runs/run are done; for more: mnist-ext train " in out
+        # The advice is obeyed word by word.
+        command = out.split("for more: mnist-ext ")[1].splitlines()[0]
+        assert cli.main([*shlex.split(command), "--quiet"]) == 0
+        assert [row["epoch"] for row in metrics_of(Path("runs/run"))] == ["1", "2"]
         assert cli.main(["train", "--resume", "runs/run", "--target-accuracy", "99.9"]) == 1
+
+    def test_a_complete_schedule(self, capsys):
+        argv = [*DIGITS, "--epochs", "1", "--scheduler", "cosine", "--name", "cosine"]
+        assert cli.main(argv) == 0
+        assert cli.main(["train", "--resume", "runs/cosine"]) == 0
+        assert "its cosine schedule ends there: train anew" in capsys.readouterr().out
+
+    def test_fewer_epochs_than_are_done(self, capsys):
+        assert cli.main(["train", "--resume", "runs/run", "--epochs", "2", "--quiet"]) == 0
+        err = self.refused(capsys, "--epochs", "1")
+        assert "--epochs 1 is below what is done: the run has begun epoch 2; give 2 or more" in err
+        with a_signal(steps=1):
+            assert cli.main(["train", "--resume", "runs/run", "--epochs", "4", "--quiet"]) == 130
+        capsys.readouterr()
+        assert "--epochs 2 is below what is done" in self.refused(capsys, "--epochs", "2")
 
     def test_other_settings_are_refused_by_name(self, capsys):
         assert "--lr cannot change" in self.refused(capsys, "--lr", "0.5")

@@ -70,13 +70,26 @@ def widths(text: str) -> tuple[int, ...]:
     return values
 
 
+def path(text: str) -> str:
+    """Return a path with ``~`` expanded, which no shell does in ``--option=~/x`` or a TOML file."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = text.split("/")[0]
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: there is no home folder {user}; ./{user} would be a folder of that name"
+        )
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: it holds a NUL character")
+    return expanded
+
+
+def whole_path(text: str) -> str:
+    """Return a path from the root: a run that goes on elsewhere finds it again."""
+    return os.path.abspath(path(text))
+
+
 def folder_name(text: str) -> str:
     """Check that ``text`` names a folder, without a path to it."""
-    if text in ("", ".", "..") or Path(text).name != text:
+    if text in ("", ".", "..") or "\0" in text or Path(text).name != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder name; see --output-dir")
     return text
-
-
-def data_folder(text: str) -> str:
-    """Return the whole path of a folder: a run that goes on elsewhere finds it again."""
-    return os.path.abspath(os.path.expanduser(text))

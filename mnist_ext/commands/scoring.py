@@ -1,10 +1,12 @@
 """What ``eval`` and ``report`` have in common: a run, its model, and what that scores."""
 
 import argparse
+import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_ext.commands.options import data_folder
+from mnist_ext.commands.options import path, whole_path
 from mnist_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the argument that says which run."""
-    parser.add_argument("run_folder", metavar="RUN", help="folder that 'train' has written")
+    parser.add_argument(
+        "run_folder", type=path, metavar="RUN", help="folder that 'train' has written"
+    )
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        type=data_folder,
+        type=whole_path,
         metavar="DIR",
         help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
         "(default: that of the run, then $MNIST_EXT_DATA, then the user's cache folder)",
@@ -42,6 +46,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     """
     from mnist_ext import data, trained
     from mnist_ext.scores import Scores, logits_of
+    from mnist_ext.training import at_chance
 
     model = trained.load(args.run_folder)
     name = args.dataset or model.dataset
@@ -49,7 +54,16 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
         raise UserError(f"the run was trained on {name!r}, which is unknown here: use --dataset")
     dataset = data.load(name, args.data_dir or _folder_of_the_run(args.run_folder))
     logits = logits_of(model.model, dataset.test, model.mean, model.std)
-    return model, dataset, Scores(logits, dataset.test.labels)
+    scores = Scores(logits, dataset.test.labels)
+    how = trained.divergence(args.run_folder)
+    if how is None and not math.isfinite(scores.loss):
+        how = f"the loss is {scores.loss}"
+    note = at_chance(scores.accuracy, dataset.test)
+    if how is not None:
+        note = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
+    if note is not None:
+        print(f"mnist-ext: note: {note}", file=sys.stderr)
+    return model, dataset, scores
 
 
 def _folder_of_the_run(run: str) -> str | None:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from mnist_ext.commands.options import (
     MOST_THREADS,
-    data_folder,
     folder_name,
     integer,
     number,
+    path,
+    whole_path,
     widths,
 )
 from mnist_ext.commands.train_config import config_of, read_toml
@@ -30,9 +31,9 @@ examples:
   mnist-ext train --resume runs/NAME
   torchrun --nproc-per-node=2 -m mnist_ext train --batch-size 128
 
-Ctrl-C saves a checkpoint and says how to continue.
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save a checkpoint; a line says how to continue.
 exit codes: 0 done, 1 diverged, below the target or a process lost, 2 wrong use or bad input,
-130 Ctrl-C, 143 SIGTERM"""
+130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1"""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -106,12 +107,14 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--config",
+        type=path,
         metavar="FILE",
         help="TOML file of settings, named as the options without the dashes; options given here "
         "override it",
     )
     add(
         "--resume",
+        type=path,
         metavar="RUN",
         help="continue the run in this folder, bit for bit, from its checkpoint; only --epochs "
         "(where no scheduler depends on it), --data-dir, --threads, --target-accuracy and the "
@@ -134,7 +137,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data-dir",
-        type=data_folder,
+        type=whole_path,
         metavar="DIR",
         help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
         "(default: $MNIST_EXT_DATA, then the user's cache folder)",
@@ -245,6 +248,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--output-dir",
+        type=path,
         metavar="DIR",
         help=f"folder to create the run's folder in (default: {TrainConfig.output_dir})",
     )

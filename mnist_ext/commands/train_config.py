@@ -39,16 +39,17 @@ def config_of(given: dict[str, Any], dry_run: bool = False) -> TrainConfig:
     return config
 
 
-def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
+def resumed_config(state: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     """Return the settings of a run that goes on.
 
     Args:
-        saved: the settings in its checkpoint.
+        state: the values in its checkpoint.
         given: settings by name that are to change.
 
     Raises:
-        UserError: a setting cannot change, or ``saved`` are not such settings.
+        UserError: a setting cannot change, or the checkpoint has not such settings.
     """
+    saved = state["settings"]
     try:
         config = TrainConfig(**{**saved, "hidden": tuple(saved["hidden"])})
     except (TypeError, KeyError):
@@ -63,6 +64,12 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
                 f"--{name.replace('_', '-')} cannot change when a run goes on{reason}: it is "
                 f"{getattr(config, name)!r}; leave it out"
             )
+    begun = state["epoch"] + (state["step"] > 0)
+    if given.get("epochs", begun) < begun:
+        raise UserError(
+            f"--epochs {given['epochs']} is below what is done: the run has begun epoch {begun}; "
+            f"give {begun} or more, or leave it out"
+        )
     return TrainConfig(**{**asdict(config), "hidden": config.hidden, **given})
 
 
@@ -73,12 +80,18 @@ def read_toml(path: str) -> list[str]:
         UserError: the file cannot be read, is no TOML, or has a key or value that is no setting.
     """
     try:
-        values = tomllib.loads(Path(path).read_bytes().decode())
+        values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        return [_argument(path, key, value) for key, value in values.items()]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} is no TOML file: {error}") from None
-    return [_argument(path, key, value) for key, value in values.items()]
+    except (ValueError, RecursionError):
+        # Python's limits: digits of a number, and tables or lists in one another.
+        raise UserError(
+            f"{path} is no TOML file of settings: a number in it is too long, or it is nested too "
+            "deeply"
+        ) from None
 
 
 def _argument(path: str, key: str, value: Any) -> str:

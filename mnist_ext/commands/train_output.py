@@ -1,8 +1,11 @@
 """What ``mnist-ext train`` prints: lines and a bar for a person, or JSON for a program."""
 
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +54,16 @@ class Output:
     def end(self, metrics: EpochMetrics, path: Path | None) -> None:
         """Show that the run is complete."""
 
+    def finished(self, text: str) -> None:
+        """Show that the run was complete before, and how to train on."""
+
+    def note(self, text: str) -> None:
+        """Print what is worth knowing on standard error."""
+
+    def tell(self, text: str) -> None:
+        """Print what must be known, an error above all, on standard error."""
+        print(f"mnist-ext: {text}", file=sys.stderr, flush=True)
+
 
 class Lines(Output):
     """Lines on standard output, and a bar on standard error where that is a terminal."""
@@ -59,11 +72,15 @@ class Lines(Output):
         self._epochs, self._images_per_epoch = epochs, images_per_epoch
         self._accuracy, self._loss = "", ""
         self._pending, self._looked = 0, 0.0
+        self._images_done = images_done
         self._bar: Any = None
+
+    def __enter__(self) -> "Output":
+        """Show the bar."""
         if sys.stderr.isatty():
             self._bar = tqdm(
-                total=epochs * images_per_epoch,
-                initial=images_done,
+                total=self._epochs * self._images_per_epoch,
+                initial=self._images_done,
                 unit=" images",
                 unit_scale=True,
                 leave=False,
@@ -71,6 +88,7 @@ class Lines(Output):
                 bar_format=_BAR,
             )
             self._move()
+        return self
 
     def __exit__(
         self,
@@ -113,6 +131,19 @@ class Lines(Output):
         """Say where the run is."""
         self._print("dry run: nothing is written" if path is None else f"written to {path}")
 
+    def finished(self, text: str) -> None:
+        """Print it."""
+        self._print(text)
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        self.tell(f"note: {text}")
+
+    def tell(self, text: str) -> None:
+        """Print it, not on the bar's line."""
+        with self._without_bar():
+            super().tell(text)
+
     def _move(self) -> None:
         self._bar.n += self._pending
         self._pending = 0
@@ -122,9 +153,14 @@ class Lines(Output):
 
     def _print(self, text: str) -> None:
         # The bar is on the same terminal, as a rule.
+        with self._without_bar():
+            print(text, flush=True)
+
+    @contextmanager
+    def _without_bar(self) -> Iterator[None]:
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        yield
         if self._bar is not None:
             self._bar.refresh()
 
@@ -156,10 +192,14 @@ class Json(Output):
         """Print where the run is, and its last metrics."""
         self._print("end", {"run": None if path is None else str(path), **asdict(metrics)})
 
+    def note(self, text: str) -> None:
+        """Print it."""
+        self.tell(f"note: {text}")
+
     def _print(self, event: str, values: dict[str, Any]) -> None:
-        # NaN and infinity are no JSON.
+        # JSON has neither NaN nor infinity.
         finite = {
-            name: str(value) if isinstance(value, float) and value - value != 0 else value
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
         print(json.dumps({"event": event, **finite}), flush=True)

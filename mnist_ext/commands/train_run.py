@@ -1,10 +1,9 @@
 """What ``mnist-ext train`` does, once its options are known."""
 
-import math
 import os
 import shlex
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,23 @@ import torchvision
 from torch import Tensor, nn
 
 from mnist_ext import __version__, build_info, checkpoint, data, distributed
+from mnist_ext.atomic import remove_partials
 from mnist_ext.commands.train_config import resumed_config
 from mnist_ext.commands.train_output import Json, Lines, Output
 from mnist_ext.distributed import Processes
 from mnist_ext.errors import UserError
 from mnist_ext.interrupts import StopRequest
-from mnist_ext.runs import Run, describe
+from mnist_ext.locks import locked
+from mnist_ext.runs import REPLACED, Run, describe
 from mnist_ext.settings import TrainConfig
-from mnist_ext.training import EpochMetrics, StepMetrics, Trainer, build, select_device
+from mnist_ext.training import (
+    EpochMetrics,
+    StepMetrics,
+    Trainer,
+    at_chance,
+    build,
+    select_device,
+)
 
 
 @dataclass(frozen=True)
@@ -56,42 +64,49 @@ def run_training(request: Request) -> int:
     except RuntimeError as error:
         if processes.size == 1 or not distributed.is_lost_peer(error):
             raise
-        return _lost(processes, None, error)
+        return _lost(processes, None, error, Output())
 
 
 def _run(request: Request, processes: Processes) -> int:
-    saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-    config = request.config
-    if request.resume is not None:
-        saved = checkpoint.read(request.resume / checkpoint.FILE_NAME)
-        config = resumed_config(saved[1]["settings"], request.given)
-    assert config is not None
-    device = _device(config, processes)
-    threads = config.threads
-    if threads is None and processes.size > 1:
-        threads = distributed.default_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    writer_class = _summary_writer() if request.tensorboard else None
-    dataset = _load(config, saved, processes, device)
-    model, criterion = build(config, device)
-    trainer = Trainer(model, criterion, config, dataset, processes)
-    if saved is not None:
-        _restore(trainer, saved, request.resume)
-    metrics = _last_metrics(saved)
+    with ExitStack() as stack:
+        saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        config, first = request.config, processes.rank == 0
+        if request.resume is not None:
+            if first and (request.resume / checkpoint.FILE_NAME).is_file():
+                _lock(request.resume, stack)
+            saved = checkpoint.read(request.resume / checkpoint.FILE_NAME)
+            config = resumed_config(saved[1], request.given)
+        assert config is not None
+        device = _device(config, processes)
+        threads = config.threads
+        if threads is None and processes.size > 1:
+            threads = distributed.default_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        writer_class = _summary_writer() if request.tensorboard else None
+        dataset = _load(config, saved, processes, device)
+        model, criterion = build(config, device)
+        trainer = Trainer(model, criterion, config, dataset, processes)
+        if saved is not None:
+            _restore(trainer, saved, request.resume)
 
-    first = processes.rank == 0
-    output = _output(request.output if first else "quiet", config, trainer)
-    writes = first and not request.dry_run
-    with _open_run(request, config, dataset, saved) if writes else nullcontext() as run, output:
-        if run is not None and saved is None:
-            # So that a process that is killed in the first epoch leaves something to go on with.
-            run.save_checkpoint(trainer, None, keep=False)
+        run = None
+        if first and not request.dry_run:
+            run = stack.enter_context(_open_run(request, config, dataset, saved))
+            if saved is None:
+                _lock(run.path, stack)
+                # What a process that is killed in the first epoch leaves to go on with.
+                run.save_checkpoint(trainer, None, keep=False)
+        output = _output(request.output if first else "quiet", config, trainer)
+        stack.enter_context(output)
         facts = _facts(config, dataset, model, processes)
         if trainer.epoch or trainer.step:
             facts["resumed"] = f"{request.resume}, epoch {trainer.epoch + 1}, step {trainer.step}"
         output.start(facts, _details(config, dataset, run, trainer, processes))
+        if trainer.epoch >= config.epochs:
+            output.finished(_finished(request.resume, config, processes))
         writer = writer_class(run, trainer) if writer_class and run is not None else None
+        metrics = _last_metrics(saved)
         with StopRequest() as stop:
             session = _Session(trainer, config, output, run, stop, writer, metrics, processes)
             code = session.train()
@@ -99,11 +114,45 @@ def _run(request: Request, processes: Processes) -> int:
             return code
         assert session.metrics is not None
         output.end(session.metrics, None if run is None else run.path)
-    reached, target = session.metrics.test_accuracy, config.target_accuracy
-    if target is None or reached >= target or request.dry_run:
+        if request.dry_run:
+            return 0
+        return _judge(session.metrics, config, dataset, output, processes)
+
+
+def _lock(run: Path, stack: ExitStack) -> None:
+    """Lock the run, and remove what killed processes left half written."""
+    try:
+        held = stack.enter_context(locked(run))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; mend that") from error
+    if held:
+        for name in REPLACED:
+            remove_partials(run / name)
+
+
+def _finished(run: Path | None, config: TrainConfig, processes: Processes) -> str:
+    text = f"finished: all {config.epochs} epochs of {run} are done; "
+    if run is None or config.scheduler != "none":
+        return f"{text}its {config.scheduler} schedule ends there: train anew with more --epochs"
+    command = resume_command(run, processes)
+    return f"{text}for more: {command} --epochs {2 * config.epochs}"
+
+
+def _judge(
+    metrics: EpochMetrics,
+    config: TrainConfig,
+    dataset: data.Dataset,
+    output: Output,
+    processes: Processes,
+) -> int:
+    """Say what is to be said of the accuracy reached; return the exit code."""
+    reached, target = metrics.test_accuracy, config.target_accuracy
+    if note := at_chance(reached, dataset.test, config.limit_batches):
+        output.note(note)
+    if target is None or reached >= target:
         return 0
-    if first:
-        _error(f"test accuracy {reached:.2f} % is below the target of {target:g} %")
+    if processes.rank == 0:
+        output.tell(f"error: test accuracy {reached:.2f} % is below the target of {target:g} %")
     return 1
 
 
@@ -129,17 +178,16 @@ class _Session:
             except RuntimeError as error:
                 if self.processes.size == 1 or not distributed.is_lost_peer(error):
                     raise
-                self._save()
+                fault = self._save()
                 if self.stop.signal is not None:
-                    return self._stopped()
-                return _lost(self.processes, self.run, error)
+                    return self._stopped(fault)
+                return _lost(self.processes, self.run, error, self.output)
             if metrics is None:
-                self._save()
-                return self._stopped()
+                return self._stopped(self._save())
             if (code := self._record(metrics)) is not None:
                 return code
-            if self.stop.signal is not None and trainer.epoch < self.config.epochs:
-                return self._stopped()
+            if self.stop.signal is not None:
+                return self._stopped(None)
         return None
 
     def _observe(self, images: int, loss: Tensor, rows: list[StepMetrics]) -> bool:
@@ -153,42 +201,59 @@ class _Session:
         return self.stop.signal is not None
 
     def _record(self, metrics: EpochMetrics) -> int | None:
-        diverged = not math.isfinite(metrics.train_loss)
+        fault = self.trainer.fault(metrics)
         self.metrics = metrics
         if self.run is not None:
             self.run.record(metrics)
-            if not diverged:
+            if fault is None:
                 self.run.save_model(self.trainer.model, metrics.epoch)
-                self._save()
+                self.run.save_checkpoint(self.trainer, metrics)
         if self.writer is not None:
             step = metrics.epoch * self.trainer.steps_per_epoch
             for name in ("train_loss", "test_loss", "test_accuracy"):
                 self.writer.add_scalar(f"epoch/{name}", getattr(metrics, name), step)
             self.writer.flush()
         self.output.epoch(metrics)
-        if not diverged:
+        if fault is None:
             return None
         if self.processes.rank == 0:
-            _error(
-                f"the training loss is {metrics.train_loss} after epoch {metrics.epoch}; use a "
-                "lower --lr"
+            self.output.tell(
+                f"error: the training diverged: {fault} after epoch {metrics.epoch}; use a lower "
+                f"--lr{self._kept(metrics.epoch - 1)}"
             )
         return 1
 
-    def _save(self) -> None:
-        if self.run is not None:
-            self.run.save_checkpoint(self.trainer, self.metrics)
+    def _kept(self, epoch: int) -> str:
+        if self.run is None or epoch == 0:
+            return ""
+        return f"; {self.run.path} keeps model and checkpoint of epoch {epoch}"
 
-    def _stopped(self) -> int:
+    def _save(self) -> str | None:
+        """Save the state within an epoch; where it has diverged, leave that and say why."""
+        fault = self.trainer.fault()
+        if self.run is not None and fault is None:
+            self.run.save_checkpoint(self.trainer, self.metrics)
+        return fault
+
+    def _stopped(self, fault: str | None) -> int:
         assert self.stop.signal is not None
-        path = None if self.run is None else self.run.path
-        command = None if path is None else resume_command(path, self.processes)
         epoch, step = self.trainer.epoch + 1, self.trainer.step
+        path = command = None
+        if self.run is not None and fault is None:
+            path = self.run.path
+            if epoch <= self.config.epochs:
+                command = resume_command(path, self.processes)
         self.output.stopped(epoch, path, command)
         if self.processes.rank == 0:
-            where = f"after step {step} of epoch {epoch}" if step else f"after epoch {epoch - 1}"
-            how = "" if command is None else f"; continue with: {command}"
-            print(f"mnist-ext: interrupted {where}{how}", file=sys.stderr)
+            text = f"after step {step} of epoch {epoch}" if step else f"after epoch {epoch - 1}"
+            if command is not None:
+                text += f"; continue with: {command}"
+            elif fault is not None:
+                text += f"; the training had diverged: {fault}; use a lower --lr"
+                text += self._kept(epoch - 1)
+            elif path is not None:
+                text += f", the last one; written to {path}"
+            self.output.tell(f"interrupted {text}")
         return 128 + self.stop.signal
 
 
@@ -200,16 +265,14 @@ def resume_command(path: Path, processes: Processes) -> str:
     return f"{start} train --resume {shlex.quote(str(path))}"
 
 
-def _lost(processes: Processes, run: Run | None, error: RuntimeError) -> int:
+def _lost(processes: Processes, run: Run | None, error: RuntimeError, output: Output) -> int:
     # Gloo's message begins with a line of its source and ends with advice.
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ", 1)[0]
     how = "" if run is None else f"; continue with: {resume_command(run.path, processes)}"
-    _error(f"process {processes.rank}: another process of the run is gone ({reason}){how}")
+    output.tell(
+        f"error: process {processes.rank}: another process of the run is gone ({reason}){how}"
+    )
     return 1
-
-
-def _error(message: str) -> None:
-    print(f"mnist-ext: error: {message}", file=sys.stderr)
 
 
 def _device(config: TrainConfig, processes: Processes) -> torch.device:

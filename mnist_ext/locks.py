@@ -1,0 +1,80 @@
+"""A lock on a folder, held while a process writes to it."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mnist_ext.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_FILE_NAME = "lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder within this context.
+
+    The system releases it when the process ends, however that ends: the file ``lock`` of a process
+    that was killed locks nothing.
+
+    Yields:
+        Whether the lock is held: some file systems have none.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be opened.
+    """
+    path = folder / _FILE_NAME
+    file = None if fcntl is None else _lock(path)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            _remove(path, file)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the open file, or None where files cannot be locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(file, 1000, 0).decode(errors="replace").split()
+            os.close(file)
+            raise UserError(_in_use(path.parent, owner)) from None
+        except OSError:
+            _remove(path, file)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
+        os.close(file)  # its owner has removed it meanwhile
+    with suppress(OSError):  # a full disk; the lock is held all the same
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()} {socket.gethostname()}\n".encode())
+    return file
+
+
+def _remove(path: Path, file: int) -> None:
+    # In this order: who opens the name from now on makes a new file, and locks that.
+    with suppress(OSError):
+        path.unlink()
+    os.close(file)
+
+
+def _in_use(folder: Path, owner: list[str]) -> str:
+    if len(owner) != 2:
+        return f"{folder} is in use: another process trains it; wait until that has ended"
+    process, host = owner
+    where = "" if host == socket.gethostname() else f" on {host}"
+    return (
+        f"{folder} is in use: process {process}{where} trains it; wait until that has ended, or "
+        f"end it with 'kill {process}'{where}, which saves a checkpoint"
+    )
