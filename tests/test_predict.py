@@ -278,6 +278,24 @@ class TestPredict:
         for line, name in zip(lines, ("none.png", "text.png", "."), strict=True):
             assert_one_line(line, f"{name}: ")
 
+    def test_names_are_printed_without_what_a_terminal_obeys(self, capsys, digits_run, seven):
+        names = ["lat\udce9.png", "\x1b]0;title\x07.png", "two\nlines.png", "none\x9b.png"]
+        for name in names[:3]:
+            Path(name).write_bytes(Path(seven).read_bytes())
+        assert cli.main(["predict", str(digits_run), *names]) == 2
+        captured = capsys.readouterr()
+        for name in (r"lat\xe9.png: ", r"\x1b]0;title\x07.png: ", r"two\nlines.png: "):
+            assert f"\n{name}" in f"\n{captured.out}"
+        assert_one_line(captured.err, r"none\x9b.png: ")
+        assert not set(captured.out + captured.err) & set("\x1b\x07\x9b")
+
+    def test_a_cut_file_is_noted(self, capsys, digits_run, seven):
+        Path("cut.png").write_bytes(Path(seven).read_bytes()[:-4])
+        assert cli.main(["predict", str(digits_run), "cut.png", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith("mnist-ext: note: cut.png: its end is missing")
+        assert "its end is missing" in json.loads(captured.out)["notice"]
+
     def test_standard_input(self, digits_run, seven):
         argv = [sys.executable, "-m", "mnist_ext", "predict", str(digits_run), "-"]
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

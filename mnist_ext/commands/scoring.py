@@ -2,12 +2,12 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mnist_ext.commands.options import path, whole_path
 from mnist_ext.errors import UserError
+from mnist_ext.streams import tell
 
 if TYPE_CHECKING:
     from mnist_ext.data import Dataset
@@ -62,7 +62,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     if how is not None:
         note = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
     if note is not None:
-        print(f"mnist-ext: note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     return model, dataset, scores
 
 
