@@ -104,7 +104,10 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             decoded = _decoded(content)
-            ink, inverted = _ink(_colors(_upright(decoded.image)))
+            orientation = _orientation(decoded.image)
+            turn = _TURNS.get(orientation)
+            upright = decoded.image if turn is None else decoded.image.transpose(turn)
+            ink, inverted = _ink(_colors(upright))
         except UserError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -119,7 +122,7 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
         raise UserError("shows nothing: no digit, only a pattern that is the same all over")
     box = _SIDE if dataset == "fashion-mnist" else _DIGIT_BOX
     placed = _place(ink, box, by_mass=dataset == "mnist")
-    size = decoded.size[::-1] if _orientation(decoded.image) in _LYING else decoded.size
+    size = decoded.size[::-1] if orientation in _LYING else decoded.size
     notice = "its end is missing, but all pixels are there" if decoded.cut else None
     return Prepared(torch.from_numpy(placed), size, decoded.image.mode, inverted, notice)
 
@@ -139,7 +142,9 @@ def _decoded(content: bytes) -> _Decoded:
     cut = png and _PNG_END not in content
     try:
         return _Decoded(*_loaded(content), cut)
-    except (OSError, SyntaxError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise
+    except Exception as error:
         if png:
             return _Decoded(*_loaded(_bare_png(content)), cut)
         if isinstance(error, Image.UnidentifiedImageError):
@@ -191,8 +196,7 @@ def _bare_png(content: bytes) -> bytes:
         length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
         chunk = content[at : at + 12 + length]
         if kind == b"IDAT" and len(chunk) < 12 + length:
-            data = chunk[8:]
-            chunk = _png_chunk(kind, data)
+            chunk = _png_chunk(kind, chunk[8:])
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT"):
             parts.append(chunk)
         at += 12 + length
@@ -206,7 +210,10 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 def _unknown(content: bytes) -> str:
     if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
-        return "is a HEIC or AVIF image, which cannot be read here: convert it to JPEG or PNG"
+        return (
+            "is a HEIC or AVIF image, which cannot be read here: convert it to JPEG or PNG, for "
+            "example with heif-convert"
+        )
     return "is not an image of a format that can be read: convert it to JPEG or PNG"
 
 
@@ -215,11 +222,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # the pixels are whole, whatever the metadata are
         return 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
 
 
 def _colors(image: Image.Image) -> NDArray[np.floating]:

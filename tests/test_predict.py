@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from run_folders import assert_one_line
 
-from mnist_ext import cli, data, trained
+from mnist_ext import cli, data, images, trained
 from mnist_ext.errors import UserError
 from mnist_ext.images import prepare
 from mnist_ext.scores import logits_of
@@ -165,14 +165,15 @@ class TestPrepare:
         spread = random.normal(230, 8, size)
         specks = np.where(random.random(size) < 0.001, 0.0, 255.0)
         specks[size[0] // 2, size[1] // 2] = 0
-        images = [Image.fromarray(a.clip(0, 255).astype(np.uint8)) for a in (spread, specks)]
-        for image in images:
+        for noise in (spread, specks):
+            image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
             with pytest.raises(UserError, match="shows nothing"):
                 prepare(content(image, format))
 
     def test_noise_of_16_bits_is_no_digit(self):
         noise = np.random.default_rng(0).normal(30_000, 60, (200, 200)).round()
-        for image in (noise.astype(np.uint16), noise.astype(np.float32)):
+        stain = 30_000 - np.asarray(drawn(), dtype=np.uint16) // 8  # as faint
+        for image in (noise.astype(np.uint16), noise.astype(np.float32), stain):
             with pytest.raises(UserError, match="shows nothing"):
                 prepare(content(Image.fromarray(image), "tiff"))
 
@@ -192,6 +193,7 @@ class TestPrepare:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
         assert difference(image, "jpeg") < 6
         assert prepare(content(image, "jpeg")).size == (1600, 2080)
+        assert images._decoded(content(image, "jpeg")).image.size == (200, 260)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
         with pytest.raises(UserError, match="is too large"):
             prepare(content(image, "jpeg"))
