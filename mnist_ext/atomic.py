@@ -3,6 +3,7 @@
 import errno
 import glob
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,11 +11,16 @@ from pathlib import Path
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, like: os.stat_result | None = None) -> None:
     """Replace ``path`` by ``content``: readers, also after a crash, see the old file or the new.
 
     The content goes to a file ``<path>.<process>-<random>.partial`` first, onto the disk, and is
     then renamed: of several writers the last one counts.
+
+    Args:
+        path: the file.
+        content: what it shall hold.
+        like: whose owner and mode it gets, where this process may give them.
 
     Raises:
         OSError: the file cannot be written; it is as it was then.
@@ -22,6 +28,10 @@ def replace_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(3).hex()}.partial")
     try:
         with partial.open("wb") as file:
+            if like is not None:
+                with suppress(PermissionError):
+                    os.fchown(file.fileno(), like.st_uid, like.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(like.st_mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,9 @@ damage is noticed wherever it is.
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,41 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     state = json.dumps(values)
     metadata = {"format": FORMAT, "state": state, "sha256": _digest(tensors, state)}
-    replace_file(path, save(tensors, metadata))
+    replace_file(path, to_bytes(tensors, metadata))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file of any name; the library itself takes names in UTF-8 only.
+
+    Raises:
+        OSError: it cannot be opened.
+        SafetensorError: it is no such file.
+    """
+    with path.open("rb") as file:
+        try:
+            name = os.fsencode(path).decode()
+        except UnicodeDecodeError:
+            name = f"/dev/fd/{file.fileno()}"
+        with safe_open(name, "pt") as tensors:
+            yield tensors
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file, always the same one for the same content.
+
+    The library writes the metadata in an order that differs from process to process.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        metadata: texts by name.
+    """
+    content = save(tensors, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    # The tensors that follow begin at a multiple of 8.
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -45,7 +82,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: there is no such file, it is damaged, or it is no checkpoint.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             metadata = file.metadata() or {}
             # The file is mapped into memory; a copy outlives it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

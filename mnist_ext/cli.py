@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_ext import __version__, interrupts
+from mnist_ext import __version__, interrupts, streams
 from mnist_ext.commands import COMMANDS
 from mnist_ext.commands.options import Parser
 from mnist_ext.errors import UserError
@@ -35,25 +35,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    streams.prepare()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a failure can be told
+    except OSError as error:
+        # A stream's error names no file.
+        if error.filename is not None or not streams.lost(sys.stdout):
+            raise
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        streams.tell(f"error: cannot write to standard output: {error.strerror}")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     try:
         args = _parser().parse_args(argv)
         args.command_line = shlex.join(["mnist-ext", *argv])
         with interrupts.cleaning_up():
             code: int = args.run(args)
-        sys.stdout.flush()
         return code
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"process {rank}: "
-        print(f"mnist-ext: error: {who}{error}", file=sys.stderr)
+        streams.tell(f"error: {who}{error}")
         return 2
     except KeyboardInterrupt:
-        print("mnist-ext: interrupted", file=sys.stderr)
+        streams.tell("interrupted")
         return 130
-    except BrokenPipeError:
-        # Python would complain when it flushes what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,17 +1,15 @@
 """The data sets as whole uint8 tensors, and an iterator over normalized batches of them.
 
-MNIST and Fashion-MNIST are read by torchvision from the first of these folders that holds them:
-the one given, ``$MNIST_EXT_DATA``, the cache folder. Where none does, they are downloaded. The
-files are checked before torchvision reads them, so that damage is reported by file name.
+MNIST and Fashion-MNIST are read from the first of these folders that holds them: the one given,
+``$MNIST_EXT_DATA``, the cache folder. Where none does, torchvision downloads them.
 
 A much smaller set, 1,797 handwritten digits, is part of the package and always available.
 """
 
-import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,21 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
+from mnist_ext import idx_files
 from mnist_ext.errors import UserError
 from mnist_ext.folders import make_folders, remove_folders
 from mnist_ext.settings import DATASETS
 
 _TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
-_TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
-
-# (images, labels) of the training and of the test set, as torchvision names them.
-_IDX_FILES = (
-    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-)
-# The first four bytes of an IDX file: 0, 0, the element type (8 = uint8), the number of dimensions.
-_IDX_IMAGES = bytes([0, 0, 8, 3])
-_IDX_LABELS = bytes([0, 0, 8, 1])
 
 # Seconds that one network operation may take. Without a limit an unreachable mirror would block
 # for minutes.
@@ -104,17 +93,24 @@ def load(name: str = "auto", data_dir: str | Path | None = None) -> Dataset:
     Args:
         name: one of ``DATASETS``. ``auto`` is MNIST where it is found or can be downloaded, and
             the embedded digits, with a notice, where it cannot.
-        data_dir: a folder in torchvision's layout (``MNIST/raw/...``). It is searched first, and
-            a download goes there rather than into the cache folder.
+        data_dir: a folder that holds the data set, see ``idx_files.locate``. It is searched
+            first, and a download goes there rather than into the cache folder. Where it does not
+            exist, it is made for a download of a data set that is asked for by name.
 
     Raises:
-        UserError: the name is unknown, or the files found are incomplete or damaged.
+        UserError: the name is unknown, ``data_dir`` or ``$MNIST_EXT_DATA`` is no folder, or the
+            files found are incomplete or damaged.
         DownloadError: the data set was found nowhere and could not be downloaded.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
     if name == "digits":
         return _load_digits()
+    if name == "auto" and data_dir is not None and not _is_folder(Path(data_dir)):
+        raise UserError(
+            f"there is no folder {data_dir}: correct --data-dir, or pass --dataset mnist, too, to "
+            "download MNIST into a new one"
+        )
     if name != "auto":
         return _load_mnist(name, data_dir)
     try:
@@ -136,15 +132,14 @@ def find(name: str, data_dir: str | Path | None = None) -> Path | None:
         data_dir: the folder to search first.
 
     Raises:
-        UserError: the files found are incomplete or damaged.
+        UserError: the files found are incomplete or damaged, or of another data set.
     """
-    for root in _search_folders(data_dir):
-        raw = root / _TORCHVISION[name].__name__ / "raw"
-        if any(_exists(raw / file) for pair in _IDX_FILES for file in pair):
-            for images, labels in _IDX_FILES:
-                _check_pair(raw / images, raw / labels)
-            return root
-    return None
+    if (found := _locate(name, _search_folders(data_dir))) is None:
+        return None
+    root, paths = found
+    for _ in idx_files.read(paths):
+        pass  # the checks are all that is wanted
+    return root
 
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
@@ -220,30 +215,34 @@ def take(split: Split, chosen: Tensor, mean: float, std: float) -> tuple[Tensor,
 
 
 def _load_mnist(name: str, data_dir: str | Path | None) -> Dataset:
-    root = find(name, data_dir)
-    if root is None:
+    # A folder that was named, and is not there, is to be downloaded to: the same data from
+    # elsewhere would hide that its name is misspelt.
+    there = data_dir is None or _is_folder(Path(data_dir))
+    found = _locate(name, _search_folders(data_dir, strict=True)) if there else None
+    if found is None:
         root = _download(name, Path(data_dir) if data_dir is not None else _cache_folder())
-        find(name, root)
-    dataset_class = _TORCHVISION[name]
-    try:
-        train, test = (dataset_class(root, train=train) for train in (True, False))
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"cannot read {_TITLES[name]} in {root}: {error}") from error
-    class_names = tuple(dataset_class.classes)
-    for labels, (_, file) in zip((train.targets, test.targets), _IDX_FILES, strict=True):
-        if (worst := int(labels.max())) >= len(class_names):
-            path = root / dataset_class.__name__ / "raw" / file
-            raise UserError(
-                f"{path} is damaged: it holds the label {worst}, but labels are 0 to 9; "
-                "replace the file"
-            )
+        found = _locate(name, [root])
+        assert found is not None
+    root, paths = found
+    train, test = (
+        Split(torch.from_numpy(images), torch.from_numpy(labels).to(torch.int64))
+        for images, labels in idx_files.read(paths)
+    )
     return _dataset(
         name,
-        source=str(root),
-        train=Split(train.data, train.targets),
-        test=Split(test.data, test.targets),
-        class_names=class_names,
+        source=os.path.abspath(root),
+        train=train,
+        test=test,
+        class_names=class_names(name),
     )
+
+
+def _locate(name: str, roots: Iterable[Path]) -> tuple[Path, idx_files.Paths] | None:
+    """Return the first folder that holds the data set, with where its files lie."""
+    for root in roots:
+        if (paths := idx_files.locate(name, root)) is not None:
+            return root, paths
+    return None
 
 
 def _load_digits(notice: str | None = None) -> Dataset:
@@ -284,72 +283,36 @@ def _dataset(
     return Dataset(name, source, train, test, mean, std, class_names, notice)
 
 
-def _search_folders(data_dir: str | Path | None) -> list[Path]:
-    given = [] if data_dir is None else [Path(data_dir)]
-    configured = os.environ.get("MNIST_EXT_DATA")
-    return [*given, *([Path(configured)] if configured else []), _cache_folder()]
+def _search_folders(data_dir: str | Path | None, strict: bool = False) -> Iterator[Path]:
+    """Yield the folders to look in; where ``strict``, the one configured must be there."""
+    if data_dir is not None:
+        yield Path(data_dir)
+    if configured := os.environ.get("MNIST_EXT_DATA"):
+        if strict and not _is_folder(Path(configured)):
+            raise UserError(
+                f"$MNIST_EXT_DATA is {configured}, and there is no such folder: correct or unset it"
+            )
+        yield Path(configured)
+    yield _cache_folder()
+
+
+def _is_folder(path: Path) -> bool:
+    """Return whether it is one; raise UserError where it is something else."""
+    try:
+        if path.is_dir():
+            return True
+        if not path.exists():
+            return False
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the folder {str(path)[:100]!r}: {error}") from error
+    raise UserError(
+        f"{path} is a file; pass the folder that holds the data set, an archive unpacked"
+    )
 
 
 def _cache_folder() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "mnist_ext"
-
-
-def _exists(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return True
-
-
-def _check_pair(images: Path, labels: Path) -> None:
-    """Raise UserError unless both files are whole and belong together."""
-    count, *size = _check_idx(images, _IDX_IMAGES)
-    (label_count,) = _check_idx(labels, _IDX_LABELS)
-    if size != [28, 28] or count == 0:
-        raise UserError(
-            f"{images} holds {count:,} images of {size[0]}x{size[1]} pixels; "
-            "at least one image of 28x28 is needed"
-        )
-    if label_count != count:
-        raise UserError(
-            f"{labels} holds {label_count:,} labels for the {count:,} images of {images.name}; "
-            "replace both files by a matching pair"
-        )
-
-
-def _check_idx(path: Path, magic: bytes) -> list[int]:
-    """Return the shape an IDX file declares; raise UserError unless the file is that long."""
-    dimensions = magic[3]
-    header_size = 4 + 4 * dimensions
-    try:
-        with path.open("rb") as file:
-            header = file.read(header_size)
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing; add the unpacked file, or remove the folder {path.parent.parent} "
-            "to have the data set downloaded again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if not header.startswith(magic) or len(header) < header_size:
-        raise UserError(
-            f"{path} is not a whole IDX file: it starts with {header[:4].hex() or 'nothing'}, "
-            f"expected {magic.hex()}; replace the file"
-        )
-    shape = np.frombuffer(header, dtype=">u4", offset=4).tolist()
-    expected = header_size + math.prod(shape)
-    if size != expected:
-        problem = "truncated" if size < expected else "damaged"
-        raise UserError(
-            f"{path} is {problem}: it has {size:,} bytes where its header announces "
-            f"{expected:,}; replace the file"
-        )
-    return shape
 
 
 def _download(name: str, root: Path) -> Path:
@@ -358,28 +321,36 @@ def _download(name: str, root: Path) -> Path:
     folder = dataset_class.__name__
     created: list[Path] = []
     try:
-        created = make_folders(root)
+        created = make_folders(root / folder)
         # Beside its destination, so that the rename stays on one file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as partial:
             with _network_timeout(_NETWORK_TIMEOUT):
                 dataset_class(partial, download=True)
-            try:
-                os.rename(Path(partial) / folder, root / folder)
-            except OSError:
-                # Another process may have been faster.
-                if find(name, root) is None:
-                    raise
+            # Another process may have been faster.
+            if idx_files.locate(name, root) is None:
+                _move(Path(partial) / folder / "raw", root / folder / "raw")
     except (OSError, RuntimeError, EOFError, HTTPException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")
         raise DownloadError(
-            f"{_TITLES[name]} was not found and could not be downloaded into {root} ({reason}); "
-            f"connect to a network, or put the four unpacked files into DIR/{folder}/raw and "
+            f"{idx_files.TITLES[name]} was not found and could not be downloaded into {root} "
+            f"({reason}); connect to a network, or put the four files into DIR/{folder}/raw and "
             "pass --data-dir DIR or set MNIST_EXT_DATA=DIR"
         ) from error
     finally:
         # Does nothing when the data set is there now.
         remove_folders(created)
     return root
+
+
+def _move(source: Path, target: Path) -> None:
+    """Make ``source`` the folder ``target``, whatever else lies there already."""
+    try:
+        os.rename(source, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        for file in source.iterdir():
+            os.replace(file, target / file.name)
 
 
 @contextmanager

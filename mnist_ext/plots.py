@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mnist_ext.atomic import replace_file
 from mnist_ext.errors import UserError
+from mnist_ext.outputs import write_output
 from mnist_ext.scores import Scores, sure
 from mnist_ext.trained import Trained
 from mnist_ext.training import EpochMetrics
@@ -74,12 +74,8 @@ def draw(
         del pictures["mistakes.png"]
     paths = []
     for name, make in pictures.items():
-        path = folder / name
-        try:
-            replace_file(path, _png(make()))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-        paths.append(path)
+        write_output(folder / name, _png(make()))
+        paths.append(folder / name)
     return paths
 
 

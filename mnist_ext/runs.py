@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors.torch import save
 from torch import nn
 
 from mnist_ext import checkpoint
@@ -161,7 +160,7 @@ class Run:
             "std": repr(self._dataset.std),
             "epoch": str(epoch),
         }
-        self._replace("model.safetensors", save(tensors, metadata))
+        self._replace("model.safetensors", checkpoint.to_bytes(tensors, metadata))
 
     def save_checkpoint(
         self, trainer: Trainer, metrics: EpochMetrics | None, keep: bool = True

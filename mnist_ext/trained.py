@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mnist_ext import checkpoint
 from mnist_ext.errors import UserError
 from mnist_ext.models import ACTIVATIONS, mlp
 from mnist_ext.nn import swap
@@ -77,7 +78,7 @@ def load(run: str | Path) -> Trained:
     folder = Path(run)
     path = _file(folder, _MODEL)
     try:
-        with safe_open(path, "pt") as file:
+        with checkpoint.opened(path) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mnist_ext import atomic, checkpoint, cli
@@ -37,6 +38,19 @@ def test_what_is_read_is_what_was_written(path):
         assert value.dtype == TENSORS[name].dtype
         assert torch.equal(value, TENSORS[name])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_same_content_gives_the_same_bytes(path):
+    """Metadata too are in one order; the library's changes from file to file."""
+    metadata = {name: name for name in ("hidden", "activation", "dataset", "mean", "std", "epoch")}
+    tensors = {name: TENSORS[name] for name in reversed(TENSORS)}
+    files = {checkpoint.to_bytes(t, metadata) for t in (TENSORS, tensors) for _ in range(4)}
+    assert len(files) == 1
+    path.write_bytes(files.pop())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        for name, value in TENSORS.items():
+            assert torch.equal(file.get_tensor(name), value)
 
 
 def test_every_damaged_byte_is_noticed(path):

@@ -1,7 +1,9 @@
 """The command line: what it prints and writes, and how it ends."""
 
 import csv
+import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -359,6 +361,52 @@ class TestRun:
         with pytest.raises(ZeroDivisionError), self.new_run():
             raise ZeroDivisionError
         assert [path.name for path in Path("runs").iterdir()] == ["other"]
+
+
+class TestStreams:
+    """What takes nothing, or not every character."""
+
+    @pytest.mark.parametrize("argv", [["--version"], ["train", "--help"], DIGITS])
+    @pytest.mark.parametrize("unbuffered", [False, True])
+    def test_standard_output_is_full(self, capsys, monkeypatch, argv, unbuffered):
+        with open("/dev/full", "wb", buffering=0) as full:
+            raw = full if unbuffered else io.BufferedWriter(full)
+            stream = io.TextIOWrapper(raw, write_through=unbuffered)
+            monkeypatch.setattr(sys, "stdout", stream)
+            assert cli.main(argv) == 2
+            stream.flush()  # as Python does when it exits
+        assert_one_line(capsys.readouterr().err, "standard output: No space left on device")
+
+    @pytest.mark.parametrize("argv", [["--version"], ["doctor"]])
+    def test_standard_output_is_closed(self, capsys, monkeypatch, argv):
+        monkeypatch.setattr(sys, "stdout", None)
+        assert cli.main(argv) == 2
+        assert_one_line(capsys.readouterr().err, "standard output: Bad file descriptor")
+
+    def test_standard_error_takes_nothing(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", None)
+        assert cli.main(["--nothing"]) == 2
+        assert capsys.readouterr().out == ""
+        sys.stderr.flush()
+
+    @pytest.mark.parametrize("stream", [">/dev/full", ">&-", ">/dev/full 2>&1", ">&- 2>&-"])
+    def test_as_a_process(self, stream, monkeypatch):
+        monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+        line = f"{shlex.join(command('--version'))} {stream}"
+        result = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, text=True)
+        assert result.returncode == 2
+        if "2>" in stream:
+            assert result.stderr == ""
+        else:
+            assert_one_line(result.stderr, "cannot write to standard output")
+
+    def test_a_run_whose_name_cannot_be_shown(self, monkeypatch):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert cli.main([*DIGITS, "--name", "\U0001f600\x1b[2J"]) == 0
+        out = stream.buffer.getvalue().decode("ascii")
+        assert out.endswith("written to runs/\\U0001f600\\x1b[2J\n")
+        assert (Path("runs") / "\U0001f600\x1b[2J" / "model.safetensors").exists()
 
 
 class TestInterrupt:

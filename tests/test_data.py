@@ -16,7 +16,7 @@ import torch
 from idx_files import FILES, TEST_SIZE, TRAIN_SIZE, idx_bytes, write_mnist
 from torchvision.datasets import MNIST
 
-from mnist_ext import data
+from mnist_ext import cli, data
 from mnist_ext.errors import UserError
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
@@ -159,6 +159,79 @@ class TestSearch:
             assert split.images.numpy().tobytes() == (raw / images).read_bytes()[16:]
             assert split.labels.tolist() == list((raw / labels).read_bytes()[8:])
 
+    @pytest.mark.parametrize("given", [".", "MNIST", "MNIST/raw", "elsewhere", "elsewhere/raw"])
+    @pytest.mark.parametrize("dotted", [False, True])
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_files_in_another_form(self, tmp_path, given, dotted, packed):
+        expected = data.load("auto", write_mnist(tmp_path / "as usual").parent.parent)
+        raw = write_mnist(tmp_path)
+        for file in FILES:
+            path = (raw / file).rename(raw / (file.replace("-idx", ".idx") if dotted else file))
+            if packed:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+                path.unlink()
+        if given.startswith("elsewhere"):
+            (tmp_path / given).parent.mkdir(exist_ok=True)
+            raw.rename(tmp_path / given)
+        loaded = data.load("auto", tmp_path / given)
+        assert (loaded.name, loaded.source) == ("mnist", str(tmp_path / given))
+        assert torch.equal(loaded.train.images, expected.train.images)
+        assert torch.equal(loaded.test.labels, expected.test.labels)
+
+    def test_files_in_folders_of_their_names(self, tmp_path):
+        """Kaggle's archive has each file twice, once like that."""
+        raw = write_mnist(tmp_path)
+        for file in FILES:
+            (raw / file).rename(raw / "file")
+            (raw / file).mkdir()
+            (raw / "file").rename(raw / file / file)
+        assert data.load("auto", raw).name == "mnist"
+
+    @pytest.mark.parametrize("given", ["FashionMNIST", "FashionMNIST/raw", "my-fashion", "KMNIST"])
+    @pytest.mark.parametrize("name", ["auto", "mnist"])
+    def test_the_folder_of_another_data_set(self, tmp_path, given, name):
+        write_mnist(tmp_path, given.split("/")[0])
+        with pytest.raises(UserError, match=r"holds .*(Fashion|kmnist).*, not MNIST: pass"):
+            data.load(name, tmp_path / given)
+
+    def test_mnists_folder_is_not_fashions(self, tmp_path):
+        raw = write_mnist(tmp_path)
+        for given in (raw, raw.parent):
+            with pytest.raises(UserError, match="holds MNIST, not Fashion-MNIST"):
+                data.load("fashion-mnist", given)
+        assert data.find("fashion-mnist", tmp_path) is None
+
+    def test_the_labels_tell_the_sets_apart(self, tmp_path):
+        raw = write_mnist(tmp_path, "files")
+        labels = bytearray((raw / FILES[1]).read_bytes())
+        labels[8:18] = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+        (raw / FILES[1]).write_bytes(labels)
+        with pytest.raises(UserError, match="--dataset fashion-mnist"):
+            data.load("auto", raw)
+        assert data.load("fashion-mnist", raw).name == "fashion-mnist"
+
+    def test_a_misspelt_folder_is_not_passed_over(self, tmp_path, monkeypatch):
+        write_mnist(tmp_path / "cache" / "mnist_ext")
+        for name, message in (("auto", "there is no folder"), ("mnist", "was not found")):
+            with pytest.raises(UserError, match=f"{message}.*/misspelt"):
+                data.load(name, tmp_path / "misspelt")
+        monkeypatch.setenv("MNIST_EXT_DATA", str(tmp_path / "misspelt"))
+        with pytest.raises(UserError, match=r"\$MNIST_EXT_DATA is .*/misspelt, and there is no"):
+            data.load("auto")
+        assert not (tmp_path / "misspelt").exists()
+
+    def test_a_file_in_place_of_the_folder(self, tmp_path):
+        (tmp_path / "archive.zip").touch()
+        with pytest.raises(UserError, match=r"archive\.zip is a file; pass the folder"):
+            data.load("auto", tmp_path / "archive.zip")
+
+    def test_a_relative_folder_is_kept_whole(self, tmp_path, monkeypatch):
+        write_mnist(tmp_path / "data")
+        monkeypatch.chdir(tmp_path)
+        assert data.load("auto", "data").source == str(tmp_path / "data")
+        args = cli._parser().parse_args(["train", "--data-dir", "data"])
+        assert args.data_dir == str(tmp_path / "data")
+
     def test_unknown_name(self):
         with pytest.raises(UserError, match="unknown data set 'cifar'"):
             data.load("cifar")
@@ -192,6 +265,10 @@ def announce_more(path: Path) -> None:
     path.write_bytes(content)
 
 
+def half_a_gzip_file(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes())[:40])
+
+
 def append(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
 
@@ -217,6 +294,7 @@ class TestDamage:
             overwrite_the_magic_number,
             announce_more,
             append,
+            half_a_gzip_file,
             remove,
             replace_by_a_folder,
         ],
@@ -304,6 +382,23 @@ class TestDownload:
         given = tmp_path / "new" / "given"
         assert data.load("mnist", given).source == str(given)
         assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("there", ["MNIST/.DS_Store", "MNIST/raw/t10k-labels-idx1-ubyte.gz"])
+    def test_beside_what_a_broken_download_has_left(self, tmp_path, mirror, there):
+        path = tmp_path / "given" / there
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"something")
+        loaded = data.load("auto", tmp_path / "given")
+        assert (loaded.name, loaded.source) == ("mnist", str(tmp_path / "given"))
+        assert len(loaded.train) == TRAIN_SIZE
+        assert path.exists()
+        assert not list((tmp_path / "given").glob(".*"))
+
+    def test_nothing_is_downloaded_that_cannot_be_kept(self, tmp_path, mirror, monkeypatch):
+        (tmp_path / "MNIST").touch()
+        monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("downloaded"))
+        with pytest.raises(data.DownloadError, match="Not a directory"):
+            data.load("mnist", tmp_path)
 
     def test_a_failure_half_way_leaves_nothing(self, tmp_path, mirror):
         (mirror / f"{FILES[2]}.gz").unlink()

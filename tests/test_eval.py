@@ -127,6 +127,13 @@ class TestPlots:
                 # Drawn on: neither blank nor of one colour.
                 assert len(image.convert("RGB").getcolors(2**24)) > 20
 
+    def test_links_are_kept(self, own_run, tmp_path):
+        (own_run / "weights.png").symlink_to(tmp_path / "elsewhere.png")
+        assert cli.main(["eval", str(own_run), "--plots"]) == 0
+        assert (own_run / "weights.png").is_symlink()
+        with Image.open(tmp_path / "elsewhere.png") as image:
+            assert image.format == "PNG"
+
     def test_no_mistakes_no_picture_of_them(self, digits_run, tmp_path):
         logits = torch.eye(10) * 9
         scores = Scores(logits, torch.arange(10))

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from run_folders import assert_one_line
 
-from mnist_ext import cli, data, trained
+from mnist_ext import cli, data, images, trained
 from mnist_ext.errors import UserError
 from mnist_ext.images import prepare
 from mnist_ext.scores import logits_of
@@ -145,6 +146,92 @@ class TestPrepare:
         with pytest.raises(UserError, match=part):
             prepare(image)
 
+    @pytest.mark.parametrize(
+        ("paper", "ink"),
+        [((0, 130, 0), (255, 0, 0)), ((255, 0, 0), (0, 130, 0)), ("white", "gold")],
+    )
+    def test_ink_that_differs_in_colour_alone(self, paper, ink):
+        shape = drawn()
+        image = Image.composite(
+            Image.new("RGB", shape.size, ink), Image.new("RGB", shape.size, paper), shape
+        )
+        assert difference(image) < 1
+        assert difference(image, "jpeg", quality=90) < 6
+
+    @pytest.mark.parametrize("size", [(28, 28), (260, 200), (900, 700)])
+    @pytest.mark.parametrize("format", ["png", "jpeg"])
+    def test_noise_is_no_digit(self, size, format):
+        random = np.random.default_rng(0)
+        spread = random.normal(230, 8, size)
+        specks = np.where(random.random(size) < 0.001, 0.0, 255.0)
+        specks[size[0] // 2, size[1] // 2] = 0
+        for noise in (spread, specks):
+            image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+            with pytest.raises(UserError, match="shows nothing"):
+                prepare(content(image, format))
+
+    def test_noise_of_16_bits_is_no_digit(self):
+        noise = np.random.default_rng(0).normal(30_000, 60, (200, 200)).round()
+        stain = 30_000 - np.asarray(drawn(), dtype=np.uint16) // 8  # as faint
+        for image in (noise.astype(np.uint16), noise.astype(np.float32), stain):
+            with pytest.raises(UserError, match="shows nothing"):
+                prepare(content(Image.fromarray(image), "tiff"))
+
+    def test_lines_all_over_are_no_digit(self):
+        paper = np.full((300, 300), 250, dtype=np.uint8)
+        paper[::20] = paper[:, ::20] = 150
+        with pytest.raises(UserError, match="no digit"):
+            prepare(content(Image.fromarray(paper)))
+
+    def test_a_digit_in_noise(self):
+        noise = np.random.default_rng(0).normal(0, 20, (260, 200))
+        pixels = np.asarray(drawn(paper=200, ink=60)) + noise
+        prepare(content(Image.fromarray(pixels.clip(0, 255).astype(np.uint8))))
+
+    def test_a_huge_jpeg_is_read_at_an_eighth_of_its_size(self, monkeypatch):
+        image = drawn().resize((1600, 2080))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+        assert difference(image, "jpeg") < 6
+        assert prepare(content(image, "jpeg")).size == (1600, 2080)
+        assert images._decoded(content(image, "jpeg")).image.size == (200, 260)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+        with pytest.raises(UserError, match="is too large"):
+            prepare(content(image, "jpeg"))
+
+    @pytest.mark.parametrize("format", ["png", "jpeg", "gif"])
+    def test_a_cut_end_that_no_pixel_needs(self, format):
+        whole = content(drawn(), format)
+        for missing in (1, 2):
+            prepared = prepare(whole[:-missing])
+            assert torch.equal(prepared.pixels, prepare(whole).pixels)
+            assert (prepared.notice is not None) == (format != "gif")
+        assert prepare(whole).notice is None
+        with pytest.raises(UserError, match="is a damaged image"):
+            prepare(whole[: len(whole) * 2 // 3])
+
+    @pytest.mark.parametrize("format", ["bmp", "tiff", "ppm"])
+    def test_a_cut_end_that_pixels_need(self, format):
+        with pytest.raises(UserError, match="is a damaged image"):
+            prepare(content(drawn(), format)[:-1])
+
+    @pytest.mark.parametrize(
+        ("chunk", "places"),  # behind the header, before the end
+        [
+            (b"\0\0\0\4eXIfMM\0*\0\0\0\0", (33, -12)),  # a wrong checksum
+            (b"\0\0\0\4eXIfxxxx" + zlib.crc32(b"eXIfxxxx").to_bytes(4, "big"), (33, -12)),
+            (b"\0\0\xff\0eXIfMM", (-12,)),  # longer than the file
+        ],
+    )
+    def test_a_broken_exif_chunk(self, chunk, places):
+        whole = content(drawn())
+        for at in places:
+            prepared = prepare(whole[:at] + chunk + whole[at:])
+            assert torch.equal(prepared.pixels, prepare(whole).pixels)
+
+    def test_heic(self):
+        with pytest.raises(UserError, match=r"HEIC .* convert it to JPEG or PNG"):
+            prepare(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+
     @pytest.mark.parametrize("limit", [1000, 40_000])  # from twice its limit, Pillow raises itself
     def test_a_huge_image_is_refused_before_it_is_decoded(self, monkeypatch, limit):
         image = content(drawn())
@@ -192,6 +279,24 @@ class TestPredict:
         assert len(lines) == 3
         for line, name in zip(lines, ("none.png", "text.png", "."), strict=True):
             assert_one_line(line, f"{name}: ")
+
+    def test_names_are_printed_without_what_a_terminal_obeys(self, capsys, digits_run, seven):
+        names = ["lat\udce9.png", "\x1b]0;title\x07.png", "two\nlines.png", "none\x9b.png"]
+        for name in names[:3]:
+            Path(name).write_bytes(Path(seven).read_bytes())
+        assert cli.main(["predict", str(digits_run), *names]) == 2
+        captured = capsys.readouterr()
+        for name in (r"lat\xe9.png: ", r"\x1b]0;title\x07.png: ", r"two\nlines.png: "):
+            assert f"\n{name}" in f"\n{captured.out}"
+        assert_one_line(captured.err, r"none\x9b.png: ")
+        assert not set(captured.out + captured.err) & set("\x1b\x07\x9b")
+
+    def test_a_cut_file_is_noted(self, capsys, digits_run, seven):
+        Path("cut.png").write_bytes(Path(seven).read_bytes()[:-4])
+        assert cli.main(["predict", str(digits_run), "cut.png", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith("mnist-ext: note: cut.png: its end is missing")
+        assert "its end is missing" in json.loads(captured.out)["notice"]
 
     def test_standard_input(self, digits_run, seven):
         argv = [sys.executable, "-m", "mnist_ext", "predict", str(digits_run), "-"]

@@ -2,9 +2,12 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,38 @@ class TestPage:
         assert cli.main(["report", str(digits_run), "--output", "page.html"]) == 0
         assert Path("page.html").read_text().startswith("<!doctype html>")
         assert [path.name for path in Path().iterdir()] == ["page.html"]
+
+    def test_output_to_what_is_no_regular_file(self, digits_run, capfdbinary):
+        """Devices and pipes are written to and stay what they are; links lead to the file."""
+        os.mkfifo("pipe")
+        Path("device").symlink_to("/dev/null")
+        Path("target.html").touch()
+        Path("target.html").chmod(0o640)
+        Path("link.html").symlink_to("target.html")
+        Path("new.html").symlink_to("missing.html")
+        with ThreadPoolExecutor(1) as pool:
+            piped = pool.submit(Path("pipe").read_bytes)
+            for name in ("pipe", "device", "link.html", "new.html"):
+                assert cli.main(["report", str(digits_run), "--output", name]) == 0
+            pages = [piped.result(), Path("target.html").read_bytes()]
+        assert pages[1] == Path("missing.html").read_bytes() == pages[0]
+        assert pages[0].startswith(b"<!doctype html>")
+        assert Path("pipe").is_fifo()
+        assert Path("device").readlink() == Path("/dev/null")
+        assert Path("/dev/null").is_char_device()
+        assert Path("link.html").is_symlink()
+        assert stat.S_IMODE(Path("target.html").stat().st_mode) == 0o640
+        capfdbinary.readouterr()
+        for name in ("-", "/dev/stdout"):
+            assert cli.main(["report", str(digits_run), "--output", name]) == 0
+            assert capfdbinary.readouterr().out == pages[0]
+        assert not Path("-").exists()
+
+    def test_a_name_that_is_not_utf_8(self, own_run, capsys):
+        run = own_run.rename(own_run.with_name("lat\udce9\x1b[31m"))
+        assert cli.main(["report", str(run)]) == 0
+        assert "lat\\xe9\\x1b[31m/report.html" in capsys.readouterr().out
+        Page((run / "report.html").read_text(encoding="utf-8"))
 
     def test_a_file_that_cannot_be_written(self, digits_run, capsys):
         assert cli.main(["report", str(digits_run), "--output", "no/page.html"]) == 2

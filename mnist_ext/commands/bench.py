@@ -3,11 +3,11 @@
 import argparse
 import json
 import os
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mnist_ext.commands.options import MOST_THREADS, integer
+from mnist_ext.streams import tell
 
 if TYPE_CHECKING:
     from mnist_ext.benchmark import Limits, Result
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         for result in benchmark.measure(limits):
             print(json.dumps(asdict(result)) if args.json else _row(result), flush=True)
     except benchmark.WrongResultError as error:
-        print(f"mnist-ext: error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 1
     return 0
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from mnist_ext.streams import printable
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
@@ -28,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report))
     else:
         for label, text in doctor.rows(report):
-            print(f"{label:<14} {text}")
+            print(f"{label:<14} {printable(text)}")
     return 1 if report["problems"] else 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ext.commands.options import number
 from mnist_ext.commands.scoring import add_data_options, add_run, score
+from mnist_ext.streams import printable, tell
 
 if TYPE_CHECKING:
     from mnist_ext.scores import Scores
@@ -70,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         widths = "-".join(map(str, (784, *model.hidden, 10)))
         print(
-            f"model      {widths}, activation {model.activation}, trained on {model.dataset}, "
-            f"epoch {model.epoch}\n"
-            f"test set   {dataset.name}: {len(scores):,} images from {dataset.source}\n"
+            f"model      {widths}, activation {model.activation}, trained on "
+            f"{printable(model.dataset)}, epoch {model.epoch}\n"
+            f"test set   {dataset.name}: {len(scores):,} images from {printable(dataset.source)}\n"
             f"accuracy   {scores.accuracy:.2f} %, standard error {scores.standard_error:.2f}, "
             f"{len(scores) - scores.right:,} wrong\n"
             f"loss       {scores.loss:.4f}\n"
@@ -81,12 +82,11 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(_class_table(scores, names)) + "\n")
         print("\n".join(_confusion_table(scores, names, terminal)))
         for path in pictures:
-            print(f"written to {path}")
+            print(f"written to {printable(str(path))}")
     if args.target_accuracy is not None and scores.accuracy < args.target_accuracy:
-        print(
-            f"mnist-ext: error: accuracy {scores.accuracy:.2f} % is below the target of "
-            f"{args.target_accuracy:g} %",
-            file=sys.stderr,
+        tell(
+            f"error: accuracy {scores.accuracy:.2f} % is below the target of "
+            f"{args.target_accuracy:g} %"
         )
         return 1
     return 0

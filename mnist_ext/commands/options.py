@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the UserError that stands for ``message``."""
         raise UserError(f"{message} (see '{self.prog} --help')")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or version; argparse itself would pass over a failure."""
+        (file or sys.stdout).write(message)
 
 
 def integer(low: int, high: int = LARGEST_INT) -> Callable[[str], int]:
@@ -81,6 +86,11 @@ def path(text: str) -> str:
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path: it holds a NUL character")
     return expanded
+
+
+def whole_path(text: str) -> str:
+    """Return a path from the root: a run that goes on elsewhere finds it again."""
+    return os.path.abspath(path(text))
 
 
 def folder_name(text: str) -> str:

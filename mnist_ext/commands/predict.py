@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_ext import streams
 from mnist_ext.commands.scoring import add_run
 from mnist_ext.errors import UserError
 
@@ -55,10 +56,12 @@ def run(args: argparse.Namespace) -> int:
             prepared = prepare(_content(file), model.dataset)
         except UserError as error:
             failed = True
-            print(f"mnist-ext: error: {file}: {error}", file=sys.stderr, flush=True)
+            streams.tell(f"error: {file}: {error}")
             if args.json:
                 print(json.dumps({"file": file, "error": str(error)}), flush=True)
             continue
+        if prepared.notice:
+            streams.tell(f"note: {file}: {prepared.notice}")
         result = _classify(model, file, prepared)
         if args.json:
             print(json.dumps(result), flush=True)
@@ -99,6 +102,7 @@ def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, An
         "height": prepared.size[1],
         "mode": prepared.mode,
         "seen_as": "dark on light" if prepared.inverted else "light on dark",
+        "notice": prepared.notice,
     }
 
 
@@ -106,7 +110,7 @@ def _lines(result: dict[str, Any], prepared: "Prepared", terminal: "Terminal") -
     """Return the digit as the model sees it, with the probabilities beside it."""
     from mnist_ext.scores import sure
 
-    file = "standard input" if result["file"] == "-" else result["file"]
+    file = "standard input" if result["file"] == "-" else streams.printable(result["file"])
     title = terminal.bold(f"{file}: {result['name']}")
     title += f", {sure(result['probability'])} sure"
     about = f"{result['width']}x{result['height']} {result['mode']}, {result['seen_as']}"

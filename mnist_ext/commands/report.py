@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.atomic import replace_file
 from mnist_ext.commands.scoring import add_data_options, add_run, score
-from mnist_ext.errors import UserError
+from mnist_ext.outputs import write_output
+from mnist_ext.streams import printable
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +21,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add_run(parser)
     add_data_options(parser)
     parser.add_argument(
-        "--output", metavar="FILE", help="where to write it (default: report.html in RUN)"
+        "--output",
+        metavar="FILE",
+        help="where to write it; - is standard output (default: report.html in RUN)",
     )
     parser.set_defaults(run=run)
 
@@ -32,10 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
     record = trained.load_record(args.run_folder)
     model, dataset, scores = score(args)
-    path = Path(args.output) if args.output else model.path / "report.html"
-    try:
-        replace_file(path, report.page(model, record, dataset, scores).encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; use --output") from error
-    print(f"written to {path}")
+    path = model.path / "report.html" if args.output is None else Path(args.output)
+    content = report.page(model, record, dataset, scores).encode(errors="backslashreplace")
+    if write_output(path, content, hint="; use --output"):
+        print(f"written to {printable(str(path))}")
     return 0

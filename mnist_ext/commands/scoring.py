@@ -2,12 +2,12 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_ext.commands.options import path
+from mnist_ext.commands.options import path, whole_path
 from mnist_ext.errors import UserError
+from mnist_ext.streams import tell
 
 if TYPE_CHECKING:
     from mnist_ext.data import Dataset
@@ -31,10 +31,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        type=path,
+        type=whole_path,
         metavar="DIR",
-        help="folder that holds MNIST/raw, or to download to (default: that of the run, then "
-        "$MNIST_EXT_DATA, then the user's cache folder)",
+        help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
+        "(default: that of the run, then $MNIST_EXT_DATA, then the user's cache folder)",
     )
 
 
@@ -62,7 +62,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     if how is not None:
         note = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
     if note is not None:
-        print(f"mnist-ext: note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     return model, dataset, scores
 
 

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.commands.options import MOST_THREADS, folder_name, integer, number, path, widths
+from mnist_ext.commands.options import (
+    MOST_THREADS,
+    folder_name,
+    integer,
+    number,
+    path,
+    whole_path,
+    widths,
+)
 from mnist_ext.commands.train_config import config_of, read_toml
 from mnist_ext.errors import UserError
 from mnist_ext.settings import (
@@ -129,10 +137,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data-dir",
-        type=path,
+        type=whole_path,
         metavar="DIR",
-        help="folder that holds MNIST/raw, or to download to (default: $MNIST_EXT_DATA, then "
-        "the user's cache folder)",
+        help="folder that holds MNIST/raw, or MNIST's files themselves, or to download to "
+        "(default: $MNIST_EXT_DATA, then the user's cache folder)",
     )
     add(
         "--limit-batches",

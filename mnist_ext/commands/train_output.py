@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from mnist_ext.streams import printable, tell
 from mnist_ext.training import EpochMetrics, StepMetrics
 
 # Seconds between two looks at the loss for the bar: each makes a GPU wait.
@@ -62,7 +63,7 @@ class Output:
 
     def tell(self, text: str) -> None:
         """Print what must be known, an error above all, on standard error."""
-        print(f"mnist-ext: {text}", file=sys.stderr, flush=True)
+        tell(text)
 
 
 class Lines(Output):
@@ -102,7 +103,7 @@ class Lines(Output):
 
     def start(self, facts: dict[str, str], details: dict[str, Any]) -> None:
         """Print a line for each fact."""
-        self._print("\n".join(f"{name:<10} {fact}" for name, fact in facts.items()))
+        self._print(*(f"{name:<10} {fact}" for name, fact in facts.items()))
 
     def steps(self, images: int, loss: Tensor, rows: list[StepMetrics]) -> None:
         """Move the bar."""
@@ -151,10 +152,10 @@ class Lines(Output):
         text = f"epoch {epoch}/{self._epochs}{self._loss}{self._accuracy}"
         self._bar.set_description_str(text)
 
-    def _print(self, text: str) -> None:
+    def _print(self, *lines: str) -> None:
         # The bar is on the same terminal, as a rule.
         with self._without_bar():
-            print(text, flush=True)
+            print("\n".join(map(printable, lines)), flush=True)
 
     @contextmanager
     def _without_bar(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mnist_ext.interrupts import StopRequest
 from mnist_ext.locks import locked
 from mnist_ext.runs import REPLACED, Run, describe
 from mnist_ext.settings import TrainConfig
+from mnist_ext.streams import tell
 from mnist_ext.training import (
     EpochMetrics,
     StepMetrics,
@@ -308,7 +308,7 @@ def _load(
     if processes.rank == 0:
         processes.sum(torch.zeros(1, device=device))
         if dataset.notice:
-            print(f"mnist-ext: note: {dataset.notice}", file=sys.stderr)
+            tell(f"note: {dataset.notice}")
     if saved is not None:
         before, now = saved[1]["dataset"], describe(dataset)
         for key in ("train_size", "test_size", "mean", "std"):
