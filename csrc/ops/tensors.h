@@ -78,7 +78,7 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
 }
 
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
-  if (a.is_cpu() || b.is_cpu()) return a.is_cpu() && b.is_cpu();
+  if (a.is_cpu()) return b.is_cpu();
   return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 

@@ -5,45 +5,13 @@
 #include <vector>
 
 #include "../kernels/train_step.h"
+#include "extents.h"
 #include "layers.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
 
 inline constexpr const char* kTrainSteps = "mnist_ext.train_steps";
-
-// What lies in [begin, end) of memory.
-struct Extent {
-  const char *begin, *end;
-  bool written;
-  const char* argument;
-  int64_t index;
-};
-
-inline Extent extent_of(const Tensor& t, bool written, const char* argument, int64_t index) {
-  const char* begin = static_cast<const char*>(t.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    if (t.size(i) == 0) return {begin, begin, written, argument, index};
-    last += (t.size(i) - 1) * t.stride(i);
-  }
-  return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size()), written, argument, index};
-}
-
-inline void check_apart(std::vector<Extent>& extents) {
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
-  const Extent* furthest = nullptr;  // of those before, which all begin before
-  const Extent* furthest_written = nullptr;
-  for (const Extent& e : extents) {
-    if (e.begin == e.end) continue;
-    const Extent* other = e.written ? furthest : furthest_written;
-    check(!other || other->end <= e.begin, kTrainSteps, ": ", e.argument, "[", e.index, "] and ",
-          other ? other->argument : "", "[", other ? other->index : 0,
-          "] share memory: an update in place needs tensors of their own");
-    if (!furthest || furthest->end < e.end) furthest = &e;
-    if (e.written && (!furthest_written || furthest_written->end < e.end)) furthest_written = &e;
-  }
-}
 
 // What the op is given; schemas.h says what each is.
 struct TrainStepsArguments {
@@ -139,6 +107,28 @@ inline ClassIndices::Type label_type(const Tensor& labels) {
   }
 }
 
+// images are a copy where they are not read in place.
+inline void check_apart(const TrainStepsArguments& a, const Tensor& images) {
+  const auto count = static_cast<int32_t>(a.params.size());
+  std::vector<Extent> extents;
+  for (int32_t i = 0; i < count; ++i) {
+    extents.push_back(extent_of(a.params[i], i, true));
+    if (!a.momentum_buffers.empty()) extents.push_back(extent_of(a.momentum_buffers[i], count + i, true));
+  }
+  extents.push_back(extent_of(images, 2 * count, false));
+  if (a.class_weight) extents.push_back(extent_of(*a.class_weight, 2 * count + 1, false));
+  const auto found = overlapping(extents);
+  if (!found) return;
+  const auto name = [count](const Extent& e) {
+    if (e.number == 2 * count) return std::string("images");
+    if (e.number > 2 * count) return std::string("class_weight");
+    const bool is_buffer = e.number >= count;
+    return (is_buffer ? "momentum_buffers[" : "params[") + std::to_string(e.number % count) + "]";
+  };
+  fail<std::invalid_argument>(kTrainSteps, ": ", name(found->second), " and ", name(found->first),
+                              " share memory: an update in place needs tensors of their own");
+}
+
 // The arguments, checked, in the kernels' terms; holds what these point to. What needs the values of labels and order
 // is left to the kernels.
 template <class T>
@@ -187,16 +177,7 @@ class TrainStepsOperands {
             kTrainSteps, ": class_weight: expected shape [", classes, "], contiguous, got ", Shape(*a.class_weight));
     }
 
-    std::vector<Extent> extents;
-    for (std::size_t i = 0; i < a.params.size(); ++i) {
-      extents.push_back(extent_of(a.params[i], true, "params", static_cast<int64_t>(i)));
-      if (!a.momentum_buffers.empty()) {
-        extents.push_back(extent_of(a.momentum_buffers[i], true, "momentum_buffers", static_cast<int64_t>(i)));
-      }
-    }
-    extents.push_back(extent_of(rows_, false, "images", 0));
-    if (a.class_weight) extents.push_back(extent_of(*a.class_weight, false, "class_weight", 0));
-    check_apart(extents);
+    check_apart(a, rows_);
 
     for (int64_t g = 0; g < group_count_; ++g) {
       const double* o = a.options.data() + g * kOptions;
