@@ -166,7 +166,9 @@ def test_momentum_buffers_that_share_memory():
         params = [nn.Parameter(torch.randn(70_000)) for _ in range(2)]
         optimizer = cls(params, lr=0.1, momentum=0.9)
         run(optimizer, params, 2)
-        optimizer.state[params[1]]["momentum_buffer"] = optimizer.state[params[0]]["momentum_buffer"]
+        optimizer.state[params[1]]["momentum_buffer"] = optimizer.state[params[0]][
+            "momentum_buffer"
+        ]
         run(optimizer, params, 2)
         results.append(torch.stack([*params]))
     assert results[0].equal(results[1])

@@ -81,8 +81,7 @@ int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<T
     std::vector<SgdTensor<T>> tensors;
     for (const Operands& o : operands) {
       if (o.dtype != dtype) continue;
-      tensors.push_back(
-          {o.size, static_cast<T*>(o.param), static_cast<const T*>(o.grad), static_cast<T*>(o.buffer)});
+      tensors.push_back({o.size, static_cast<T*>(o.param), static_cast<const T*>(o.grad), static_cast<T*>(o.buffer)});
     }
     if (!tensors.empty()) step(tensors);
   };
