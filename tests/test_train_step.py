@@ -809,9 +809,9 @@ class TestTheUsersTensors:
         """Each tensor is made where the model is."""
         model = mlp((20,), "relu")
         model[1].weight.requires_grad_(False)
-        step, loop = pair(model, sgd={"momentum": 0.9})
         images, labels = (t[0] for t in batches(1, 32))
         with torch.device("meta"):
+            step, loop = pair(model, sgd={"momentum": 0.9})
             step(images, labels)
             step.epoch(images, labels, 8, torch.arange(32, device="cpu"))
         for chosen in (slice(32), *(slice(i, i + 8) for i in range(0, 32, 8))):
