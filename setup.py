@@ -14,12 +14,18 @@ import platform
 import sys
 from pathlib import Path
 
+import setuptools
+
+sys.path.insert(0, str(Path(__file__).parent / "tools"))
+import build_requirements
+
+if missing := build_requirements.missing_packages(setuptools.__version__):
+    sys.exit(missing)
+
+import cuda_toolkit
 import pybind11
 import torch
 from setuptools import Extension, setup
-
-sys.path.insert(0, str(Path(__file__).parent / "tools"))
-import cuda_toolkit
 
 CUDA_WANTED, NO_CUDA_REASON = cuda_toolkit.wanted(torch.version.cuda)
 TOOLKIT = cuda_toolkit.find(torch.version.cuda) if CUDA_WANTED else None
@@ -121,6 +127,8 @@ class BuildWithIsaFlags(BuildExtension):
     """BuildExtension that compiles each kernels_<isa>.cpp with its instruction set's flags."""
 
     def build_extensions(self) -> None:
+        if missing := build_requirements.missing_compiler():
+            sys.exit(missing)
         if TOOLKIT:
             cuda = f"for {', '.join(ARCHITECTURES)}, with CUDA {TOOLKIT.version}"
         else:

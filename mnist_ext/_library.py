@@ -38,9 +38,9 @@ def load() -> None:
     except ImportError as error:
         raise ImportError(
             f"mnist_ext: cannot load the compiled library mnist_ext._C ({error}). "
-            "If it has not been built, run `pip install .` in the source folder, or "
-            "`pip install --no-build-isolation -e .` to work on it; after `pip install .`, start "
-            f"Python outside the source folder (this is {__file__})"
+            "If it has not been built, run `pip install .` in the source folder, or `make install` "
+            "to work on it; after `pip install .`, start Python outside the source folder (this is "
+            f"{__file__})"
         ) from error
     _load_cuda(_C)
 

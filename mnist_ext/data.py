@@ -154,7 +154,7 @@ def normalize(images: Tensor, mean: float, std: float) -> Tensor:
         ``(images / 255 - mean) / std``: float32, the shape of ``images``.
     """
     # One operation instead of a conversion and two more passes over the batch.
-    shift = torch.tensor(-mean / std, dtype=torch.float32)
+    shift = torch.tensor(-mean / std, dtype=torch.float32, device="cpu")
     return torch.add(shift, images, alpha=1 / (255 * std))
 
 
@@ -194,7 +194,8 @@ def draw_order(split: Split, generator: torch.Generator) -> Tensor:
         split: the images.
         generator: a CPU generator, so that a seed gives the same order on every device.
     """
-    return torch.randperm(len(split), generator=generator).to(split.images.device)
+    order = torch.randperm(len(split), generator=generator, device="cpu")
+    return order.to(split.images.device)
 
 
 def take(split: Split, chosen: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,7 @@ def _dataset(
 ) -> Dataset:
     # A histogram gives the exact statistics without a float copy of 47 million pixels.
     counts = torch.bincount(train.images.flatten(), minlength=256).double()
-    levels = torch.linspace(0, 1, 256, dtype=torch.float64)
+    levels = torch.linspace(0, 1, 256, dtype=torch.float64, device="cpu")
     mean = float(counts @ levels / counts.sum())
     std = float((counts @ (levels - mean).square() / counts.sum()).sqrt())
     if std == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,19 @@ from mnist_ext import _library  # noqa: F401  (loads the ops)
 _sgd_step = torch.ops.mnist_ext.sgd_step.default
 _set_grad_enabled = torch._C._set_grad_enabled
 _is_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _find_has_callbacks() -> Callable[[], bool]:
+    """Return PyTorch's own test of whether a profiler or observer of any kind or thread is on."""
+    try:
+        has_callbacks = ctypes.PyDLL(torch._C.__file__)._ZN2at12hasCallbacksEv
+    except (AttributeError, OSError):  # it is private; this one sees those of this thread
+        return torch.autograd._profiler_enabled
+    has_callbacks.restype = ctypes.c_bool
+    return has_callbacks
+
+
+_has_callbacks = _find_has_callbacks()
 _PLAIN = {Tensor, torch.nn.Parameter}
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
@@ -25,8 +40,9 @@ class SGD(torch.optim.SGD):
     The same arguments, the same ``state_dict``, and in float32 and float64 the same bits, on CPUs
     with fused multiply-add: each element goes through PyTorch's operations in its order. What the
     kernels do not take is left to PyTorch's functions: tensors that are not dense, not on the CPU
-    or CUDA, or subclasses, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a
-    learning rate or weight decay that is a tensor with a gradient or not on the CPU.
+    or CUDA, or subclasses, parameters and buffers that share memory, which are updated one after
+    the other, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a learning rate or
+    weight decay that is a tensor with a gradient or not on the CPU.
 
     Raises:
         RuntimeError: a gradient is sparse or complex: use torch.optim.SGD.
@@ -61,8 +77,8 @@ class SGD(torch.optim.SGD):
             or self._optimizer_step_post_hooks
             or _torchs._global_optimizer_pre_hooks
             or _torchs._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
             or _is_compiling()
+            or _has_callbacks()
         )
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
@@ -91,16 +107,17 @@ class SGD(torch.optim.SGD):
         if not group["momentum"]:
             self._update(group, params, [], first_step=False)
             return
-        # Parameters in their first step have no momentum buffer yet.
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        pairs = list(zip(params, buffers, strict=True))
-        old = [pair for pair in pairs if pair[1] is not None]
-        if old:
-            self._update(group, [p for p, _ in old], [b for _, b in old], first_step=False)
-        new = [p for p, buffer in pairs if buffer is None]
-        if new:
-            buffers = self._update(group, new, [torch.empty_like(p) for p in new], first_step=True)
-            for param, buffer in zip(new, buffers, strict=True):
+        # Parameters in their first step have no buffer yet. In order: they may share memory.
+        pairs = zip(params, buffers, strict=True)
+        for is_first, run in itertools.groupby(pairs, lambda pair: pair[1] is None):
+            of_run, buffers_of_run = map(list, zip(*run, strict=True))
+            if not is_first:
+                self._update(group, of_run, buffers_of_run, first_step=False)
+                continue
+            buffers_of_run = [torch.empty_like(p) for p in of_run]
+            made = self._update(group, of_run, buffers_of_run, first_step=True)
+            for param, buffer in zip(of_run, made, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
     def _update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 import signal
@@ -10,9 +11,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _global_hooks
 from torch.optim import optimizer as _global_optimizer_hooks
@@ -73,8 +75,10 @@ class TrainStep:
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
             or ours), each optionally followed by ``ReLU``. A ``Sequential``, or a module whose
-            forward consists of such calls. Parameters of float32 or of float64, on the CPU or on
-            one CUDA device.
+            forward consists of such calls; ``torch.flatten(x, 1)``, ``x.view(x.size(0), -1)`` and
+            ``x.view(-1, in_features)`` (or ``reshape``) count as Flatten, ``F.relu`` and
+            ``torch.relu`` as ReLU. Parameters of float32 or of float64, on the CPU or on one CUDA
+            device.
         criterion: ``CrossEntropyLoss`` (PyTorch's or ours), reduction ``"mean"`` or ``"sum"``.
         optimizer: ``torch.optim.SGD`` or ``mnist_ext.optim.SGD``, over parameters of model.
         normalize: (mean, std) of the pixels on the scale 0 to 1, for images of uint8: they count as
@@ -299,6 +303,9 @@ class TrainStep:
                 self._reduction,
                 self._captured.number if self._captured else 0,
             )
+        except ValueError:
+            self._build()  # says it by name if it is the model, whose tensors were replaced
+            raise
         finally:
             _set_grad_enabled(recording)
         for owner, buffer in new:
@@ -422,7 +429,7 @@ class TrainStep:
         self._parse_optimizer()
         if self._captured is None and _can_capture(self._params[0]):
             self._captured = _CapturedStep()
-        self._empty = torch.empty(0)
+        self._empty = torch.empty(0, device=self._params[0].device)
         self._no_buffers: list[Tensor] = []
         self._param_dicts = [linear._parameters for linear in self._linears]
         self._fused = [m for m in self._linears if isinstance(m, _ours.Linear)]
@@ -456,14 +463,16 @@ class TrainStep:
         self._flattens = False
         self._linears: list[nn.Linear] = []
         relus: list[bool] = []
-        for module in _called_modules(self._model, self._names):
-            where = f"{self._names[module]} ({type(module).__name__})"
+        views: list[tuple[str, int]] = []  # those that name the number of features
+        for where, module, features in _calls_of(self._model, self._names):
             if "forward" in module.__dict__:
                 _refuse(f"{where}: its forward was replaced: restore it")
             if type(module) is nn.Flatten and not self._linears:
                 if (module.start_dim, module.end_dim) != (1, -1):
                     _refuse(f"{where}: expected Flatten(start_dim=1, end_dim=-1), got {module}")
                 self._flattens = True
+                if features != -1:
+                    views.append((where, features))
             elif isinstance(module, nn.Linear) and type(module) in _LINEARS:
                 self._linears.append(module)
                 relus.append(getattr(module, "activation", "none") == "relu")
@@ -476,6 +485,13 @@ class TrainStep:
                 _refuse(f"{where}: expected Flatten first, then Linear and ReLU; {hint}")
         if not self._linears:
             _refuse("model: expected at least one Linear, got none")
+        for where, features in views:
+            if features != self._linears[0].in_features:
+                first = self._linears[0]
+                _refuse(
+                    f"{where}: expected in_features of {self._names[first]}, {first.in_features}, "
+                    f"got {features}"
+                )
         self._params: list[nn.Parameter] = []
         self._layers = []
         for i, linear in enumerate(self._linears):
@@ -487,6 +503,21 @@ class TrainStep:
                     f"{self._linears[i - 1].out_features}, got {linear.in_features}"
                 )
             self._layers.append((linear.bias is not None) * _BIAS + relus[i] * _RELU)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        names = [
+            f"{self._names[linear]}.{name}"
+            for linear in self._linears
+            for name in ("weight", "bias")
+            if linear._parameters[name] is not None
+        ]
+        placed = sorted(
+            (p.data_ptr(), p.nbytes, name) for p, name in zip(self._params, names, strict=True)
+        )
+        for (begin, size, name), (following, _, other) in itertools.pairwise(placed):
+            if following < begin + size:
+                _refuse(f"{other} shares memory with {name}: give each parameter its own")
 
     def _add_parameter(self, linear: nn.Linear, name: str) -> None:
         where = f"{self._names[linear]}.{name}"
@@ -588,8 +619,19 @@ class _Tracer(torch.fx.Tracer):
         return type(m) in _LINEARS or super().is_leaf_module(m, module_qualified_name)
 
 
-def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Module]:
-    """Return the modules that model calls, one after the other, or refuse it."""
+class _Call(NamedTuple):
+    where: str  # for messages
+    module: nn.Module  # what is called, or what does the same as the function that is called
+    features: int = -1  # that a view names
+
+
+_FLATTENS = (torch.flatten, "flatten")
+_VIEWS = (torch.reshape, "reshape", "view")
+_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+
+def _calls_of(model: nn.Module, names: dict[nn.Module, str]) -> list[_Call]:
+    """Return what model calls, one after the other, or refuse it."""
     for module, name in names.items():
         where = f"{name} ({type(module).__name__})"
         # Tracing follows the class's forward of model, and no forward of a Sequential.
@@ -599,26 +641,86 @@ def _called_modules(model: nn.Module, names: dict[nn.Module, str]) -> list[nn.Mo
         if type(module).__call__ is not nn.Module.__call__:
             _refuse(f"{where}: its class has a __call__ of its own: leave that to forward")
     if type(model) in (*_LINEARS, nn.Flatten, nn.ReLU):
-        return [model]
+        return [_Call(f"model ({type(model).__name__})", model)]
+    where = f"model ({type(model).__name__})"
     try:
         nodes = list(_Tracer().trace(model).nodes)
     except Exception as error:
         raise ValueError(
-            f"mnist_ext.TrainStep: model ({type(model).__name__}): expected a forward that calls "
-            f"Flatten, Linear and ReLU modules one after the other; following it failed: {error}"
+            f"mnist_ext.TrainStep: {where}: expected a forward that calls Flatten, Linear and ReLU "
+            f"one after the other; following it failed: {error}"
         ) from error
-    modules = []
+    calls: list[_Call] = []
     before = nodes[0]
     for node in nodes[1:]:
-        if node.kwargs or node.args != (before,) or node.op not in ("call_module", "output"):
+        if _reads_sizes(node):
+            continue
+        call = None
+        if node.args and node.args[0] is before:
+            if node.op == "output":
+                return calls
+            call = _call_of(node, model, names)
+        if call is None:
             _refuse(
-                f"model ({type(model).__name__}): expected a forward that calls Flatten, Linear "
-                f"and ReLU modules one after the other, and does nothing else, found {node}"
+                f"{where}: expected a forward that calls Flatten, Linear and ReLU (or "
+                "torch.flatten(x, 1), x.view(x.size(0), -1), F.relu) one after the other, for "
+                f"batches of any size, and does nothing else, found {_in_words(node)}"
             )
-        if node.op == "call_module":
-            modules.append(model.get_submodule(str(node.target)))
+        calls.append(call)
         before = node
-    return modules
+    return calls
+
+
+def _call_of(node: torch.fx.Node, model: nn.Module, names: dict[nn.Module, str]) -> _Call | None:
+    if node.op == "call_module":
+        if len(node.args) > 1 or node.kwargs:
+            return None
+        module = model.get_submodule(str(node.target))
+        return _Call(f"{names[module]} ({type(module).__name__})", module)
+    where = f"{_in_words(node)} in the forward of {type(model).__name__}"
+    if node.target in _RELUS:
+        return _Call(where, nn.ReLU())
+    if node.target in _FLATTENS and {"start_dim", "end_dim"}.issuperset(node.kwargs):
+        dims: dict[str, Any] = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False))
+        return _Call(where, nn.Flatten(**{"start_dim": 0, **dims, **node.kwargs}))
+    if node.target in _VIEWS and not node.kwargs:
+        sizes: Any = node.args[1:]
+        if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+            sizes = sizes[0]
+        # The number of rows must be that of the batch, whatever it is. That -1 comes to it is seen
+        # when the images come: each must have so many numbers.
+        if len(sizes) == 2 and isinstance(sizes[1], int):
+            rows, features = sizes
+            if _is_batch_size(rows) or (type(rows) is int and rows == -1 and features != -1):
+                return _Call(where, nn.Flatten(), features)
+    return None
+
+
+def _reads_sizes(value: Any) -> bool:
+    """Whether value is ``x.shape``, ``x.size(...)`` or one of their elements."""
+    if not isinstance(value, torch.fx.Node):
+        return False
+    if value.op == "call_method":
+        return value.target == "size"
+    if value.target is getattr:
+        return bool(value.args[1] == "shape")
+    return value.target is operator.getitem and _reads_sizes(value.args[0])
+
+
+def _is_batch_size(value: Any) -> bool:
+    """Whether value is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``."""
+    if not _reads_sizes(value):
+        return False
+    index = (*value.args[1:], *value.kwargs.values())
+    of: Any = value.args[0]  # the tensor, or all of its sizes
+    reads_all = not _reads_sizes(of) or of.target is getattr or len(of.args) == 1
+    return bool(reads_all and index == (0,))
+
+
+def _in_words(node: torch.fx.Node) -> str:
+    name = getattr(node.target, "__name__", node.target)
+    given = [*map(str, node.args), *[f"{key}={value}" for key, value in node.kwargs.items()]]
+    return f"{name}({', '.join(given)})"
 
 
 def _expect_tensor(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import build_backend
+import build_requirements
 import cuda_toolkit
 
 
@@ -91,6 +92,37 @@ def test_compiler_on_path_that_is_a_script_elsewhere(tmp_path):
     script.write_text(f"#!/bin/sh\necho '#$ TOP={home}/bin/..' >&2\n")
     script.chmod(0o755)
     assert cuda_toolkit.find("13.0").home == home
+
+
+def test_packages_that_are_missing(monkeypatch):
+    missing = build_requirements.missing_packages
+    monkeypatch.setattr(build_requirements.importlib.util, "find_spec", lambda name: object())
+    assert missing("77.0.3") is None
+    assert "needs 'setuptools>=77' (setuptools is 65.5.0): run `pip inst" in missing("65.5.0")
+    monkeypatch.setattr(
+        build_requirements.importlib.util, "find_spec", lambda name: None if "py" in name else 1
+    )
+    assert "`pip install 'pybind11>=2.13' ninja`" in missing("80.1")
+
+
+@pytest.mark.parametrize(
+    ("macros", "refused"),
+    [
+        ("#define __GNUC__ 10", "'fake' is GCC 10: install one"),
+        ("#define __GNUC__ 11", None),
+        ("#define __clang__ 1\n#define __GNUC__ 4", None),
+        (None, "'fake' cannot be run"),
+    ],
+)
+def test_compilers(monkeypatch, tmp_path, macros, refused):
+    monkeypatch.setenv("CXX", "fake")
+    if macros:
+        compiler = tmp_path / "bin" / "fake"
+        compiler.parent.mkdir()
+        compiler.write_text(f"#!/bin/sh\necho '{macros}'\n")
+        compiler.chmod(0o755)
+    message = build_requirements.missing_compiler()
+    assert message is None if refused is None else refused in message
 
 
 def test_what_pip_is_asked_for(monkeypatch, tmp_path):

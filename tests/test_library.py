@@ -93,6 +93,16 @@ class TestImport:
         assert version in last_line(process)
         assert "pip install 'torch>=2.10'" in last_line(process)
 
+    def test_loads_nothing_of_torch_that_torch_does_not_load_itself(self):
+        """torch._dynamo and what it brings take as long as torch."""
+        code = (
+            "import sys, torch\n"
+            "before = set(sys.modules)\n"
+            "import mnist_ext\n"
+            "print(*[m for m in sys.modules if m not in before and 'mnist_ext' not in m])"
+        )
+        assert run(code).stdout.split() == []
+
 
 class TestInstructionSet:
     @pytest.mark.parametrize("forced", _C.available_isas())

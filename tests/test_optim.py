@@ -1,7 +1,10 @@
 """SGD against torch.optim.SGD: the same bits, the same state."""
 
+import contextlib
 import copy
 import itertools
+import json
+import threading
 
 import pytest
 import torch
@@ -108,6 +111,143 @@ def test_groups_schedulers_hooks_and_closure():
         results.append((torch.stack(losses), *model.parameters()))
         assert calls == ["pre", "post"] * 5
     torch.testing.assert_close(*results)
+
+
+def tied(flat):
+    first, second = nn.Parameter(flat[:70_000]), nn.Parameter(torch.zeros(70_000))
+    second.data = first.data
+    first.grad, second.grad = torch.randn(2, 70_000)
+    return [first, second]
+
+
+def views(flat):
+    params = [nn.Parameter(flat[begin : begin + 50_000]) for begin in (0, 30_000, 80_000)]
+    for param in params:
+        param.grad = torch.randn(50_000)
+    return params
+
+
+def views_of_two_dtypes(flat):
+    params = [nn.Parameter(flat.view(torch.float16)[:90_000]), nn.Parameter(flat[:90_000])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def gradient_is_a_parameter(flat):
+    params = [nn.Parameter(flat[:70_000]), nn.Parameter(flat[70_000:140_000])]
+    params[0].grad, params[1].grad = torch.randn(70_000), params[0].detach()
+    return params
+
+
+@pytest.mark.parametrize("make", [tied, views, views_of_two_dtypes, gradient_is_a_parameter])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=len)
+def test_tensors_that_share_memory_are_updated_one_after_the_other(make, options):
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        flat = torch.randn(140_000)
+        params = make(flat)
+        optimizer = cls(params, lr=0.1, **options)
+        optimizer.step()
+        new = nn.Parameter(flat[10_000:20_000])  # in its first step, before those that are not
+        new.grad = torch.randn(10_000)
+        optimizer.param_groups[0]["params"].insert(0, new)
+        for _ in range(2):
+            optimizer.step()
+        results.append(flat)
+    assert results[0].view(torch.int32).equal(results[1].view(torch.int32))
+
+
+def test_momentum_buffers_that_share_memory():
+    results = []
+    for cls in (mnist_ext.optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(70_000)) for _ in range(2)]
+        optimizer = cls(params, lr=0.1, momentum=0.9)
+        run(optimizer, params, 2)
+        optimizer.state[params[1]]["momentum_buffer"] = optimizer.state[params[0]][
+            "momentum_buffer"
+        ]
+        run(optimizer, params, 2)
+        results.append(torch.stack([*params]))
+    assert results[0].equal(results[1])
+
+
+def test_op_refuses_what_shares_memory_and_is_written():
+    def refused(params, grads, buffers=()):
+        return torch.ops.mnist_ext.sgd_step(
+            params, grads, buffers, 0.1, 0.9, 0, 0, False, False, False
+        )
+
+    a, b, c, d, flat = *torch.randn(4, 8), torch.randn(15)
+    assert refused([a, a], [c, d]) == 1
+    assert refused([a, flat[:8], b, flat[7:]], [c, d, c, d]) == 3
+    assert refused([a, b], [c, b]) == 1
+    assert refused([a, b], [b, c]) >= 0
+    assert refused([a, b], [c, c], [d, d]) == 1
+    assert refused([a, b], [c, c], [d, a]) >= 0
+    assert refused([a, b, b[:0]], [c, c, c[:0]]) == -1  # read twice; nothing of b
+    assert refused([flat[:8], flat[8:]], [c, c[:7]]) == -1
+
+
+@contextlib.contextmanager
+def observed(path):
+    observer = torch.profiler.ExecutionTraceObserver().register_callback(str(path))
+    observer.start()
+    try:
+        yield
+    finally:
+        observer.unregister_callback()
+
+
+def names_seen_by(profiler, step, path, thread=False):
+    """Return the names of the entries in what profiler, one of several kinds, has seen of step."""
+    with profiler as profile:
+        if thread:
+            other = threading.Thread(target=step)
+            other.start()
+            other.join()
+        else:
+            step()
+    if profile is None:
+        return {node["name"] for node in json.loads(path.read_text())["nodes"]}
+    events = profile.events() if hasattr(profile, "events") else profile.function_events
+    return {event.name for event in events}
+
+
+def all_threads():
+    return torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["profiler", "autograd's", "legacy", "observer", "thread", "all threads"]
+)
+def test_profilers_see_the_step_where_they_see_pytorchs(kind, tmp_path):
+    seen = []
+    for cls in (torch.optim.SGD, mnist_ext.optim.SGD):
+        param = nn.Parameter(torch.ones(2))
+        param.grad = torch.ones(2)
+        optimizer = cls([param], lr=0.1)
+
+        def step(optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        path = tmp_path / cls.__module__
+        profiler = {
+            "profiler": torch.profiler.profile,
+            "autograd's": torch.autograd.profiler.profile,
+            "legacy": lambda: torch.autograd.profiler.profile(use_kineto=False),
+            "observer": lambda path=path: observed(path),
+            "thread": torch.profiler.profile,
+            "all threads": lambda: torch.profiler.profile(experimental_config=all_threads()),
+        }[kind]()
+        names = names_seen_by(profiler, step, path, thread="thread" in kind)
+        seen.append({name for name in names if name.startswith("Optimizer")})
+    assert seen[0] == seen[1]
+    assert seen[0] or kind == "thread"  # a profiler sees its own thread
 
 
 def test_one_native_call_per_group():

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
@@ -253,6 +254,90 @@ class Quickstart(nn.Module):
     def forward(self, x):
         x = self.flatten(x)
         return self.stack(x)
+
+
+class Written(nn.Module):
+    """Two layers, called as ``flow(self, x)`` calls them."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+        self.a, self.b, self.relu = nn.Linear(784, 20), nn.Linear(20, 10), nn.ReLU()
+
+    def forward(self, x):
+        return self.flow(self, x)
+
+
+FUNCTIONS = [
+    lambda m, x: m.b(F.relu(m.a(torch.flatten(x, 1)))),
+    lambda m, x: m.b(torch.relu(m.a(torch.flatten(x, start_dim=1)))),
+    lambda m, x: m.b(m.a(x.flatten(1, -1)).relu()),
+    lambda m, x: m.b(F.relu(m.a(x.view(-1, 784)), inplace=True)),
+    lambda m, x: m.b(m.a(x.view((-1, 28 * 28))).relu_()),
+    lambda m, x: m.b(torch.relu_(m.a(x.view(x.size(0), -1)))),
+    lambda m, x: m.b(m.relu(m.a(x.view(x.size()[0], 784)))),
+    lambda m, x: m.b(F.relu(m.a(x.reshape(x.shape[0], -1)))),
+    lambda m, x: F.relu(m.b(m.a(torch.reshape(x, (x.size(dim=0), -1)).view(-1, 784)))),
+]
+OTHER_FUNCTIONS = {
+    r"flatten\(x, 0\) in the forward of Written: .*start_dim=1": lambda m, x: torch.flatten(x, 0),
+    r"flatten\(x\) in": lambda m, x: torch.flatten(x),
+    r"flatten\(x, 2\) in": lambda m, x: x.flatten(2),
+    r"flatten\(x, 1, 2\) in": lambda m, x: x.flatten(1, 2),
+    r"found view\(x, 64, -1\)": lambda m, x: x.view(64, -1),
+    r"found view\(x, 1, -1\)": lambda m, x: x.view(1, -1),
+    r"found reshape\(x, -1\)": lambda m, x: x.reshape(-1),
+    r"found view\(x, -1, 1, 784\)": lambda m, x: x.view(-1, 1, 784),
+    r"found view\(x, size, -1\)": lambda m, x: x.view(x.size(1), -1),
+    r"found view\(x, getitem, -1\)": lambda m, x: x.view(x.shape[-1], -1),
+    r"found view\(x, torch.int32\)": lambda m, x: x.view(torch.int32),
+    r"view\(x, -1, 392\).*in_features of a, 784, got 392": lambda m, x: x.view(-1, 392),
+    r"found mul\(size, 2\)": lambda m, x: x.view(x.size(0) * 2, -1),
+    r"relu\(x, inplace=False\) in": lambda m, x: F.relu(x),
+    r"found gelu\(a\)": lambda m, x: F.gelu(m.a(x)),
+    r"found dropout\(x, ": lambda m, x: F.dropout(x),
+    r"flatten\(a, 1\) in.*Flatten first": lambda m, x: m.a(x).flatten(1),
+    r"view\(a, -1, 20\) in.*Flatten first": lambda m, x: m.a(x).view(-1, 20),
+}
+
+
+class TestFunctions:
+    """flatten, view, reshape and relu called in a forward, as functions or methods."""
+
+    @pytest.mark.parametrize("flow", FUNCTIONS)
+    def test_taken(self, flow):
+        model = Written(flow)
+        step, loop = pair(model)
+        for x, y in zip(*batches(3, 16), strict=True):
+            x = x.view(16, 1, 28, 28)
+            assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        assert_same_bits(model, loop[0])
+
+    @pytest.mark.parametrize("message", OTHER_FUNCTIONS)
+    def test_refused(self, message):
+        flow = OTHER_FUNCTIONS[message]
+        model = Written(lambda m, x: m.b(m.a(flow(m, x)) if "(x" in message else flow(m, x)))
+        with pytest.raises(ValueError, match=message):
+            pair(model)
+
+    def test_result_of_relu_that_nobody_takes(self):
+        """In place, PyTorch's forward goes on with it all the same."""
+
+        def flow(m, x):
+            hidden = m.a(x)
+            F.relu_(hidden)
+            return m.b(hidden)
+
+        with pytest.raises(ValueError, match=r"one after the other.*found b\(a\)"):
+            pair(Written(flow))
+
+    def test_a_view_that_would_take_several_images_as_one_row(self):
+        """Or one as several: PyTorch's loop has another number of rows than of labels there."""
+        step, loop = pair(Written(lambda m, x: m.b(m.a(x.view(-1, 784)))))
+        for images in torch.randn(4, 2, 784), torch.randn(4, 392):
+            for call in (step, lambda x, y: ordinary_step(*loop, x, y)):
+                with pytest.raises(ValueError, match=r"784 numbers each|batch"):
+                    call(images, torch.arange(4))
 
 
 class TestModels:
@@ -564,19 +649,28 @@ class TestRefused:
 
     def test_tensors_that_share_memory(self):
         model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
-        model[1].weight.data = model[0].weight.data
-        step, _ = pair(model)
-        with pytest.raises(RuntimeError, match=r"params\[\d\] and params\[\d\] share memory"):
-            step(torch.randn(3, 10), torch.arange(3))
+        step, _ = pair(model, sgd={"momentum": 0.9})
+        images, labels = torch.randn(3, 10), torch.arange(3)
+        step(images, labels)
+        state = step._optimizer.state
+        state[model[0].weight]["momentum_buffer"] = state[model[1].weight]["momentum_buffer"]
+        with pytest.raises(ValueError, match=r"momentum_buffers\[2\] and .*\[0\] share memory"):
+            step(images, labels)
+        model[1].bias.data = model[0].weight.data[2]
+        message = r"1\.bias shares memory with 0\.weight"
+        with pytest.raises(ValueError, match=message):
+            step(images, labels)
+        with pytest.raises(ValueError, match=message):
+            pair(model)
 
     @pytest.mark.parametrize(
         ("images", "labels", "error", "message"),
         [
-            (torch.zeros(4, 783), torch.arange(4), RuntimeError, "images: expected 784 numbers"),
+            (torch.zeros(4, 783), torch.arange(4), ValueError, "images: expected 784 numbers"),
             (torch.zeros(784), torch.arange(1), ValueError, r"images: expected \[n, \.\.\.\]"),
             (torch.zeros(4, 784), torch.arange(3), ValueError, r"labels: expected shape \[4\]"),
-            (torch.zeros(4, 784), torch.zeros(4, 1).long(), RuntimeError, "labels: expected"),
-            (torch.zeros(4, 784), torch.zeros(4, 10), RuntimeError, "labels: expected class ind"),
+            (torch.zeros(4, 784), torch.zeros(4, 1).long(), ValueError, "labels: expected"),
+            (torch.zeros(4, 784), torch.zeros(4, 10), ValueError, "labels: expected class ind"),
             (torch.zeros(4, 784).double(), torch.arange(4), ValueError, "images: expected torch.f"),
             (torch.zeros(4, 784, requires_grad=True), torch.arange(4), ValueError, "detach"),
             (torch.zeros(4, 784, device="meta"), torch.arange(4), ValueError, "on cpu that needs"),
@@ -710,6 +804,19 @@ class TestTheUsersTensors:
         pair(model)[0](images, labels)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+    def test_another_default_device(self):
+        """Each tensor is made where the model is."""
+        model = mlp((20,), "relu")
+        model[1].weight.requires_grad_(False)
+        images, labels = (t[0] for t in batches(1, 32))
+        with torch.device("meta"):
+            step, loop = pair(model, sgd={"momentum": 0.9})
+            step(images, labels)
+            step.epoch(images, labels, 8, torch.arange(32, device="cpu"))
+        for chosen in (slice(32), *(slice(i, i + 8) for i in range(0, 32, 8))):
+            ordinary_step(*loop, images[chosen], labels[chosen])
+        torch.testing.assert_close([*model.parameters()], [*loop[0].parameters()])
 
     def test_images_and_labels_are_not_written(self):
         images, labels = (t[0] for t in batches(1, 64))

@@ -6,8 +6,9 @@
 //   param -= lr * g
 //
 // The operations are those of torch.optim.SGD in its order, each rounded to T (a multiply-add is one operation), so
-// that the results are the same bits where the instruction set has a fused multiply-add. Aliasing: no tensor overlaps
-// another. Results do not depend on the number of threads.
+// that the results are the same bits where the instruction set has a fused multiply-add. Aliasing: a param or
+// momentum buffer overlaps nothing else, as threads share the tensors among themselves; ops/extents.h checks that.
+// Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 // No gradient of a parameter is kept. What each layer computes, in which precision and which order of summation, is
 // linear.h's, the loss cross_entropy.h's, the update sgd.h's: the results are the bits of those kernels called one
 // after the other, and do not depend on the number of threads.
-// Aliasing: parameters and momentum buffers overlap neither each other nor anything else.
+// Aliasing: parameters and momentum buffers overlap neither each other nor anything else; ops/extents.h checks that.
 #pragma once
 
 #include <cstdint>

@@ -56,8 +56,8 @@ void define_ops(Library& m) {
       "bool need_target) -> (Tensor, Tensor)");
 
   // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
-  // first_step. Returns -1, or, having changed nothing, the first index at which the tensors are none that the kernels
-  // take: of a dtype of theirs, dense, and all of the same shape, strides and dtype.
+  // first_step. Returns -1, or, having changed nothing, an index at which the tensors are none that the kernels take:
+  // of a dtype of theirs, dense, all of the same shape, strides and dtype, and what is written shares no memory.
   m.def(
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");

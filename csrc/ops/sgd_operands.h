@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../kernels/sgd.h"
+#include "extents.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
@@ -28,9 +29,11 @@ inline bool is_dense(const Tensor& t) {
 }
 
 inline bool have_same_layout(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim() || a.scalar_type() != b.scalar_type() || !on_same_device(a, b)) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i) || (a.size(i) != 1 && a.stride(i) != b.stride(i))) return false;
+  if (dtype_of(a) != dtype_of(b) || !on_same_device(a, b)) return false;
+  const auto sizes = a.sizes(), other_sizes = b.sizes(), strides = a.strides(), other_strides = b.strides();
+  if (sizes.size() != other_sizes.size()) return false;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] != other_sizes[i] || (sizes[i] != 1 && strides[i] != other_strides[i])) return false;
   }
   return true;
 }
@@ -44,20 +47,41 @@ int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<T
   check(grads.size() == count, kSgd, ": grads: expected one for each of ", count, " params, got ", grads.size());
   check(momentum_buffers.empty() || momentum_buffers.size() == count, kSgd, ": momentum_buffers: expected none or ",
         count, ", one for each of params, got ", momentum_buffers.size());
+  struct Operands {
+    ScalarType dtype;
+    int64_t size;
+    void* param;
+    const void* grad;
+    void* buffer;
+  };
+  std::vector<Operands> operands;
+  std::vector<Extent> extents;
+  operands.reserve(count);
+  extents.reserve(3 * count);
   for (std::size_t i = 0; i < count; ++i) {
-    const bool fitting = on_same_device(params[i], params[0]) && is_floating(params[i]) && is_dense(params[i]) &&
-                         have_same_layout(params[i], grads[i]) &&
-                         (momentum_buffers.empty() || have_same_layout(params[i], momentum_buffers[i]));
+    const Tensor& p = params[i];
+    const bool fitting = on_same_device(p, params[0]) && is_floating(p) && is_dense(p) &&
+                         have_same_layout(p, grads[i]) &&
+                         (momentum_buffers.empty() || have_same_layout(p, momentum_buffers[i]));
     if (!fitting) return static_cast<int64_t>(i);
+    operands.push_back({p.scalar_type(), p.numel(), p.mutable_data_ptr(), grads[i].const_data_ptr(),
+                        momentum_buffers.empty() ? nullptr : momentum_buffers[i].mutable_data_ptr()});
+    const Operands& o = operands.back();
+    const auto add = [&](const void* data, bool written) {
+      const char* begin = static_cast<const char*>(data);
+      if (data) extents.push_back({begin, begin + o.size * p.element_size(), static_cast<int32_t>(i), written});
+    };
+    add(o.param, true);
+    add(o.grad, false);
+    add(o.buffer, true);
   }
+  if (const auto found = overlapping(extents)) return found->second.number;
   const auto step_of = [&](ScalarType dtype, auto zero) {
     using T = decltype(zero);
     std::vector<SgdTensor<T>> tensors;
-    for (std::size_t i = 0; i < count; ++i) {
-      if (params[i].scalar_type() != dtype) continue;
-      T* buffer = momentum_buffers.empty() ? nullptr : static_cast<T*>(momentum_buffers[i].mutable_data_ptr());
-      tensors.push_back({params[i].numel(), static_cast<T*>(params[i].mutable_data_ptr()),
-                         static_cast<const T*>(grads[i].const_data_ptr()), buffer});
+    for (const Operands& o : operands) {
+      if (o.dtype != dtype) continue;
+      tensors.push_back({o.size, static_cast<T*>(o.param), static_cast<const T*>(o.grad), static_cast<T*>(o.buffer)});
     }
     if (!tensors.empty()) step(tensors);
   };

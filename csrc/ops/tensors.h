@@ -78,7 +78,7 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
 }
 
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
-  if (a.is_cpu() || b.is_cpu()) return a.is_cpu() && b.is_cpu();
+  if (a.is_cpu()) return b.is_cpu();
   return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
@@ -92,17 +92,19 @@ struct DeviceName {  // "cuda:0"
   }
 };
 
-inline void check_device(const char* op, const char* argument, const Tensor& t, const char* other_argument,
-                         const Tensor& other) {
-  check(on_same_device(t, other), op, ": ", argument, ": expected a tensor on the device of ", other_argument, ", ",
-        DeviceName(other), ", got one on ", DeviceName(t));
+template <class Error = std::runtime_error>
+void check_device(const char* op, const char* argument, const Tensor& t, const char* other_argument,
+                  const Tensor& other) {
+  check<Error>(on_same_device(t, other), op, ": ", argument, ": expected a tensor on the device of ", other_argument,
+               ", ", DeviceName(other), ", got one on ", DeviceName(t));
 }
 
-inline void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
-                       const Tensor& other) {
-  check(t.scalar_type() == other.scalar_type(), op, ": ", argument, ": expected the dtype of ", other_argument, ", ",
-        DtypeName(other), ", got ", DtypeName(t));
-  check_device(op, argument, t, other_argument, other);
+template <class Error = std::runtime_error>
+void check_like(const char* op, const char* argument, const Tensor& t, const char* other_argument,
+                const Tensor& other) {
+  check<Error>(t.scalar_type() == other.scalar_type(), op, ": ", argument, ": expected the dtype of ", other_argument,
+               ", ", DtypeName(other), ", got ", DtypeName(t));
+  check_device<Error>(op, argument, t, other_argument, other);
 }
 
 // Calls body with an element of the kernels' type for the tensor's dtype, one of the four that is_floating() allows.

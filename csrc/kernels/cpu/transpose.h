@@ -11,8 +11,8 @@ namespace mnist_ext::MNIST_EXT_ISA {
 template <int h, class Raw, std::size_t... K>
 MNIST_EXT_INLINE void swap_quarters(Raw& a, Raw& b, std::index_sequence<K...>) {
   constexpr int width = sizeof...(K);
-  const Raw first = __builtin_shufflevector(a, b, (static_cast<int>(K & h ? width + K - h : K))...);
-  b = __builtin_shufflevector(a, b, (static_cast<int>(K & h ? width + K : K + h))...);
+  const Raw first = shuffle<static_cast<int>(K & h ? width + K - h : K)...>(a, b);
+  b = shuffle<static_cast<int>(K & h ? width + K : K + h)...>(a, b);
   a = first;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -127,12 +128,34 @@ MNIST_EXT_INLINE Vec<T> where_positive(Vec<T> gate, Vec<T> x) {
   return {gate.raw <= zero ? zero : x.raw};
 }
 
+// The lanes I of a and b, numbered through both: __builtin_shufflevector, which GCC has from 12 on.
+template <int... I, class Raw>
+MNIST_EXT_INLINE auto shuffle(Raw a, Raw b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using T = std::remove_reference_t<decltype(a[0])>;
+  typedef T Result __attribute__((vector_size(sizeof...(I) * sizeof(T))));
+  if constexpr (sizeof(Result) > sizeof(Raw)) {
+    Result both;
+    std::memcpy(&both, &a, sizeof(a));
+    std::memcpy(reinterpret_cast<char*>(&both) + sizeof(a), &b, sizeof(b));
+    return shuffle<I...>(both, both);
+  } else {
+    typedef std::conditional_t<sizeof(T) == 8, int64_t, int32_t> Lanes __attribute__((vector_size(sizeof(Raw))));
+    const Raw shuffled = __builtin_shuffle(a, b, Lanes{I...});
+    Result result;
+    std::memcpy(&result, &shuffled, sizeof(result));
+    return result;
+  }
+#endif
+}
+
 // Combines the two halves of a vector until one lane is left.
 template <class T, class Raw, class Op, std::size_t... I>
 MNIST_EXT_INLINE T reduce_halves(Raw v, Op op, std::index_sequence<I...>) {
   constexpr int half = sizeof...(I);
-  const auto combined = op(__builtin_shufflevector(v, v, static_cast<int>(I)...),
-                           __builtin_shufflevector(v, v, static_cast<int>(I + half)...));
+  const auto combined = op(shuffle<static_cast<int>(I)...>(v, v), shuffle<static_cast<int>(I + half)...>(v, v));
   if constexpr (half == 1) {
     return combined[0];
   } else {
@@ -177,8 +200,7 @@ template <int g, class T, std::size_t... I>
 MNIST_EXT_INLINE typename Vec<T>::Raw add_interleaved(Vec<T> a, Vec<T> b, std::index_sequence<I...>) {
   constexpr int width = Vec<T>::width, n = 16 / sizeof(T);
   constexpr auto from = [](int i) { return i / n * n + i % n / (2 * g) * g + i % g + (i / g % 2 ? width : 0); };
-  return __builtin_shufflevector(a.raw, b.raw, from(I)...) +
-         __builtin_shufflevector(a.raw, b.raw, (from(I) + n / 2)...);
+  return shuffle<from(I)...>(a.raw, b.raw) + shuffle<(from(I) + n / 2)...>(a.raw, b.raw);
 }
 
 template <int g, class T>
@@ -193,8 +215,7 @@ MNIST_EXT_INLINE auto fold(Raw v, std::index_sequence<I...>) {
   if constexpr (2 * half == n) {
     return v;
   } else {
-    const auto sum = __builtin_shufflevector(v, v, static_cast<int>(I)...) +
-                     __builtin_shufflevector(v, v, static_cast<int>(I + half)...);
+    const auto sum = shuffle<static_cast<int>(I)...>(v, v) + shuffle<static_cast<int>(I + half)...>(v, v);
     return fold<n>(sum, std::make_index_sequence<half / 2>{});
   }
 }
@@ -211,7 +232,7 @@ MNIST_EXT_INLINE Four<float> reduce_add(Vec<float> a, Vec<float> b, Vec<float> c
 
 MNIST_EXT_INLINE Four<double> reduce_add(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
   const auto ab = fold<2>(add_interleaved<1>(a, b)), cd = fold<2>(add_interleaved<1>(c, d));
-  return {__builtin_shufflevector(ab, cd, 0, 1, 2, 3)};
+  return {shuffle<0, 1, 2, 3>(ab, cd)};
 }
 
 template <class T>
