@@ -44,7 +44,7 @@ std::vector<Layer> layers_of(const char* op, const Tensor& input, const std::vec
           "]: expected a weight [out_features, ", features, "], got ", Shape(weight));
     features = weight.size(0);
     ++next;
-    Layer layer = {as_matrix(weight), std::nullopt, (flag & kRelu) != 0};
+    Layer layer = {as_matrix(weight, true), std::nullopt, (flag & kRelu) != 0};
     if (has_bias) {
       const Tensor& bias = params[next];
       check_like(op, "params", bias, "input", input);
@@ -75,14 +75,13 @@ void by_dtype(const Tensor& t, const Run& run) {
 std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& params,
                                const std::vector<int64_t>& flags) {
   const std::vector<Layer> layers = layers_of(kMlp, input, params, flags);
-  const Matrix x = as_matrix(input);
+  const Matrix x = as_matrix(input, true);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   const Tensor hidden = empty(dtype_of(input), {hidden_size(layers, x.rows)});
   by_dtype(input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<LinearForward<T>> forward;
-    const T* from = x.data<T>();
-    int64_t stride = x.stride;
+    MatrixView<T> from = view_of<T>(x);
     T* to = static_cast<T*>(hidden.mutable_data_ptr());
     for (const Layer& layer : layers) {
       if (&layer == &layers.back()) to = static_cast<T*>(output.mutable_data_ptr());
@@ -90,15 +89,12 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& p
                          .in_features = layer.in_features(),
                          .out_features = layer.out_features(),
                          .input = from,
-                         .input_stride = stride,
-                         .weight = layer.weight.data<T>(),
-                         .weight_stride = layer.weight.stride,
+                         .weight = view_of<T>(layer.weight),
                          .bias = layer.bias ? static_cast<const T*>(layer.bias->const_data_ptr()) : nullptr,
                          .activation = layer.relu ? Activation::relu : Activation::none,
                          .out = to});
-      from = to;
-      stride = layer.out_features();
-      to += x.rows * stride;
+      from = {to, layer.out_features(), 1};
+      to += x.rows * layer.out_features();
     }
     mlp_forward<T>(forward.data(), static_cast<int64_t>(forward.size()), threads());
   });
@@ -109,7 +105,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::optional<Tensor>& output, const std::vector<Tensor>& params,
                                  const std::vector<int64_t>& flags, bool need_input) {
   const std::vector<Layer> layers = layers_of(kBackward, input, params, flags);
-  const Matrix x = as_matrix(input);
+  const Matrix x = as_matrix(input, true);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
     check_like(kBackward, name, t, "input", input);
@@ -143,8 +139,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     std::vector<LinearBackward<T>> backward;
     auto gradient = gradients.begin();
     T* grad_input = need_input ? data(*gradient++) : nullptr;
-    const T* from = x.data<T>();
-    int64_t stride = x.stride, offset = 0;
+    MatrixView<T> from = view_of<T>(x);
+    int64_t offset = 0;
     for (const Layer& layer : layers) {
       const bool is_last = &layer == &layers.back();
       T* grad_weight = data(*gradient++);
@@ -155,22 +151,19 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                           .in_features = layer.in_features(),
                           .out_features = layer.out_features(),
                           .grad_output = is_last ? dy.data<T>() : grad_outputs,
-                          .grad_output_stride = is_last ? dy.stride : layer.out_features(),
+                          .grad_output_stride = is_last ? dy.row_stride : layer.out_features(),
                           .output = !layer.relu ? nullptr
                                     : is_last   ? y->data<T>()
                                                 : outputs,
-                          .output_stride = is_last && y ? y->stride : layer.out_features(),
+                          .output_stride = is_last && y ? y->row_stride : layer.out_features(),
                           .input = from,
-                          .input_stride = stride,
-                          .weight = layer.weight.data<T>(),
-                          .weight_stride = layer.weight.stride,
+                          .weight = view_of<T>(layer.weight),
                           .grad_input = grad_input,
                           .grad_weight = grad_weight,
                           .grad_bias = grad_bias});
       grad_input = grad_outputs;
-      from = outputs;
-      stride = layer.out_features();
-      offset += x.rows * stride;
+      from = {outputs, layer.out_features(), 1};
+      offset += x.rows * layer.out_features();
     }
     mnist_ext::mlp_backward<T>(backward.data(), static_cast<int64_t>(backward.size()), threads());
   });

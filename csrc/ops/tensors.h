@@ -134,10 +134,10 @@ inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int6
   return stride;
 }
 
-// A tensor [..., columns] as a matrix [rows, columns] with unit column stride and one row stride.
+// A tensor [..., columns] as a matrix [rows, columns] with one stride for each, one of which is 1.
 struct Matrix {
   Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed
-  int64_t rows, columns, stride;
+  int64_t rows, columns, row_stride, column_stride = 1;
 
   template <class T>
   const T* data() const {
@@ -145,13 +145,15 @@ struct Matrix {
   }
 };
 
-inline Matrix as_matrix(const Tensor& t) {
+// Row-major, or column-major too.
+inline Matrix as_matrix(const Tensor& t, bool column_major_too = false) {
   const int64_t dims = t.dim(), columns = t.size(dims - 1);
   int64_t rows = 1;
   for (int64_t i = 0; i < dims - 1; ++i) rows *= t.size(i);
   const bool unit_columns = columns <= 1 || t.stride(dims - 1) == 1;
   const std::optional<int64_t> stride = merged_stride(t, 0, dims - 1);
   if (rows == 0 || (unit_columns && stride)) return {t, rows, columns, stride.value_or(columns)};
+  if (column_major_too && (rows == 1 || stride == 1)) return {t, rows, columns, 1, t.stride(dims - 1)};
   return {torch::stable::contiguous(t), rows, columns, columns};
 }
 
