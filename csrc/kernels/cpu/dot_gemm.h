@@ -106,7 +106,7 @@ void dot_gemm_depth(const Product<T>& g, Range depth) {
   constexpr int64_t unit = Vec<T>::width;
   const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
   const int64_t column_tiles = (g.columns + kDotColumns - 1) / kDotColumns;
-  const bool first = depth.begin == 0, transposed = g.a_is_transposed(), packs = g.a_gate || transposed;
+  const bool first = depth.begin == 0, transposed = g.a_is_transposed(), packs = g.packs_a();
   const int64_t row_size = depth.size() < 1 ? unit : (depth.size() + unit - 1) / unit * unit;
   const int64_t row_bytes = row_size * static_cast<int64_t>(sizeof(T));
   // Where B stays in the second-level cache, each tile of A is read from memory once, while the one before it is

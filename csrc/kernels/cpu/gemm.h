@@ -39,7 +39,8 @@ struct Tile {
   // sums from 0, so that no chain of additions is longer than a block.
   const T* add;
   int64_t add_row;
-  bool relu;  // after the last block
+  bool relu;         // after the last block
+  bool one = false;  // add is a single number; of a single row
 };
 
 template <class T, int R, int N, bool partial>
@@ -80,7 +81,11 @@ void compute_tile(const Tile<T>& t) {
     for (int v = 0; v < N; ++v) {
       T* p = t.c + r * t.c_row + v * V::width;
       V result = acc[r][v];
-      if (t.add) result = result + load_column<T, R, N, partial>(t.add + r * t.add_row, v, t.last);
+      if (R == 1 && t.one) {
+        result = result + V::broadcast(*t.add);
+      } else if (t.add) {
+        result = result + load_column<T, R, N, partial>(t.add + r * t.add_row, v, t.last);
+      }
       if (t.relu) result = max(V{}, result);  // NaN stays NaN
       if (partial && v == N - 1) {
         result.store_partial(p, t.last);
@@ -249,7 +254,7 @@ void gemm(const Product<T>& g) {
   if (g.depth == 1 && g.b_column == 1 && !g.bias && !g.relu) return outer_product(g);
   constexpr int64_t panel = kTileColumns<T>;
   const int64_t row_tiles = (g.rows + kTileRows - 1) / kTileRows;
-  const bool packs_a = g.a_gate || g.a_is_transposed();
+  const bool packs_a = g.packs_a();
   const bool packs_b = g.b_column != 1 || row_tiles >= kPackFromTiles;
   T* a_tile = packs_a ? a_tile_scratch<T>() : nullptr;
   T* b_block = packs_b ? b_block_scratch<T>() : nullptr;
@@ -293,7 +298,8 @@ void gemm(const Product<T>& g) {
           t.b = packs_b ? packed : g.b + depth.begin * g.b_depth + column;
           t.b_depth = packs_b ? panel : g.b_depth;
           t.c = g.c + row * g.c_row + column;
-          t.add = first ? (g.bias ? g.bias + column : nullptr) : t.c;
+          t.one = first && g.one_bias && g.bias;
+          t.add = first ? (g.bias && !t.one ? g.bias + column : g.bias) : t.c;
           t.add_row = first ? 0 : g.c_row;
           t.last = static_cast<int>(n - (vectors - 1) * Vec<T>::width);
           compute_tile(t, tile_size, vectors);

@@ -14,7 +14,8 @@ template <class T>
 bool use_dot_products(int64_t rows, int64_t depth, int64_t columns) {
   constexpr bool large_tiles = kVectorRegisters == 32;
   constexpr int64_t large_weight = int64_t{8} << 20;  // bytes
-  if (kVectorBytes == 16) return true;
+  if (depth < Vec<T>::width && columns >= 64 * Vec<T>::width) return false;
+  if (kVectorBytes == 16 || columns <= kDotColumns) return true;
   if (columns < 2 * Vec<T>::width) return rows <= 512 || depth > 128;
   if (depth <= 16 * Vec<T>::width) return rows < (large_tiles ? 128 : 64);
   return rows <= (depth * columns * static_cast<int64_t>(sizeof(T)) < large_weight ? 256 : 96);
@@ -37,6 +38,13 @@ bool uses_dot_products(const Product<T>& g) {
   return g.b_depth == 1 && g.b_column != 1 && use_dot_products<T>(g.rows, g.depth, g.columns);
 }
 
+// A single column is computed as a row by outer products, where A lies column by column or has short rows.
+template <class T>
+bool is_better_transposed(const Product<T>& g) {
+  return g.columns == 1 && g.rows > 1 && g.c_row == 1 && !g.a_gate &&
+         (g.a_depth != 1 || !use_dot_products<T>(1, g.depth, g.rows));
+}
+
 // That part of C, on the calling thread.
 template <class T>
 void product_part(const Product<T>& g, bool dots, Range rows, Range columns) {
@@ -46,14 +54,15 @@ void product_part(const Product<T>& g, bool dots, Range rows, Range columns) {
 
 template <class T>
 void product_part(const Product<T>& g, Range rows, Range columns) {
+  if (is_better_transposed(g)) return product_part(g.transposed(), columns, rows);
   product_part(g, uses_dot_products(g), rows, columns);
 }
 
-// How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns: each
-// thread reads its own part of the weights, which stays in its core's cache from one step of training to the next. Of
-// outer products all to the rows: threads that share the rows of C write side by side, and each reads all of B; where
-// that fits into no second-level cache, it costs as much as one more tile of rows. Unless the busiest thread has a
-// tenth less to do otherwise.
+// How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
+// each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
+// step of training to the next. Of outer products all to the rows: threads that share the rows of C write side by side,
+// and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile of rows.
+// Otherwise where the busiest thread has a tenth less to do.
 template <class T>
 int row_threads(const Product<T>& g, bool dots, int threads) {
   constexpr int64_t large = int64_t{2} << 20;  // bytes
@@ -65,7 +74,7 @@ int row_threads(const Product<T>& g, bool dots, int threads) {
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
     if (threads % divisor != 0) continue;
-    const int by_row = dots ? divisor : threads / divisor;
+    const int by_row = dots && !g.packs_a() ? divisor : threads / divisor;
     const double cost = static_cast<double>(tiles(row_tiles, by_row) + reading) *
                         static_cast<double>(tiles(column_tiles, threads / by_row));
     if (divisor == 1 || cost < 0.9 * best_cost) {
@@ -80,12 +89,13 @@ int row_threads(const Product<T>& g, bool dots, int threads) {
 template <class T>
 void product_share(const Product<T>& g, bool dots, int thread, int count) {
   const int by_row = row_threads(g, dots, count), by_column = count / by_row;
-  product_part(g, dots, split(g.rows, dots ? kDotRows : kTileRows, thread / by_column, by_row),
+  product_part(g, dots, split(g.rows, 1, thread / by_column, by_row),
                split(g.columns, dots ? kDotColumns : Vec<T>::width, thread % by_column, by_column));
 }
 
 template <class T>
 void product_share(const Product<T>& g, int thread, int count) {
+  if (is_better_transposed(g)) return product_share(g.transposed(), thread, count);
   product_share(g, uses_dot_products(g), thread, count);
 }
 

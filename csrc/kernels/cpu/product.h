@@ -17,13 +17,34 @@ struct Product {
   int64_t b_depth, b_column;  // one of them is 1
   T* c;                       // c(row, column) = c[row * c_row + column]
   int64_t c_row;
-  const T* bias = nullptr;  // [columns], added to every row
+  const T* bias = nullptr;  // [columns], added to every row; or
+  bool one_bias = false;    // a single one; then there is one row
   bool relu = false;
   const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
   int64_t gate_row = 0, gate_depth = 0;
 
   // Whether A is read along its columns.
   bool a_is_transposed() const { return a_depth != 1 || (a_gate && gate_depth != 1); }
+
+  bool packs_a() const { return a_gate || a_is_transposed(); }
+
+  // Of a single column with c_row 1, without a gate.
+  Product transposed() const {
+    return {.rows = 1,
+            .columns = rows,
+            .depth = depth,
+            .a = b,
+            .a_row = b_column,
+            .a_depth = b_depth,
+            .b = a,
+            .b_depth = a_depth,
+            .b_column = a_row,
+            .c = c,
+            .c_row = rows,
+            .bias = bias,
+            .one_bias = true,
+            .relu = relu};
+  }
 
   // What the given steps of the summed dimension add to that part of C.
   Product part(Range of_rows, Range of_columns, Range of_depth) const {
@@ -34,7 +55,7 @@ struct Product {
     p.a += of_rows.begin * a_row + of_depth.begin * a_depth;
     p.b += of_depth.begin * b_depth + of_columns.begin * b_column;
     p.c += of_rows.begin * c_row + of_columns.begin;
-    if (bias) p.bias += of_columns.begin;
+    if (bias && !one_bias) p.bias += of_columns.begin;
     if (a_gate) p.a_gate += of_rows.begin * gate_row + of_depth.begin * gate_depth;
     return p;
   }
