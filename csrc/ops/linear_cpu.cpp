@@ -20,7 +20,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
 
   const Matrix x = as_matrix(input, true), w = as_matrix(weight, true);
   std::optional<Tensor> b;
-  if (bias) b = torch::stable::contiguous(*bias);
+  if (bias) b = made_contiguous(*bias);
   dispatch_floating(input, [&](auto zero) {
     using T = decltype(zero);
     linear_forward<T>({.rows = x.rows,

@@ -50,7 +50,7 @@ std::vector<Layer> layers_of(const char* op, const Tensor& input, const std::vec
       check_like(op, "params", bias, "input", input);
       check(bias.dim() == 1 && bias.size(0) == features, op, ": params[", next, "]: expected a bias [", features,
             "], got ", Shape(bias));
-      layer.bias = bias.is_contiguous() ? bias : torch::stable::contiguous(bias);
+      layer.bias = made_contiguous(bias);
       ++next;
     }
     layers.push_back(std::move(layer));

@@ -116,6 +116,9 @@ void dispatch_floating(const Tensor& t, const Body& body) {
   }
 }
 
+// torch::stable::contiguous, without the dispatcher where there is nothing to copy.
+inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The stride of dimensions [begin, end) taken as one, if there is one: each of them steps over exactly the whole of the
 // next. Sizes of 1 step over nothing; if there are no others, the stride is 0.
 inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int64_t end) {
@@ -154,7 +157,7 @@ inline Matrix as_matrix(const Tensor& t, bool column_major_too = false) {
   const std::optional<int64_t> stride = merged_stride(t, 0, dims - 1);
   if (rows == 0 || (unit_columns && stride)) return {t, rows, columns, stride.value_or(columns)};
   if (column_major_too && (rows == 1 || stride == 1)) return {t, rows, columns, 1, t.stride(dims - 1)};
-  return {torch::stable::contiguous(t), rows, columns, columns};
+  return {made_contiguous(t), rows, columns, columns};
 }
 
 inline int32_t dtype_of(const Tensor& t) {

@@ -53,10 +53,12 @@ void dot_tile(const DotTile<T>& t) {
     const int rest = static_cast<int>(t.depth - p);
     step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
   }
+  Four<T> add = t.add ? Four<T>::load(t.add, N) : Four<T>{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Four<T> sum = reduce_add(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    if (t.add) sum.raw += Four<T>::load(t.add + r * t.add_row, N).raw;
+    if (r > 0 && t.add_row != 0) add = Four<T>::load(t.add + r * t.add_row, N);
+    if (t.add) sum.raw += add.raw;
     if (t.relu) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
     sum.store(t.c + r * t.c_row, N);
   }
@@ -100,7 +102,7 @@ void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, 
   }
 }
 
-// All of C by one part of the summed dimension.
+// All of C, which is not empty, by one part of the summed dimension.
 template <class T>
 void dot_gemm_depth(const Product<T>& g, Range depth) {
   constexpr int64_t unit = Vec<T>::width;
@@ -117,20 +119,24 @@ void dot_gemm_depth(const Product<T>& g, Range depth) {
   static_assert(kDotRows * kDotDepth<T> <= kDepthBlock * kColumnBlock<T> &&
                 kDotBlockBytes <= kDepthBlock * kColumnBlock<T> * static_cast<int64_t>(sizeof(T)));
 
+  const int64_t size = g.rows / row_tiles, larger = g.rows % row_tiles;
+  const auto rows_of = [&](int64_t tile) {  // split(g.rows, 1, tile, row_tiles), without its divisions
+    const int64_t row = tile * size + (tile < larger ? tile : larger);
+    return Range{row, row + size + (tile < larger ? 1 : 0)};
+  };
+
   for (int64_t begin = 0; begin < row_tiles; begin += block) {
     const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
-    const int64_t first_row = split(g.rows, 1, begin, row_tiles).begin;
-    if (packs) {
-      pack_a_rows(g, {first_row, split(g.rows, 1, end - 1, row_tiles).end}, depth, packed, row_size);
-    }
+    const int64_t first_row = rows_of(begin).begin;
+    if (packs) pack_a_rows(g, {first_row, rows_of(end - 1).end}, depth, packed, row_size);
     for (int64_t j = 0; j < column_tiles; ++j) {
       if (one_by_one && end < row_tiles) {
-        const Range next = split(g.rows, 1, end, row_tiles);
+        const Range next = rows_of(end);
         prefetch_rows(g.a + next.begin * g.a_row + depth.begin, g.a_row, next.size(), depth.size(), j, column_tiles);
       }
       const int64_t column = j * kDotColumns, rest = g.columns - column;
       for (int64_t i = begin; i < end; ++i) {
-        const Range rows = split(g.rows, 1, i, row_tiles);
+        const Range rows = rows_of(i);
         T* c = g.c + rows.begin * g.c_row + column;
         const DotTile<T> t = {
             .a = packs ? packed + (rows.begin - first_row) * row_size : g.a + rows.begin * g.a_row + depth.begin,

@@ -65,6 +65,7 @@ void product_part(const Product<T>& g, Range rows, Range columns) {
 // Otherwise where the busiest thread has a tenth less to do.
 template <class T>
 int row_threads(const Product<T>& g, bool dots, int threads) {
+  if (threads == 1) return 1;
   constexpr int64_t large = int64_t{2} << 20;  // bytes
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t row_tiles = tiles(g.rows, dots ? kDotRows : kTileRows);
