@@ -16,6 +16,7 @@ from mnist_ext import functional
 # 33: a vector of any instruction set, less or more by one. 64 rows: the MNIST batch. 129 rows by 33
 # and more columns: outer products, which pack, on every instruction set. 300 deep, 1100 wide: more
 # than one block of each of their dimensions; 700 rows of 800: more than one block of dot products.
+# 1100 by 3: sums shorter than a vector; of one feature the transpose is computed.
 SHAPES = [
     *itertools.product((0, 1, 5), repeat=3),
     (1, 784, 10),
@@ -32,6 +33,8 @@ SHAPES = [
     (700, 800, 3),
     (200, 64, 1100),
     (257, 1100, 19),
+    (1100, 3, 1),
+    (2, 3, 1100),
 ]
 
 

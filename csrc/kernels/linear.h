@@ -2,8 +2,8 @@
 //
 // Precision: products are accumulated in ComputeType<T> by fused multiply-add where the instruction set has it, in
 // vector lanes and in blocks of the summed dimension, of long sums in pieces of blocks: no chain of additions is longer
-// than some 256, or than the square root of a 256th of the summed dimension. The result is rounded to T once, after
-// bias and activation. grad_bias: sums over 8 rows in ComputeType<T>, and these added up in double.
+// than 512, or than some square root of a 256th of the summed dimension. The result is rounded to T once, after bias
+// and activation. grad_bias: sums over 8 rows in ComputeType<T>, and these added up in double.
 // Layout: input and weight are row-major or column-major, all others row-major with unit column stride; *_stride is the
 // distance in elements between rows or columns (the leading dimension). A stride of 0 (an expanded tensor) is allowed
 // for what is only read.
