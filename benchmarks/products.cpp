@@ -40,26 +40,21 @@ double median(std::vector<double> values) {
 
 void compare(int64_t rows, int64_t depth, int64_t columns, int threads) {
   const Floats x(rows * depth), w(columns * depth), bias(columns), by_dot(rows * columns), by_outer(rows * columns);
-  const auto dot = [&] {
-    const DotGemm<float> g = {rows, columns, depth, x.data, depth, w.data, depth, bias.data, true, by_dot.data};
-    parallel(threads, [&](int thread, int count) { dot_gemm_share(g, thread, count); });
+  const auto product = [&](float* c) {
+    return forward_product<float>({.rows = rows,
+                                   .in_features = depth,
+                                   .out_features = columns,
+                                   .input = {x.data, depth, 1},
+                                   .weight = {w.data, depth, 1},
+                                   .bias = bias.data,
+                                   .activation = Activation::relu,
+                                   .out = c});
   };
-  const auto outer = [&] {
-    const Gemm<float> g = {.rows = rows,
-                           .columns = columns,
-                           .depth = depth,
-                           .a = x.data,
-                           .a_row = depth,
-                           .a_depth = 1,
-                           .a_transposed = false,
-                           .b = w.data,
-                           .b_depth = 1,
-                           .b_column = depth,
-                           .c = by_outer.data,
-                           .bias = bias.data,
-                           .relu = true};
-    parallel(threads, [&](int thread, int count) { gemm_share(g, thread, count); });
+  const auto run = [&](const Product<float>& g, bool dots) {
+    parallel(threads, [&](int thread, int count) { product_share(g, dots, thread, count); });
   };
+  const auto dot = [&] { run(product(by_dot.data), true); };
+  const auto outer = [&] { run(product(by_outer.data), false); };
   dot();
   outer();
   for (int64_t i = 0; i < by_dot.size; ++i) {

@@ -221,6 +221,7 @@ class TestThreads:
         def everything():
             hidden = functional.linear(input, weight, bias, activation="relu")
             small = functional.linear(input[:64], weight)
+            long = functional.linear(short_rows.t(), short_rows.t())  # sums of 9000, column-major
             losses = (
                 functional.cross_entropy(hidden, target),
                 functional.cross_entropy(images, probabilities, label_smoothing=0.1),
@@ -229,7 +230,8 @@ class TestThreads:
                 functional.cross_entropy(short_rows, short_rows.argmin(1)),
             )
             leaves = (input, weight, bias, images, probabilities, short_rows)
-            return hidden, small, *losses, *torch.autograd.grad(sum(losses) + small.sum(), leaves)
+            total = sum(losses) + small.sum() + long.sum()
+            return hidden, small, long, *losses, *torch.autograd.grad(total, leaves)
 
         before = torch.get_num_threads()
         try:

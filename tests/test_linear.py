@@ -33,6 +33,8 @@ SHAPES = [
     (200, 64, 1100),
     (257, 1100, 19),
 ]
+# Sums shorter than a vector; of one output the transpose is computed.
+SHORT_SUMS = [(1100, 3, 1), (2, 3, 1100)]
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -53,12 +55,20 @@ def same_sign(input, weight, bias):
     return output.abs() > 1e-4
 
 
-@pytest.mark.parametrize("activation", ["none", "relu"])
+def column_major(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("activation", "layout"),
+    [("none", Tensor.contiguous), ("relu", Tensor.contiguous), ("relu", column_major)],
+    ids=["none", "relu", "relu-column_major"],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float32_error_within_twice_pytorchs(isa, shape, activation):
+def test_float32_error_within_twice_pytorchs(isa, shape, activation, layout):
     rows, in_features, out_features = shape
-    input = torch.randn(rows, in_features)
-    weight = torch.randn(out_features, in_features)
+    input = layout(torch.randn(rows, in_features))
+    weight = layout(torch.randn(out_features, in_features))
     bias = torch.randn(out_features)
     grad_output = torch.randn(rows, out_features) * same_sign(input, weight, bias)
 
@@ -70,12 +80,35 @@ def test_float32_error_within_twice_pytorchs(isa, shape, activation):
         assert_as_accurate(our, their, true)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float64_agrees(isa, shape):
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 2**19, 3), Tensor.contiguous),
+        ((2**19, 3, 2), Tensor.contiguous),
+        ((2**19, 3, 2), column_major),  # dot products for the gradient of the weight
+        ((2, 3, 2**19), Tensor.contiguous),
+    ],
+)
+def test_error_does_not_grow_with_the_length_of_sums(isa, shape, layout):
+    """Of one sign, so that every addition to a long sum rounds at that sum's size."""
+    rows, in_features, out_features = shape
+    weight = layout(torch.rand(out_features, in_features))
+    tensors = (layout(torch.rand(rows, in_features)), weight, torch.rand(out_features))
+    grad_output = torch.rand(rows, out_features)
+    ours = forward_and_gradients(functional.linear, tensors, grad_output, "none")
+    doubles = [t.double() for t in tensors]
+    truth = forward_and_gradients(reference, doubles, grad_output.double(), "none")
+    for our, true in zip(ours, truth, strict=True):
+        assert_as_accurate(our, our, true, factor=0, floor=4)
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, column_major])
+@pytest.mark.parametrize("shape", SHAPES + SHORT_SUMS, ids=lambda s: "x".join(map(str, s)))
+def test_float64_agrees(isa, shape, layout):
     rows, in_features, out_features = shape
     tensors = (
-        torch.randn(rows, in_features, dtype=torch.float64),
-        torch.randn(out_features, in_features, dtype=torch.float64),
+        layout(torch.randn(rows, in_features, dtype=torch.float64)),
+        layout(torch.randn(out_features, in_features, dtype=torch.float64)),
         torch.randn(out_features, dtype=torch.float64),
     )
     grad_output = torch.randn(rows, out_features, dtype=torch.float64)
@@ -131,6 +164,19 @@ def test_any_strides(isa, which, kind, rows):
     torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
     for our, their in zip(ours, torchs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-5, atol=2e-5)
+
+
+def test_column_major_operands_are_read_in_place():
+    def copies(input, weight):
+        input, weight = input.requires_grad_(), weight.requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(functional.linear(input, weight), (input, weight), torch.ones(9, 7))
+        return sum(event.name == "aten::clone" for event in profile.events())
+
+    assert copies(column_major(torch.randn(9, 5)), column_major(torch.randn(7, 5))) == 0
+    assert (
+        copies(torch.randn(9, 10)[:, ::2], torch.randn(7, 5)) == 2
+    )  # neither way: each pass copies
 
 
 @pytest.mark.parametrize(

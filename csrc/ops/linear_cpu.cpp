@@ -18,18 +18,16 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const int64_t out_features = weight.size(0);
   const Tensor out = empty_with_columns(input, out_features);
 
-  const Matrix x = as_matrix(input), w = as_matrix(weight);
+  const Matrix x = as_matrix(input, true), w = as_matrix(weight, true);
   std::optional<Tensor> b;
-  if (bias) b = torch::stable::contiguous(*bias);
+  if (bias) b = made_contiguous(*bias);
   dispatch_floating(input, [&](auto zero) {
     using T = decltype(zero);
     linear_forward<T>({.rows = x.rows,
                        .in_features = x.columns,
                        .out_features = out_features,
-                       .input = x.data<T>(),
-                       .input_stride = x.stride,
-                       .weight = w.data<T>(),
-                       .weight_stride = w.stride,
+                       .input = view_of<T>(x),
+                       .weight = view_of<T>(w),
                        .bias = b ? static_cast<const T*>(b->const_data_ptr()) : nullptr,
                        .activation = relu ? Activation::relu : Activation::none,
                        .out = static_cast<T*>(out.mutable_data_ptr())},
@@ -44,26 +42,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
                                                    bool /* allow_tf32 */) {
   const LinearGradients gradients(kBackward, grad_output, input, weight, output, need_bias);
   const Matrix dy = as_matrix(grad_output);
-  const auto matrix = [](const std::optional<Tensor>& t) {
-    return t ? std::optional<Matrix>(as_matrix(*t)) : std::nullopt;
+  const auto matrix = [](const std::optional<Tensor>& t, bool column_major_too) {
+    return t ? std::optional<Matrix>(as_matrix(*t, column_major_too)) : std::nullopt;
   };
-  const std::optional<Matrix> x = matrix(input), w = matrix(weight), y = matrix(output);
+  const std::optional<Matrix> x = matrix(input, true), w = matrix(weight, true), y = matrix(output, false);
   dispatch_floating(grad_output, [&](auto zero) {
     using T = decltype(zero);
-    const auto data = [](const std::optional<Matrix>& m) { return m ? m->template data<T>() : nullptr; };
-    const auto stride = [](const std::optional<Matrix>& m) { return m ? m->stride : 0; };
+    const auto view = [](const std::optional<Matrix>& m) { return m ? view_of<T>(*m) : MatrixView<T>{}; };
     const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
     mnist_ext::linear_backward<T>({.rows = dy.rows,
                                    .in_features = gradients.in_features,
                                    .out_features = gradients.out_features,
                                    .grad_output = dy.data<T>(),
-                                   .grad_output_stride = dy.stride,
-                                   .output = data(y),
-                                   .output_stride = stride(y),
-                                   .input = data(x),
-                                   .input_stride = stride(x),
-                                   .weight = data(w),
-                                   .weight_stride = stride(w),
+                                   .grad_output_stride = dy.row_stride,
+                                   .output = y ? y->data<T>() : nullptr,
+                                   .output_stride = y ? y->row_stride : 0,
+                                   .input = view(x),
+                                   .weight = view(w),
                                    .grad_input = out(gradients.input),
                                    .grad_weight = out(gradients.weight),
                                    .grad_bias = out(gradients.bias)},

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "../kernels/linear.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
@@ -21,6 +22,12 @@ inline Tensor empty_with_columns(const Tensor& t, int64_t columns) {
   for (int64_t i = 0; i < dims - 1; ++i) sizes[i] = t.size(i);
   sizes[dims - 1] = columns;
   return empty(device_of(t), dtype_of(t), sizes, dims);
+}
+
+// Of input and weight.
+template <class T>
+MatrixView<T> view_of(const Matrix& m) {
+  return {m.data<T>(), m.row_stride, m.column_stride};
 }
 
 inline void check_linear(const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -44,10 +44,10 @@ std::optional<std::vector<Layer>> layers_of(const char* op, const Tensor& input,
     const Tensor& weight = weights[l];
     if (weight.scalar_type() != dtype || weight.dim() != 2 || weight.size(1) != features) return std::nullopt;
     features = weight.size(0);
-    Layer layer = {as_matrix(weight), std::nullopt, (flags[l] & kRelu) != 0};
+    Layer layer = {as_matrix(weight, true), std::nullopt, (flags[l] & kRelu) != 0};
     if (flags[l] & kBias) {
       if (bias->scalar_type() != dtype || bias->dim() != 1 || bias->size(0) != features) return std::nullopt;
-      layer.bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
+      layer.bias = made_contiguous(*bias);
       ++bias;
     }
     layers.push_back(std::move(layer));
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
   const auto taken = layers_of(kMlp, input, weights, biases, flags);
   if (!taken) return {};
   const std::vector<Layer>& layers = *taken;
-  const Matrix x = as_matrix(input);
+  const Matrix x = as_matrix(input, true);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   // Where nothing is kept, layers write to two buffers by turns.
   const int64_t buffer_size = keep_hidden ? 0 : x.rows * widest_hidden(layers);
@@ -87,8 +87,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
   by_dtype(input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<LinearForward<T>> forward;
-    const T* from = x.data<T>();
-    int64_t stride = x.stride;
+    MatrixView<T> from = view_of<T>(x);
     T* const hidden_data = static_cast<T*>(hidden.mutable_data_ptr());
     T* to = hidden_data;
     for (const Layer& layer : layers) {
@@ -97,15 +96,12 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
                          .in_features = layer.in_features(),
                          .out_features = layer.out_features(),
                          .input = from,
-                         .input_stride = stride,
-                         .weight = layer.weight.data<T>(),
-                         .weight_stride = layer.weight.stride,
+                         .weight = view_of<T>(layer.weight),
                          .bias = layer.bias ? static_cast<const T*>(layer.bias->const_data_ptr()) : nullptr,
                          .activation = layer.relu ? Activation::relu : Activation::none,
                          .out = to});
-      from = to;
-      stride = layer.out_features();
-      to = keep_hidden ? to + x.rows * stride : hidden_data + (to == hidden_data ? buffer_size : 0);
+      from = {to, layer.out_features(), 1};
+      to = keep_hidden ? to + x.rows * layer.out_features() : hidden_data + (to == hidden_data ? buffer_size : 0);
     }
     mlp_forward<T>(forward.data(), static_cast<int64_t>(forward.size()), threads());
   });
@@ -119,7 +115,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   const auto taken = layers_of(kBackward, input, weights, biases, flags);
   check(taken.has_value(), kBackward, ": input, weights, biases: expected what mlp takes");
   const std::vector<Layer>& layers = *taken;
-  const Matrix x = as_matrix(input);
+  const Matrix x = as_matrix(input, true);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
     check_like(kBackward, name, t, "input", input);
@@ -152,8 +148,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     auto weight_gradient = gradients.begin() + (need_input ? 1 : 0);
     auto bias_gradient = weight_gradient + static_cast<std::ptrdiff_t>(layers.size());
     T* grad_input = need_input ? data(gradients[0]) : nullptr;
-    const T* from = x.data<T>();
-    int64_t stride = x.stride, offset = 0;
+    MatrixView<T> from = view_of<T>(x);
+    int64_t offset = 0;
     for (const Layer& layer : layers) {
       const bool is_last = &layer == &layers.back();
       T* grad_weight = data(*weight_gradient++);
@@ -164,22 +160,19 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                           .in_features = layer.in_features(),
                           .out_features = layer.out_features(),
                           .grad_output = is_last ? dy.data<T>() : grad_outputs,
-                          .grad_output_stride = is_last ? dy.stride : layer.out_features(),
+                          .grad_output_stride = is_last ? dy.row_stride : layer.out_features(),
                           .output = !layer.relu ? nullptr
                                     : is_last   ? y->data<T>()
                                                 : outputs,
-                          .output_stride = is_last && y ? y->stride : layer.out_features(),
+                          .output_stride = is_last && y ? y->row_stride : layer.out_features(),
                           .input = from,
-                          .input_stride = stride,
-                          .weight = layer.weight.data<T>(),
-                          .weight_stride = layer.weight.stride,
+                          .weight = view_of<T>(layer.weight),
                           .grad_input = grad_input,
                           .grad_weight = grad_weight,
                           .grad_bias = grad_bias});
       grad_input = grad_outputs;
-      from = outputs;
-      stride = layer.out_features();
-      offset += x.rows * stride;
+      from = {outputs, layer.out_features(), 1};
+      offset += x.rows * layer.out_features();
     }
     mnist_ext::mlp_backward<T>(backward.data(), static_cast<int64_t>(backward.size()), threads());
   });

@@ -118,6 +118,9 @@ void dispatch_floating(const Tensor& t, const Body& body) {
   }
 }
 
+// torch::stable::contiguous, without the dispatcher where there is nothing to copy.
+inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The stride of dimensions [begin, end) taken as one, if there is one: each of them steps over exactly the whole of the
 // next. Sizes of 1 step over nothing; if there are no others, the stride is 0.
 inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int64_t end) {
@@ -136,10 +139,10 @@ inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int6
   return stride;
 }
 
-// A tensor [..., columns] as a matrix [rows, columns] with unit column stride and one row stride.
+// A tensor [..., columns] as a matrix [rows, columns] with one stride for each, one of which is 1.
 struct Matrix {
   Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed
-  int64_t rows, columns, stride;
+  int64_t rows, columns, row_stride, column_stride = 1;
 
   template <class T>
   const T* data() const {
@@ -147,14 +150,16 @@ struct Matrix {
   }
 };
 
-inline Matrix as_matrix(const Tensor& t) {
+// Row-major, or column-major too.
+inline Matrix as_matrix(const Tensor& t, bool column_major_too = false) {
   const int64_t dims = t.dim(), columns = t.size(dims - 1);
   int64_t rows = 1;
   for (int64_t i = 0; i < dims - 1; ++i) rows *= t.size(i);
   const bool unit_columns = columns <= 1 || t.stride(dims - 1) == 1;
   const std::optional<int64_t> stride = merged_stride(t, 0, dims - 1);
   if (rows == 0 || (unit_columns && stride)) return {t, rows, columns, stride.value_or(columns)};
-  return {torch::stable::contiguous(t), rows, columns, columns};
+  if (column_major_too && (rows == 1 || stride == 1)) return {t, rows, columns, 1, t.stride(dims - 1)};
+  return {made_contiguous(t), rows, columns, columns};
 }
 
 inline int32_t dtype_of(const Tensor& t) {

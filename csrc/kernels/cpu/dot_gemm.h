@@ -1,98 +1,93 @@
-// C = X * W^T (+ bias, ReLU) by dot products along contiguous rows.
+// C = A * B (+ bias, ReLU) by dot products, for B of contiguous columns: the rows of a weight.
 //
-// Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed; the price is
-// one horizontal sum per element of C. A tile of kDotRows rows of X by kDotColumns rows of W shares each loaded vector.
-// Threads divide the rows of W: each reads its own part of the weights, which stays in its core's cache from one step
-// of training to the next.
+// Both operands are read as they lie, a vector of the summed dimension at a time, so nothing is packed but an A that is
+// masked or transposed; the price is one horizontal sum per element of C. A tile of kDotRows rows of A by kDotColumns
+// columns of B shares each loaded vector.
 #pragma once
 
-#include "parallel.h"
-#include "vec.h"
+#include "gemm.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
-
-template <class T>
-struct DotGemm {
-  int64_t rows, columns, depth;
-  const T* x;  // [rows, depth]
-  int64_t x_row;
-  const T* w;  // [columns, depth]
-  int64_t w_row;
-  const T* bias;  // [columns], or null
-  bool relu;
-  T* c;  // [rows, columns], contiguous
-};
 
 // The accumulators of a full tile, a vector of each of its rows and one of a column fill the registers.
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
 inline constexpr int kDotColumns = 4;  // summed together
 
-// One tile of C: the part of the sums that `depth` makes, added to C so far unless it is the first.
+// One part of the summed dimension for one tile of C; as Tile in gemm.h.
+template <class T>
+struct DotTile {
+  const T* a;
+  int64_t a_row;
+  const T* b;
+  int64_t b_column;
+  int64_t depth;
+  T* c;
+  int64_t c_row;
+  const T* add;  // added to the sums: bias (add_row 0), C so far, or null
+  int64_t add_row;
+  bool relu;
+};
+
 template <class T, int R, int N>
-void dot_tile(const DotGemm<T>& g, int64_t row, int64_t column, Range depth) {
+void dot_tile(const DotTile<T>& t) {
   using V = Vec<T>;
   V acc[R][kDotColumns] = {};  // those beyond N stay 0
-  const T* x = g.x + row * g.x_row + depth.begin;
-  const T* w = g.w + column * g.w_row + depth.begin;
+  const T* a = t.a;
+  const T* b = t.b;
   const auto step = [&](auto load) __attribute__((always_inline)) {
-    V xv[R];
+    V av[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) xv[r] = load(x + r * g.x_row);
+    for (int r = 0; r < R; ++r) av[r] = load(a + r * t.a_row);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const V wv = load(w + n * g.w_row);
+      const V bv = load(b + n * t.b_column);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][n] = fma(xv[r], wv, acc[r][n]);
+      for (int r = 0; r < R; ++r) acc[r][n] = fma(av[r], bv, acc[r][n]);
     }
   };
-  int64_t p = depth.begin;
-  for (; p + V::width <= depth.end; p += V::width, x += V::width, w += V::width) {
+  int64_t p = 0;
+  for (; p + V::width <= t.depth; p += V::width, a += V::width, b += V::width) {
     step([](const T* q) __attribute__((always_inline)) { return V::load(q); });
   }
-  if (p < depth.end) {
-    const int rest = static_cast<int>(depth.end - p);
+  if (p < t.depth) {
+    const int rest = static_cast<int>(t.depth - p);
     step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
   }
-  const bool first = depth.begin == 0, last = depth.end == g.depth;
-  const Four<T> bias = g.bias && first ? Four<T>::load(g.bias + column, N) : Four<T>{};
+  Four<T> add = t.add ? Four<T>::load(t.add, N) : Four<T>{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    T* c = g.c + (row + r) * g.columns + column;
     Four<T> sum = reduce_add(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    if (!first) {
-      sum.raw += Four<T>::load(c, N).raw;
-    } else if (g.bias) {
-      sum.raw += bias.raw;
-    }
-    if (g.relu && last) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
-    sum.store(c, N);
+    if (r > 0 && t.add_row != 0) add = Four<T>::load(t.add + r * t.add_row, N);
+    if (t.add) sum.raw += add.raw;
+    if (t.relu) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
+    sum.store(t.c + r * t.c_row, N);
   }
 }
 
 template <class T, int R>
-void dot_tile_rows(const DotGemm<T>& g, int64_t row, int64_t column, int64_t columns, Range depth) {
+void dot_tile_rows(const DotTile<T>& t, int64_t columns) {
   switch (columns) {
-    case 1: return dot_tile<T, R, 1>(g, row, column, depth);
-    case 2: return dot_tile<T, R, 2>(g, row, column, depth);
-    case 3: return dot_tile<T, R, 3>(g, row, column, depth);
-    default: return dot_tile<T, R, 4>(g, row, column, depth);
+    case 1: return dot_tile<T, R, 1>(t);
+    case 2: return dot_tile<T, R, 2>(t);
+    case 3: return dot_tile<T, R, 3>(t);
+    default: return dot_tile<T, R, 4>(t);
   }
 }
 
 template <class T>
-void dot_tile(const DotGemm<T>& g, int64_t row, int64_t rows, int64_t column, int64_t columns, Range depth) {
+void dot_tile(const DotTile<T>& t, int64_t rows, int64_t columns) {
   if constexpr (kDotRows == 6) {
-    if (rows == 6) return dot_tile_rows<T, 6>(g, row, column, columns, depth);
-    if (rows == 5) return dot_tile_rows<T, 5>(g, row, column, columns, depth);
-    if (rows == 4) return dot_tile_rows<T, 4>(g, row, column, columns, depth);
+    if (rows == 6) return dot_tile_rows<T, 6>(t, columns);
+    if (rows == 5) return dot_tile_rows<T, 5>(t, columns);
+    if (rows == 4) return dot_tile_rows<T, 4>(t, columns);
   }
-  if (rows == 3) return dot_tile_rows<T, 3>(g, row, column, columns, depth);
-  if (rows == 2) return dot_tile_rows<T, 2>(g, row, column, columns, depth);
-  dot_tile_rows<T, 1>(g, row, column, columns, depth);
+  if (rows == 3) return dot_tile_rows<T, 3>(t, columns);
+  if (rows == 2) return dot_tile_rows<T, 2>(t, columns);
+  dot_tile_rows<T, 1>(t, columns);
 }
 
-// The part of the rows of X that is read again for each tile of columns: it stays in the second-level cache. Deep rows
-// are taken in parts, so that a good number of them fits and the rows of W are not read too often.
+// The part of the rows of A that is read again for each tile of columns: it stays in the second-level cache. Deep rows
+// are taken in parts, so that a good number of them fits and the columns of B are not read too often.
 inline constexpr int64_t kDotBlockBytes = 256 * 1024;
 template <class T>
 inline constexpr int64_t kDotDepth = 8192 / sizeof(T);
@@ -107,48 +102,74 @@ void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, 
   }
 }
 
-// All rows of C by the given columns, on the calling thread.
+// All of C, which is not empty, by one part of the summed dimension.
 template <class T>
-void dot_gemm_part(const DotGemm<T>& g, Range columns) {
+void dot_gemm_depth(const Product<T>& g, Range depth) {
+  constexpr int64_t unit = Vec<T>::width;
   const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
-  const int64_t column_tiles = (columns.size() + kDotColumns - 1) / kDotColumns;
-  const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
-  for (int64_t part = 0; part < parts; ++part) {
-    const Range depth = split(g.depth, Vec<T>::width, part, parts);
-    const auto tile = [&](Range r, int64_t column) {
-      const int64_t rest = columns.end - column;
-      dot_tile(g, r.begin, r.size(), column, rest < kDotColumns ? rest : kDotColumns, depth);
-    };
-    const int64_t row_bytes = (depth.size() < 1 ? 1 : depth.size()) * static_cast<int64_t>(sizeof(T));
-    if (columns.size() * row_bytes <= kDotBlockBytes) {
-      // The rows of W stay in the second-level cache. Each tile of X is read from memory once, while the one before it
-      // is multiplied.
-      for (int64_t i = 0; i < row_tiles; ++i) {
-        const Range r = split(g.rows, 1, i, row_tiles), next = split(g.rows, 1, i + 1, row_tiles);
-        for (int64_t j = 0; j < column_tiles; ++j) {
-          if (i + 1 < row_tiles) {
-            prefetch_rows(g.x + next.begin * g.x_row + depth.begin, g.x_row, next.size(), depth.size(), j,
-                          column_tiles);
-          }
-          tile(r, columns.begin + j * kDotColumns);
-        }
+  const int64_t column_tiles = (g.columns + kDotColumns - 1) / kDotColumns;
+  const bool first = depth.begin == 0, transposed = g.a_is_transposed(), packs = g.packs_a();
+  const int64_t row_size = depth.size() < 1 ? unit : (depth.size() + unit - 1) / unit * unit;
+  const int64_t row_bytes = row_size * static_cast<int64_t>(sizeof(T));
+  // Where B stays in the second-level cache, each tile of A is read from memory once, while the one before it is
+  // multiplied.
+  const bool one_by_one = !transposed && g.columns * row_bytes <= kDotBlockBytes;
+  const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = one_by_one || fitting < 1 ? 1 : fitting;
+  T* packed = packs ? b_block_scratch<T>() : nullptr;
+  static_assert(kDotRows * kDotDepth<T> <= kDepthBlock * kColumnBlock<T> &&
+                kDotBlockBytes <= kDepthBlock * kColumnBlock<T> * static_cast<int64_t>(sizeof(T)));
+
+  const int64_t size = g.rows / row_tiles, larger = g.rows % row_tiles;
+  const auto rows_of = [&](int64_t tile) {  // split(g.rows, 1, tile, row_tiles), without its divisions
+    const int64_t row = tile * size + (tile < larger ? tile : larger);
+    return Range{row, row + size + (tile < larger ? 1 : 0)};
+  };
+
+  for (int64_t begin = 0; begin < row_tiles; begin += block) {
+    const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
+    const int64_t first_row = rows_of(begin).begin;
+    if (packs) pack_a_rows(g, {first_row, rows_of(end - 1).end}, depth, packed, row_size);
+    for (int64_t j = 0; j < column_tiles; ++j) {
+      if (one_by_one && end < row_tiles) {
+        const Range next = rows_of(end);
+        prefetch_rows(g.a + next.begin * g.a_row + depth.begin, g.a_row, next.size(), depth.size(), j, column_tiles);
       }
-      continue;
-    }
-    const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = fitting < 1 ? 1 : fitting;
-    for (int64_t begin = 0; begin < row_tiles; begin += block) {
-      const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
-      for (int64_t j = 0; j < column_tiles; ++j) {
-        for (int64_t i = begin; i < end; ++i) tile(split(g.rows, 1, i, row_tiles), columns.begin + j * kDotColumns);
+      const int64_t column = j * kDotColumns, rest = g.columns - column;
+      for (int64_t i = begin; i < end; ++i) {
+        const Range rows = rows_of(i);
+        T* c = g.c + rows.begin * g.c_row + column;
+        const DotTile<T> t = {
+            .a = packs ? packed + (rows.begin - first_row) * row_size : g.a + rows.begin * g.a_row + depth.begin,
+            .a_row = packs ? row_size : g.a_row,
+            .b = g.b + column * g.b_column + depth.begin,
+            .b_column = g.b_column,
+            .depth = depth.size(),
+            .c = c,
+            .c_row = g.c_row,
+            .add = !first   ? c
+                   : g.bias ? g.bias + column
+                            : nullptr,
+            .add_row = first ? 0 : g.c_row,
+            .relu = g.relu && depth.end == g.depth};
+        dot_tile(t, rows.size(), rest < kDotColumns ? rest : kDotColumns);
       }
     }
   }
 }
 
-// What thread `thread` of `count` does of the whole product.
+// All of C, on the calling thread.
 template <class T>
-void dot_gemm_share(const DotGemm<T>& g, int thread, int count) {
-  dot_gemm_part(g, split(g.columns, kDotColumns, thread, count));
+void dot_gemm(const Product<T>& g) {
+  const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
+  for (int64_t part = 0; part < parts; ++part) dot_gemm_depth(g, split(g.depth, Vec<T>::width, part, parts));
+}
+
+// Asks for all that a product will ask for.
+template <class T>
+void reserve_product() {
+  a_tile_scratch<T>();
+  b_block_scratch<T>();
+  piece_scratch<T>();
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -38,6 +38,17 @@ class Widened {
     });
   }
 
+  // Of the transpose, if the original is column-major.
+  Widened(const MatrixView<T>& m, int64_t rows, int64_t columns, int threads)
+      : Widened(m.data, m.column_stride == 1 ? rows : columns, m.column_stride == 1 ? columns : rows,
+                m.column_stride == 1 ? m.row_stride : m.column_stride, threads) {
+    is_transposed_ = m.column_stride != 1;
+  }
+
+  MatrixView<float> view() const {
+    return is_transposed_ ? MatrixView<float>{data(), 1, columns_} : MatrixView<float>{data(), columns_, 1};
+  }
+
   float* data() const { return static_cast<float*>(memory_.data()); }
 
   // Into the contiguous original, if there is one.
@@ -52,22 +63,21 @@ class Widened {
 
  private:
   int64_t rows_, columns_;
+  bool is_transposed_ = false;
   Temporary memory_;
 };
 
 template <class T>
 void linear_forward_half(const LinearForward<T>& x, int threads) {
-  const Widened<T> input(x.input, x.rows, x.in_features, x.input_stride, threads);
-  const Widened<T> weight(x.weight, x.out_features, x.in_features, x.weight_stride, threads);
+  const Widened<T> input(x.input, x.rows, x.in_features, threads);
+  const Widened<T> weight(x.weight, x.out_features, x.in_features, threads);
   const Widened<T> bias(x.bias, 1, x.out_features, x.out_features, threads);
   const Widened<T> out(x.out, x.rows, x.out_features);
   linear_forward<float>({.rows = x.rows,
                          .in_features = x.in_features,
                          .out_features = x.out_features,
-                         .input = input.data(),
-                         .input_stride = x.in_features,
-                         .weight = weight.data(),
-                         .weight_stride = x.in_features,
+                         .input = input.view(),
+                         .weight = weight.view(),
                          .bias = bias.data(),
                          .activation = x.activation,
                          .out = out.data()},
@@ -79,8 +89,8 @@ template <class T>
 void linear_backward_half(const LinearBackward<T>& x, int threads) {
   const Widened<T> grad_output(x.grad_output, x.rows, x.out_features, x.grad_output_stride, threads);
   const Widened<T> output(x.output, x.rows, x.out_features, x.output_stride, threads);
-  const Widened<T> input(x.grad_weight ? x.input : nullptr, x.rows, x.in_features, x.input_stride, threads);
-  const Widened<T> weight(x.grad_input ? x.weight : nullptr, x.out_features, x.in_features, x.weight_stride, threads);
+  const Widened<T> input(x.grad_weight ? x.input : MatrixView<T>{}, x.rows, x.in_features, threads);
+  const Widened<T> weight(x.grad_input ? x.weight : MatrixView<T>{}, x.out_features, x.in_features, threads);
   const Widened<T> grad_input(x.grad_input, x.rows, x.in_features);
   const Widened<T> grad_weight(x.grad_weight, x.out_features, x.in_features);
   const Widened<T> grad_bias(x.grad_bias, 1, x.out_features);
@@ -91,10 +101,8 @@ void linear_backward_half(const LinearBackward<T>& x, int threads) {
                           .grad_output_stride = x.out_features,
                           .output = output.data(),
                           .output_stride = x.out_features,
-                          .input = input.data(),
-                          .input_stride = x.in_features,
-                          .weight = weight.data(),
-                          .weight_stride = x.in_features,
+                          .input = input.view(),
+                          .weight = weight.view(),
                           .grad_input = grad_input.data(),
                           .grad_weight = grad_weight.data(),
                           .grad_bias = grad_bias.data()},

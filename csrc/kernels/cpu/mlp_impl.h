@@ -14,7 +14,7 @@ void through_layers(const Layer* layers, int64_t depth, int threads, const Body&
   for (int64_t l = 0; l < depth; ++l) {
     work += multiply_adds(layers[l].rows, layers[l].in_features, layers[l].out_features);
   }
-  parallel_in_phases(threads_for(work, kLinearGrain, threads), [](int, int) { reserve_gemm<T>(); }, body);
+  parallel_in_phases(threads_for(work, kLinearGrain, threads), [](int, int) { reserve_product<T>(); }, body);
 }
 
 template <class T>

@@ -113,7 +113,7 @@ class StepOfThread {
       barrier.wait(count_);
     }
     for (int64_t l = 0; l + 1 < x.depth; ++l) {
-      forward(l, 0, rows_, neurons(l));
+      forward(l, {0, rows_}, neurons(l));
       barrier.wait(count_);
     }
     const int64_t lowest = lowest_trained();
@@ -182,59 +182,35 @@ class StepOfThread {
     });
   }
 
-  // The given neurons' outputs of `rows` rows from `row` on.
-  void forward(int64_t l, int64_t row, int64_t rows, Range columns) const {
-    if (rows == 0 || columns.size() == 0) return;
+  // The given neurons' outputs of the given rows.
+  void forward(int64_t l, Range rows, Range columns) const {
     const TrainedLayer<T>& layer = x.layers[l];
-    const T* from = input(l) + row * input_stride(l);
-    T* to = at.layers[l].output + row * layer.out_features;
-    const bool relu = layer.activation == Activation::relu;
-    if (use_dot_products<T>(rows_, layer.in_features, layer.out_features)) {
-      dot_gemm_part<T>({.rows = rows,
-                        .columns = layer.out_features,
-                        .depth = layer.in_features,
-                        .x = from,
-                        .x_row = input_stride(l),
-                        .w = layer.weight.data,
-                        .w_row = layer.in_features,
-                        .bias = layer.bias.data,
-                        .relu = relu,
-                        .c = to},
-                       columns);
-    } else {
-      gemm_part<T>({.rows = rows,
-                    .columns = layer.out_features,
-                    .depth = layer.in_features,
-                    .a = from,
-                    .a_row = input_stride(l),
-                    .a_depth = 1,
-                    .a_transposed = false,
-                    .b = layer.weight.data,
-                    .b_depth = 1,
-                    .b_column = layer.in_features,
-                    .c = to,
-                    .bias = layer.bias.data,
-                    .relu = relu},
-                   {0, rows}, columns);
-    }
+    product_part(forward_product<T>({.rows = rows_,
+                                     .in_features = layer.in_features,
+                                     .out_features = layer.out_features,
+                                     .input = {input(l), input_stride(l), 1},
+                                     .weight = {layer.weight.data, layer.in_features, 1},
+                                     .bias = layer.bias.data,
+                                     .activation = layer.activation,
+                                     .out = at.layers[l].output}),
+                 rows, columns);
   }
 
   // The gradient of layer l's input, which is the output of the layer below.
   void backward(int64_t l, Range rows, Range columns) const {
-    if (rows.size() == 0 || columns.size() == 0) return;
     const TrainedLayer<T>& layer = x.layers[l];
-    gemm_part<T>({.rows = rows_,
-                  .columns = layer.in_features,
-                  .depth = layer.out_features,
-                  .a = at.layers[l].grad_output,
-                  .a_row = layer.out_features,
-                  .a_depth = 1,
-                  .a_transposed = false,
-                  .b = layer.weight.data,
-                  .b_depth = layer.in_features,
-                  .b_column = 1,
-                  .c = at.layers[l - 1].grad_output},
-                 rows, columns);
+    product_part<T>({.rows = rows_,
+                     .columns = layer.in_features,
+                     .depth = layer.out_features,
+                     .a = at.layers[l].grad_output,
+                     .a_row = layer.out_features,
+                     .a_depth = 1,
+                     .b = layer.weight.data,
+                     .b_depth = layer.in_features,
+                     .b_column = 1,
+                     .c = at.layers[l - 1].grad_output,
+                     .c_row = layer.in_features},
+                    rows, columns);
     gate(l - 1, rows, columns);
   }
 
@@ -283,7 +259,7 @@ class StepOfThread {
     const int64_t l = x.depth - 1, classes = x.layers[l].out_features;
     const CrossEntropyProblem<T> problem = loss_problem();
     const Range rows = split(rows_, rows_together(problem), thread_, count_);
-    forward(l, rows.begin, rows.size(), {0, classes});
+    forward(l, rows, {0, classes});
 
     T total_weight = static_cast<T>(check_targets(problem).total_weight);
     const T one = 1;
@@ -330,7 +306,7 @@ class StepOfThread {
     if (layer.bias.group >= 0 && share.columns.begin == 0) update_bias(l, share.neurons);
   }
 
-  Gemm<T> grad_weight(int64_t l) const {
+  Product<T> grad_weight(int64_t l) const {
     const TrainedLayer<T>& layer = x.layers[l];
     return {.rows = layer.out_features,
             .columns = layer.in_features,
@@ -338,17 +314,17 @@ class StepOfThread {
             .a = at.layers[l].grad_output,
             .a_row = 1,
             .a_depth = layer.out_features,
-            .a_transposed = true,
             .b = input(l),
             .b_depth = input_stride(l),
             .b_column = 1,
-            .c = at.layers[l].grad_weight};
+            .c = at.layers[l].grad_weight,
+            .c_row = layer.in_features};
   }
 
   void update_from_memory(int64_t l, const WeightShare& share, const SgdOptions& o) const {
-    const Gemm<T> g = grad_weight(l);
+    const Product<T> g = grad_weight(l);
     const TrainedParameter<T>& weight = x.layers[l].weight;
-    gemm_part(g, share.neurons, share.columns);
+    product_part(g, share.neurons, share.columns);
     const SgdTensor<T> tensor = {g.rows * g.columns, weight.data, g.c, weight.momentum_buffer};
     for (int64_t n = share.neurons.begin; n < share.neurons.end; ++n) {
       sgd_range(tensor, o, {n * g.columns + share.columns.begin, n * g.columns + share.columns.end});
@@ -358,7 +334,7 @@ class StepOfThread {
   // A column of tiles after the other: its part of the input stays in the first-level cache, and the gradient of the
   // outputs, packed once, passes by.
   void update_from_tiles(int64_t l, const WeightShare& share, const SgdUpdate<T>& sgd) const {
-    const Gemm<T> g = grad_weight(l);
+    const Product<T> g = grad_weight(l);
     const TrainedParameter<T>& weight = x.layers[l].weight;
     const int64_t row_tiles = (share.neurons.size() + kTileRows - 1) / kTileRows;
     const int64_t packed_tile = rows_ * kTileRows;
@@ -455,7 +431,7 @@ class StepOfThread {
 
   // All that this thread will ask scratch() for, so that it throws before anything is updated.
   void reserve() const {
-    reserve_gemm<T>();
+    reserve_product<T>();
     if (rows_ > kDepthBlock) return;
     for (int64_t l = 0; l < x.depth; ++l) {
       scratch(Scratch::grad_tiles, grad_tiles_bytes(weight_share(l).neurons.size(), rows_));
