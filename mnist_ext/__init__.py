@@ -5,10 +5,11 @@ yours, ``optim`` an SGD with one native call per step, ``TrainStep`` a whole tra
 ``build_info`` says what was built and what is in use.
 """
 
+import os
 import sys
 from importlib import import_module
 
-TYPE_CHECKING = False  # as typing's, which takes longer to import than all the rest
+TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest
 if TYPE_CHECKING:
     from mnist_ext import functional, nn, optim
     from mnist_ext._build_info import build_info
@@ -19,9 +20,14 @@ __all__ = ["TrainStep", "__version__", "build_info", "functional", "nn", "optim"
 
 _HOMES = {"TrainStep": "train_step", "__version__": "_version", "build_info": "_build_info"}
 
+# The command line answers Ctrl-C and --help before torch, which takes seconds to import; its names
+# are imported when they are asked for.
+_is_command = os.path.basename(sys.argv[0]).startswith("mnist-ext") or (
+    sys.argv[0] == "-m" and "mnist_ext" in sys.orig_argv
+)
+
 if not TYPE_CHECKING:
-    # The names are imported when they are asked for: the command line answers Ctrl-C and --help
-    # before torch, which takes seconds.
+
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -33,7 +39,6 @@ if not TYPE_CHECKING:
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
 
-    # Where torch is there already, at once: torch.ops.mnist_ext may be called without these names.
-    if "torch" in sys.modules:
+    if not _is_command:
         for _name in __all__:
             __getattr__(_name)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from mnist_ext import _torch_private
+from mnist_ext import _library, _torch_private  # noqa: F401  (_library loads the ops)
 from mnist_ext._torch_private import is_batched, is_compiling
 
 _ops = torch.ops.mnist_ext
@@ -74,7 +74,7 @@ def _wanted(ctx: Any) -> Sequence[bool]:
     ``torch.autograd.grad(loss, input)`` wants no gradient of a parameter, though all need one.
     """
     needs: Sequence[bool] = ctx.needs_input_grad
-    if not ctx.asks or is_compiling():  # compiled autograd has no graph to ask
+    if is_compiling() or not ctx.asks:  # compiled autograd has no graph to ask
         return needs
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return [need and _torch_private.will_execute(next(nodes)) for need in needs]
@@ -100,7 +100,9 @@ class Linear(Function):
         """Keep what the backward reads, and nothing else."""
         output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]
-        ctx.asks = _is_worth_asking(input.numel() // (weight.shape[1] or 1), (weight,))
+        ctx.asks = not is_compiling() and _is_worth_asking(
+            input.numel() // (weight.shape[1] or 1), (weight,)
+        )
         ctx.save_for_backward(
             input if need_weight else None,
             weight if need_input else None,
@@ -435,8 +437,11 @@ def for_pytorchs_op(input: Tensor, target: Tensor, ignore_index: int) -> tuple[T
     if target.dtype in (torch.int32, torch.uint8):
         target = target.long()
     dim = 1 if input.dim() > 1 else 0
-    positions = input.shape[:dim] + input.shape[dim + 1 :]
-    # Else PyTorch says what is wrong.
-    if input.dim() > 0 and target.shape == positions and target.device == input.device:
+    # A trace would keep the comparison of shapes as a constant, and warn. Where something does not
+    # fit, PyTorch says what.
+    fits = input.dim() > 0 and target.device == input.device
+    if not torch.jit.is_tracing():
+        fits = fits and target.shape == input.shape[:dim] + input.shape[dim + 1 :]
+    if fits:
         input = input.masked_fill((target == ignore_index).unsqueeze(dim), 0)
     return input, target

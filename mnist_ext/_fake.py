@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from mnist_ext import _library  # noqa: F401  (loads the ops)
+from mnist_ext import _flops, _library  # noqa: F401  (_library loads the ops)
+
+_flops.register()
 
 
 @torch.library.register_fake("mnist_ext::linear")
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, allow_tf32: bool = False
 ) -> Tensor:
+    _flops.register()
     torch._check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
     torch._check(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -48,6 +47,13 @@ def constant_when_compiled(function: _Function) -> _Function:
     return function
 
 
+def _is_default_device(mode: Any) -> bool:
+    # torch.set_default_device is a mode, too, of no concern to an op whose tensors exist.
+    from torch.utils._device import DeviceContext
+
+    return type(mode) is DeviceContext
+
+
 def observer() -> str | None:
     """Return who must be shown PyTorch's own ops at this moment, or None.
 
@@ -60,8 +66,7 @@ def observer() -> str | None:
         return None
     if _dispatch_modes():
         return "a TorchDispatchMode"
-    # torch.set_default_device is a mode, too; it is of no concern to an op whose tensors exist.
-    if _function_modes() and any(type(m) is not DeviceContext for m in _stack_of_function_modes()):
+    if _function_modes() and not all(map(_is_default_device, _stack_of_function_modes())):
         return "a TorchFunctionMode"
     if _tracing_state() is not None:
         return "torch.jit.trace"

@@ -374,11 +374,12 @@ def _against_cross_entropy(
     shape = input.shape
     if len(shape) == 0 or shape[len(shape) > 1] == 0:
         return "no classes"
+    if target.dtype in _INDEX_DTYPES:
+        if target.shape != (shape[:1] + shape[2:] if len(shape) > 1 else ()):
+            return "class indices of another shape"
     # Probabilities of another dtype are promoted, which is left to PyTorch.
-    indices = shape[:1] + shape[2:] if len(shape) > 1 else ()
-    expected = indices if target.dtype in _INDEX_DTYPES else shape
-    if target.shape != expected or (expected is shape and target.dtype is not input.dtype):
-        return "a target of another shape or dtype"
+    elif target.dtype is not input.dtype or target.shape != shape:
+        return "probabilities of another shape or dtype"
     if weight is not None and not _is_constant_per_class(weight, input):
         return "a weight that is not one constant for each class"
     return None

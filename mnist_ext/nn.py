@@ -15,7 +15,7 @@ from torch.nn import Module as _AnyModule
 from torch.nn import ReLU as _ReLU
 from torch.nn.utils.parametrize import is_parametrized
 
-from mnist_ext import functional
+from mnist_ext import _flops, functional
 from mnist_ext._torch_private import is_compiling, observer
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
@@ -171,6 +171,7 @@ def swap(module: _Module) -> _Module:
     Warns:
         UserWarning: layers were left alone; which, and why.
     """
+    _flops.register()
     # The out_proj of a MultiheadAttention is called by nobody: only its parameters are read.
     never_called = {
         m.out_proj for m in module.modules() if isinstance(m, torch.nn.MultiheadAttention)

@@ -15,10 +15,7 @@ from mnist_ext.interrupts import StopRequest, cleaning_up
 
 (_SCRIPT,) = importlib.metadata.entry_points(group="console_scripts", name="mnist-ext")
 _MODULE, _FUNCTION = _SCRIPT.value.split(":")
-ENTRIES = {
-    "module": ["-m", "mnist_ext"],
-    "script": ["-c", f"import sys; from {_MODULE} import {_FUNCTION}; sys.exit({_FUNCTION}())"],
-}
+ENTRIES = {"module": ["-m", "mnist_ext"], "script": ["mnist-ext"]}
 LINE = "mnist-ext: interrupted\n"
 
 
@@ -26,6 +23,9 @@ LINE = "mnist-ext: interrupted\n"
 def entry(request, tmp_path, monkeypatch):
     """Start the command line with a `torch` that is ./torch.py."""
     monkeypatch.chdir(tmp_path)
+    Path("mnist-ext").write_text(  # as pip writes it
+        f"import sys\nfrom {_MODULE} import {_FUNCTION}\nsys.exit({_FUNCTION}())"
+    )
     package = str(Path(interrupts.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), package]))
     return [sys.executable, *ENTRIES[request.param]]

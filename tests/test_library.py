@@ -69,9 +69,10 @@ class TestImport:
         assert last_line(process).startswith("ImportError: mnist_ext: cannot load the compiled")
         assert "pip install ." in last_line(process)
 
-    def test_of_itself_it_does_without_torch(self):
+    def test_the_command_line_does_without_torch(self):
         code = (
-            "import sys, mnist_ext\n"
+            "import sys; sys.argv[0] = '/somewhere/bin/mnist-ext'\n"
+            "import mnist_ext\n"
             "print('torch' in sys.modules, {*mnist_ext.__all__} <= {*dir(mnist_ext)})\n"
             "from mnist_ext import *\n"
             "print(TrainStep.__module__, nn.__name__, build_info()['version'], __version__)\n"
@@ -83,6 +84,10 @@ class TestImport:
         version = mnist_ext.__version__
         assert second == f"mnist_ext.train_step mnist_ext.nn {version} {version}"
         assert last_line(process).endswith("module 'mnist_ext' has no attribute 'nothing'")
+
+    def test_registers_the_ops_before_torch_is_imported_by_the_program(self):
+        process = run("import mnist_ext, torch; print(torch.ops.mnist_ext.linear.default)")
+        assert process.stdout.strip() == "mnist_ext.linear.default"
 
     @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
     def test_on_a_torch_that_is_too_old(self, version):

@@ -195,7 +195,7 @@ int main(int argc, char** argv) {
   if (n > 1) ladder.rung("threads", n, [=] { threads(x, n); });
   ladder.rung("linear_forward", n, [=] {
     MNIST_EXT_ISA::linear_forward<float>(
-        {rows, depth, neurons, x.input, depth, x.weight, depth, x.bias, Activation::relu, x.out}, n);
+        {rows, depth, neurons, {x.input, depth, 1}, {x.weight, depth, 1}, x.bias, Activation::relu, x.out}, n);
   });
   ladder.run(options);
 }
