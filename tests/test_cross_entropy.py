@@ -148,6 +148,55 @@ def test_extreme_logits_as_pytorch(isa, row, dtype, reduction):
                 torch.testing.assert_close(our, their, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 5, 37, 65])
+@pytest.mark.parametrize("rows", [8, 41])
+def test_rows_of_probabilities(isa, rows, classes, dtype):
+    """Short rows are transposed, a vector of them at a time."""
+    logits = torch.randn(rows, classes).to(dtype)
+    probabilities = torch.randn(rows, classes).softmax(1).to(dtype)
+    for options in ({}, {"weight": torch.rand(classes).to(dtype), "label_smoothing": 0.1}):
+        for wanted in ((True, False), (True, True)):  # the gradient with the forward, and after it
+            results = []
+            for op, to in ((functional.cross_entropy, dtype), (F.cross_entropy, torch.float64)):
+                pair = [t.detach().to(to).requires_grad_() for t in (logits, probabilities)]
+                arguments = {k: v.to(to) if k == "weight" else v for k, v in options.items()}
+                loss = op(pair[0], pair[1] if wanted[1] else pair[1].detach(), **arguments)
+                leaves = [leaf for leaf, want in zip(pair, wanted, strict=True) if want]
+                results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+            for our, true in zip(*results, strict=True):
+                torch.testing.assert_close(our, true.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_output", [INF, -INF, math.nan])
+def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(isa, grad_output, dtype):
+    op = torch.ops.mnist_ext
+    for shape in ((3, 5), (3, 70), (20, 5), (2, 5, 7)):
+        for classes_last in (False, True):
+            logits = torch.randn(shape).to(dtype)
+            if classes_last:
+                logits = logits.movedim(1, -1).contiguous().movedim(-1, 1)
+            target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+            for ignored in (slice(0, None, 2), slice(None)):  # the first and others; all
+                target.view(-1)[ignored] = -100
+                for reduction, smoothing in ((0, 0.0), (1, 0.1), (2, 0.0)):
+                    options = -100, smoothing, reduction
+                    loss, *statistics = op.cross_entropy(logits, target, None, *options)
+                    gradient, _ = op.cross_entropy_backward(
+                        torch.full_like(loss, grad_output),
+                        logits,
+                        target,
+                        None,
+                        *statistics,
+                        *options,
+                        True,
+                        False,
+                    )
+                    assert not gradient.movedim(1, -1)[target == -100].any()
+                    assert not gradient.movedim(1, -1)[target != -100].isfinite().any()
+
+
 @pytest.mark.parametrize("masked", [-INF, -95.0])
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
 def test_masked_classes_as_if_they_were_not_there(isa, kind, masked):

@@ -134,6 +134,9 @@ inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int6
   return stride;
 }
 
+// t itself if it is contiguous. The op would see that too, but at the price of the dispatcher.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // A tensor [..., columns] as a matrix [rows, columns] with unit column stride and one row stride.
 struct Matrix {
   Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed

@@ -201,21 +201,24 @@ struct KeptColumn {
   MNIST_EXT_INLINE Register<T> operator()(int64_t c) const { return exponentials(c) * inverse_sum; }
 };
 
+// By value, here and below: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
-void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                const GradientScale<T>& scales, int64_t position, int lanes, const Softmax& softmax,
-                                const StripScores<S>& grad) {
+MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                                 const GradientScale<T>& scales, int64_t position, int lanes,
+                                                 Softmax softmax, StripScores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
+  const int64_t classes = p.classes;
+  const bool smoothed = q.smoothed;
   const VectorOfTargets<T> targets(p, position, lanes);
   const V scale = scales.vector(position, lanes);
-  const V of_target = scale * V::broadcast(q.target) * targets.weight(q, p.classes);
-  const V of_all = q.smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
-  for (int64_t c = 0; c < p.classes; ++c) {
+  const V of_target = scale * V::broadcast(q.target) * targets.weight(q, classes);
+  const V of_all = smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
+  for (int64_t c = 0; c < classes; ++c) {
     const V p_c = softmax(c);
     V g, at_target;
-    if (q.smoothed) {
+    if (smoothed) {
       g = of_all * p_c - uncontracted(scale * V::broadcast(q.every * q.weight_of(c)));
       at_target = g - of_target;
     } else {
@@ -228,16 +231,16 @@ void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coeffici
 }
 
 template <class T, class S, class Softmax>
-void backward_vector_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                      const GradientScale<T>& scales, int64_t position, int lanes,
-                                      const Softmax& softmax, const StripTensors<S>& at) {
+MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                                       const GradientScale<T>& scales, int64_t position, int lanes,
+                                                       Softmax softmax, StripTensors<S> at) {
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
+  const int64_t classes = x.problem.classes;
   const ColumnCoefficients<T, S> coefficients{q, at.probabilities, lanes};
   const V scale = scales.vector(position, lanes);
   if (at.grad_logits.data) {
-    const V of_all = scale * class_sum<T>(p.classes, coefficients);
-    for (int64_t c = 0; c < p.classes; ++c) {
+    const V of_all = scale * class_sum<T>(classes, coefficients);
+    for (int64_t c = 0; c < classes; ++c) {
       const V g = of_all * softmax(c) - uncontracted(scale * coefficients(c));
       store(at.grad_logits.data + c * at.grad_logits.class_stride, g, lanes);
     }
@@ -245,10 +248,10 @@ void backward_vector_of_probabilities(const CrossEntropyBackward<T>& x, const Co
   if (at.grad_probabilities.data) {
     const V max = load(x.position_max + position, lanes), log_sum = load(x.position_log_sum + position, lanes);
     const V factor = V{} - scale * V::broadcast(q.target);
-    for (int64_t c = 0; c < p.classes; ++c) {
+    for (int64_t c = 0; c < classes; ++c) {
       const V log_p = (load(at.logits.data + c * at.logits.class_stride, lanes) - max) - log_sum;
-      store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride,
-            factor * (log_p * V::broadcast(q.weight_of(c))), lanes);
+      const V g = factor * (log_p * V::broadcast(q.weight_of(c)));
+      store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride, g, lanes);
     }
   }
 }
@@ -263,11 +266,12 @@ struct StripWork {
   const GradientScale<T>& scales;
 };
 
-// One vector of positions. widened: the logits, for the forward; kept: room for exponentials, for both.
+// One vector of positions; inlined, so that `lanes` is a constant for all but the last. widened: the logits, for the
+// forward; kept: room for exponentials, for both.
 template <class T, class S>
-void do_vector(const StripWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
-               ColumnTile<const ComputeType<T>> widened, ColumnTile<ComputeType<T>> kept) {
-  const auto backward = [&](const auto& softmax) {
+MNIST_EXT_INLINE void do_vector(const StripWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
+                                ColumnTile<const ComputeType<T>> widened, ColumnTile<ComputeType<T>> kept) {
+  const auto backward = [&](const auto& softmax) __attribute__((always_inline)) {
     const CrossEntropyBackward<T>& x = *work.backward;
     if (work.problem.kind == TargetKind::indices) {
       backward_vector_of_indices(x, work.q, work.scales, position, lanes, softmax, at.grad_logits);
@@ -303,7 +307,7 @@ void do_strip(const StripWork<T>& work, const Strip& strip, const StripTensors<T
       kept = {static_cast<A*>(scratch(Scratch::exponentials, classes * vector * sizeof(A))), vector};
     }
   }
-  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
+  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
     do_vector(work, strip.position + s, lanes, at.from(s), {tile.from(s).data, width}, kept);
   });
 }
