@@ -10,7 +10,7 @@ PyTorch's ops, so that it can be differentiated again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,23 +58,17 @@ def _is_recorded() -> bool:
 
 
 # What a backward is asked for beyond needs_input_grad costs some 2 us for each tensor to find out.
-# It is asked where a gradient takes 100 us and more: in multiply-adds, to which memory adds as
-# many as 40 rows would.
-_ASK_FROM = 10_000_000
-_ROWS_OF_MEMORY = 40
+# It is asked where there are so many activations that a gradient takes 100 us and more.
+_ASK_FROM = 1 << 15
 
 
-def _is_worth_asking(rows: int, weights: Iterable[Tensor]) -> bool:
-    return (rows + _ROWS_OF_MEMORY) * sum(map(Tensor.numel, weights)) >= _ASK_FROM
-
-
-def _wanted(ctx: Any) -> Sequence[bool]:
+def _wanted(ctx: Any, activations: int) -> Sequence[bool]:
     """Return for each input whether this backward is to make its gradient.
 
     ``torch.autograd.grad(loss, input)`` wants no gradient of a parameter, though all need one.
     """
     needs: Sequence[bool] = ctx.needs_input_grad
-    if is_compiling() or not ctx.asks:  # compiled autograd has no graph to ask
+    if is_compiling() or activations < _ASK_FROM:  # compiled autograd has no graph to ask
         return needs
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return [need and _torch_private.will_execute(next(nodes)) for need in needs]
@@ -100,9 +94,6 @@ class Linear(Function):
         """Keep what the backward reads, and nothing else."""
         output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]
-        ctx.asks = not is_compiling() and _is_worth_asking(
-            input.numel() // (weight.shape[1] or 1), (weight,)
-        )
         ctx.save_for_backward(
             input if need_weight else None,
             weight if need_input else None,
@@ -113,7 +104,7 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted, None for the others."""
-        want_input, want_weight, want_bias, _ = _wanted(ctx)
+        want_input, want_weight, want_bias, _ = _wanted(ctx, grad_output.numel())
         input, weight, output = ctx.saved_tensors
         return *_linear_gradients(
             grad_output,
@@ -186,10 +177,8 @@ class MLP(Function):
         if output is None or not need_params[0]:
             return output
         first_read = 0 if need_input else 1
-        ctx.layers = layers
-        ctx.asks = _is_worth_asking(output.numel() // (output.shape[-1] or 1), params[:depth])
         # Held, but not watched: whoever writes to them in between does not change the gradients.
-        ctx.unread = params[:first_read], params[depth:]
+        ctx.unread = layers, params[:first_read], params[depth:]
         kept = output if layers[-1] & RELU else None
         ctx.save_for_backward(input, hidden, kept, *params[first_read:depth])
         return output
@@ -197,10 +186,10 @@ class MLP(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of input and params that are wanted, None for the others."""
-        want_input, _, *want_params = _wanted(ctx)
         input, hidden, output, *read = ctx.saved_tensors
-        first, biases = ctx.unread
-        weights, layers = [*first, *read], ctx.layers
+        layers, first, biases = ctx.unread
+        weights = [*first, *read]
+        want_input, _, *want_params = _wanted(ctx, hidden.numel())
         if (
             _is_recorded()
             or not all(want_params)
@@ -372,28 +361,24 @@ class CrossEntropy(Function):
         if _is_recorded():
             grads = _cross_entropy_gradients_recorded(ctx, grad_output)
         # What compiled autograd makes of this runs many times, and changes no ctx.
-        elif ctx.is_scaled and not is_compiling() and _is_factor(grad_output):
-            gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:  # none was formed, or a backward has taken it
-                _, gradient = _cross_entropy_with_gradient(*ctx.saved_tensors, *ctx.options)
-            grads = _times_(ctx, gradient, grad_output), None
+        elif ctx.is_scaled and not is_compiling() and not is_batched(grad_output):
+            grads = _scaled_gradient(ctx, grad_output), None
         else:
             grads = _cross_entropy_gradients(ctx, grad_output)
         return *grads, None, None, None, None
 
 
-def _is_factor(grad_output: Tensor) -> bool:
-    # A row that is ignored has gradient 0, also times inf or NaN.
-    return not is_batched(grad_output) and (
-        not _host_may_read(grad_output) or math.isfinite(grad_output.item())
-    )
-
-
-def _times_(ctx: Any, gradient: Tensor, grad_output: Tensor) -> Tensor:
-    if not _host_may_read(grad_output):
+def _scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor | None:
+    scale = grad_output.item() if _host_may_read(grad_output) else None
+    if scale is not None and not math.isfinite(scale):  # 0 for a row that is ignored, all the same
+        return _cross_entropy_gradients(ctx, grad_output)[0]
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:  # none was formed, or a backward has taken it
+        _, gradient = _cross_entropy_with_gradient(*ctx.saved_tensors, *ctx.options)
+    if scale is None:
         _cross_entropy_gradient_(gradient, grad_output, *ctx.saved_tensors, *ctx.options)
-    elif grad_output.item() != 1:
-        gradient.mul_(grad_output)
+    elif scale != 1:
+        gradient.mul_(scale)
     return gradient
 
 

@@ -223,9 +223,7 @@ def _against_mlp(
         return "another device"
     if is_compiling():
         return "torch.compile"
-    if is_any_autocast_enabled():
-        return "autocast"
-    return observer()
+    return "autocast" if is_any_autocast_enabled() else None
 
 
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
@@ -246,6 +244,23 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
+    if observer() is None:
+        return mlp_unobserved(input, layers)
+    return _one_by_one(input, layers)
+
+
+def _one_by_one(
+    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]
+) -> Tensor:
+    for weight, bias, activation in layers:
+        input = linear(input, weight, bias, activation=activation)
+    return input
+
+
+def mlp_unobserved(
+    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]
+) -> Tensor:
+    """As `mlp`, for a caller who knows that there is no `observer`."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     flags: list[Any] = []
@@ -256,13 +271,10 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         else:
             biases.append(bias)
             flags.append(_FLAGS_WITH_BIAS.get(activation))
+    output = None
     if _against_mlp(input, weights, biases, flags) is None:
         output = _autograd.mlp(input, flags, weights, biases)
-        if output is not None:
-            return output
-    for weight, bias, activation in layers:
-        input = linear(input, weight, bias, activation=activation)
-    return input
+    return _one_by_one(input, layers) if output is None else output
 
 
 def cross_entropy(

@@ -104,7 +104,7 @@ def _through(layers: list[_Layer], input: Tensor) -> Tensor:
     if len(layers) == 1:
         weight, bias, activation = layers[0]
         return functional.linear(input, weight, bias, activation=activation)
-    return functional.mlp(input, layers) if layers else input
+    return functional.mlp_unobserved(input, layers) if layers else input
 
 
 # Looked up once: every call asks them.

@@ -13,6 +13,9 @@ constexpr const char* kForward = "mnist_ext.cross_entropy";
 constexpr const char* kWithGradient = "mnist_ext.cross_entropy_with_gradient";
 constexpr const char* kBackward = "mnist_ext.cross_entropy_backward";
 
+// What no caller gets: a tensor takes longer to make than a small batch to compute. Room for either ComputeType.
+std::unique_ptr<double[]> numbers(int64_t n) { return std::make_unique_for_overwrite<double[]>(n); }
+
 // Runs the forward kernel. statistics: max and log-sum-exp of each position, one after the other; position_loss,
 // statistics, total_weight of ComputeType. grad_logits, loss: see CrossEntropyForward.
 void forward(const char* op, const Tensor& logits, const Operands& operands, void* position_loss, void* statistics,
@@ -46,12 +49,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   const int64_t* sizes = stats_sizes + 1;
   const bool none = operands.reduction == Reduction::none;
   const bool loss_apart = !none || dtype != compute_dtype;
-  const Tensor position_loss = empty(compute_dtype, sizes, positions.dims());
-  const Tensor loss = loss_apart ? empty(dtype, sizes, none ? positions.dims() : 0) : position_loss;
+  const Tensor loss = empty(dtype, sizes, none ? positions.dims() : 0);
+  const auto position_loss = numbers(loss_apart ? operands.layout.batch * operands.layout.positions : 0);
   const Tensor stats = empty(compute_dtype, stats_sizes, positions.dims() + 1);
   const Tensor total_weight = empty(compute_dtype, {});
-  forward(kForward, logits, operands, position_loss.mutable_data_ptr(), stats.mutable_data_ptr(),
-          total_weight.mutable_data_ptr(), nullptr, loss_apart ? loss.mutable_data_ptr() : nullptr);
+  void* out = loss.mutable_data_ptr();
+  forward(kForward, logits, operands, loss_apart ? position_loss.get() : out, stats.mutable_data_ptr(),
+          total_weight.mutable_data_ptr(), nullptr, loss_apart ? out : nullptr);
   return {loss, stats, total_weight};
 }
 
@@ -62,12 +66,10 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   check<std::invalid_argument>(reduction != 0, kWithGradient, ": reduction: expected 1 (mean) or 2 (sum), got 0");
   const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
   const Tensor loss = empty(dtype_of(logits), {}), grad_logits = operands.layout.gradient(logits);
-  // What `cross_entropy` returns as tensors, which take longer to make than a small batch to compute.
   const int64_t positions = operands.layout.batch * operands.layout.positions;
-  const auto statistics = std::make_unique_for_overwrite<double[]>(3 * positions + 1);  // room for either type
-  const auto part = [&](int64_t i) { return statistics.get() + i * positions; };
-  forward(kWithGradient, logits, operands, part(0), part(1), part(3), grad_logits.mutable_data_ptr(),
-          loss.mutable_data_ptr());
+  const auto position_loss = numbers(positions), statistics = numbers(2 * positions), total_weight = numbers(1);
+  forward(kWithGradient, logits, operands, position_loss.get(), statistics.get(), total_weight.get(),
+          grad_logits.mutable_data_ptr(), loss.mutable_data_ptr());
   return {loss, grad_logits};
 }
 

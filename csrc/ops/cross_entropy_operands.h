@@ -206,9 +206,9 @@ struct Operands {
     if (is_floating(target)) {
       probabilities.emplace(target, layout);
     } else {
-      indices = torch::stable::contiguous(target);
+      indices = made_contiguous(target);
     }
-    if (w) weight = torch::stable::contiguous(*w);
+    if (w) weight = made_contiguous(*w);
   }
 
   template <class T>
@@ -277,7 +277,7 @@ struct BackwardOperands {
     } else {
       grad_output = torch::stable::contiguous(dy);
     }
-    stats = torch::stable::contiguous(stats);
+    stats = made_contiguous(stats);
   }
 
   template <class T>

@@ -20,8 +20,7 @@ void define_ops(Library& m) {
   // of all layers but the last, in one tensor; without keep_hidden empty). weights: of each layer; biases: of each that
   // has one; layers: 1 (has a bias) + 2 (ReLU). Both are undefined (None) where the tensors are none that the kernels
   // take: of float32 or float64, dense, on the CPU, of sizes that fit together.
-  m.def(
-      "mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
 
   // The gradients of input, if need_input, of each of weights and of each of biases. hidden, output: what `mlp`
   // returned; output only where the last layer has a ReLU.

@@ -12,8 +12,8 @@ namespace mnist_ext::MNIST_EXT_ISA {
 // stay in the second-level cache.
 inline constexpr int kStripVectors = 4;
 inline constexpr int64_t kStripBytes = 256 * 1024;
-// Terms that are added up in one chain.
-inline constexpr int64_t kClassChain = 128;
+// Terms that are added up before their sum joins the total.
+inline constexpr int64_t kClassBlock = 128;
 
 template <class T>
 int64_t strip_width(int64_t classes) {
@@ -21,11 +21,26 @@ int64_t strip_width(int64_t classes) {
   return (fitting < 1 ? 1 : fitting < kStripVectors ? fitting : kStripVectors) * Register<T>::width;
 }
 
-// Scores of neighbouring positions: element (class, position) lies at class * class_stride + position.
+// Scores of neighbouring positions: element (class, position) lies at class * class_stride + position; or data is null.
 template <class T>
 struct StripScores {
   T* data;
   int64_t class_stride;
+
+  StripScores from(int64_t position) const { return {data ? data + position : nullptr, class_stride}; }
+};
+
+// The parts of a strip's tensors, from its first position on; those not given or not wanted are null. S: the tensors'
+// type, or its ComputeType for scores that were widened and gradients that are to be narrowed.
+template <class S>
+struct StripTensors {
+  StripScores<const S> logits, probabilities;
+  StripScores<S> grad_logits, grad_probabilities;
+
+  StripTensors from(int64_t position) const {
+    return {logits.from(position), probabilities.from(position), grad_logits.from(position),
+            grad_probabilities.from(position)};
+  }
 };
 
 struct Strip {
@@ -33,26 +48,32 @@ struct Strip {
   int64_t size;      // how many positions
 };
 
-// The sum over classes of f(class), in short chains.
+// The sum over classes of f(class): four chains side by side in each block, which round less than one.
 template <class T, class F>
 MNIST_EXT_INLINE Register<T> class_sum(int64_t classes, const F& f) {
-  Register<T> total{};
-  for (int64_t begin = 0; begin < classes; begin += kClassChain) {
-    const int64_t end = classes - begin < kClassChain ? classes : begin + kClassChain;
-    Register<T> sum{};
-    for (int64_t c = begin; c < end; ++c) sum = sum + f(c);
-    total = total + sum;
+  using V = Register<T>;
+  V total{};
+  for (int64_t begin = 0; begin < classes; begin += kClassBlock) {
+    const int64_t end = classes - begin < kClassBlock ? classes : begin + kClassBlock;
+    V sums[4] = {};
+    int64_t c = begin;
+    for (; c + 4 <= end; c += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sums[k] = sums[k] + f(c + k);
+    }
+    for (; c < end; ++c) sums[3] = sums[3] + f(c);
+    total = total + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return total;
 }
 
 // q of a vector of positions, one class at a time, without the term of the target class.
-template <class T>
+template <class T, class S>
 struct ColumnCoefficients {
   using V = Register<T>;
 
   const Coefficients<T>& q;
-  StripScores<const T> probabilities;  // from the first of these positions on, or null
+  StripScores<const S> probabilities;  // from the first of these positions on, or null
   int lanes;
 
   MNIST_EXT_INLINE V operator()(int64_t c) const {
@@ -110,8 +131,8 @@ struct ColumnTile {
 };
 
 // One vector of positions. exponentials: exp(logit - max) to be kept there; or data null. Returns 1 / their sum.
-template <class T>
-Register<T> forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T>& coefficients,
+template <class T, class S>
+Register<T> forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T, S>& coefficients,
                            ColumnTile<const ComputeType<T>> logits, ColumnTile<ComputeType<T>> exponentials,
                            int64_t position) {
   using A = ComputeType<T>;
@@ -180,23 +201,25 @@ struct KeptColumn {
   MNIST_EXT_INLINE Register<T> operator()(int64_t c) const { return exponentials(c) * inverse_sum; }
 };
 
-// S: T, or ComputeType<T> for logits that were widened and gradients that are to be narrowed.
+// By value, here and below: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
-void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                const GradientScale<T>& scales, int64_t position, int lanes, const Softmax& softmax,
-                                StripScores<S> grad) {
+MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                                 const GradientScale<T>& scales, int64_t position, int lanes,
+                                                 Softmax softmax, StripScores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = x.problem;
+  const int64_t classes = p.classes;
+  const bool smoothed = q.smoothed;
   const VectorOfTargets<T> targets(p, position, lanes);
   const V scale = scales.vector(position, lanes);
-  const V of_target = scale * V::broadcast(q.target) * targets.weight(q, p.classes);
-  const V of_all = q.smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
-  for (int64_t c = 0; c < p.classes; ++c) {
+  const V of_target = scale * V::broadcast(q.target) * targets.weight(q, classes);
+  const V of_all = smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
+  for (int64_t c = 0; c < classes; ++c) {
     const V p_c = softmax(c);
     V g, at_target;
-    if (q.smoothed) {
-      g = of_all * p_c - scale * V::broadcast(q.every * q.weight_of(c));
+    if (smoothed) {
+      g = of_all * p_c - uncontracted(scale * V::broadcast(q.every * q.weight_of(c)));
       at_target = g - of_target;
     } else {
       g = of_all * p_c;
@@ -207,38 +230,30 @@ void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coeffici
   }
 }
 
-// The parts of a strip's tensors, from its first position on; those not given or not wanted are null.
-template <class T>
-struct StripTensors {
-  StripScores<const T> logits, probabilities;
-  StripScores<T> grad_logits, grad_probabilities;
-};
-
-template <class T>
-void backward_strip_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                     const GradientScale<T>& scales, const Strip& strip, const StripTensors<T>& at) {
+template <class T, class S, class Softmax>
+MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
+                                                       const GradientScale<T>& scales, int64_t position, int lanes,
+                                                       Softmax softmax, StripTensors<S> at) {
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
-  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-    const StripScores<const T> probabilities = {at.probabilities.data + s, at.probabilities.class_stride};
-    const ColumnCoefficients<T> coefficients{q, probabilities, lanes};
-    const V scale = scales.vector(strip.position + s, lanes);
-    const V max = load(x.position_max + strip.position + s, lanes);
-    const V log_sum = load(x.position_log_sum + strip.position + s, lanes);
-    const V of_all = scale * class_sum<T>(p.classes, coefficients);
-    const V of_log_p = V{} - scale * V::broadcast(q.target);
-    for (int64_t c = 0; c < p.classes; ++c) {
-      const V log_p = (load(at.logits.data + c * at.logits.class_stride + s, lanes) - max) - log_sum;
-      if (at.grad_logits.data) {
-        store(at.grad_logits.data + c * at.grad_logits.class_stride + s, of_all * exp(log_p) - scale * coefficients(c),
-              lanes);
-      }
-      if (at.grad_probabilities.data) {
-        store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride + s,
-              of_log_p * (log_p * V::broadcast(q.weight_of(c))), lanes);
-      }
+  const int64_t classes = x.problem.classes;
+  const ColumnCoefficients<T, S> coefficients{q, at.probabilities, lanes};
+  const V scale = scales.vector(position, lanes);
+  if (at.grad_logits.data) {
+    const V of_all = scale * class_sum<T>(classes, coefficients);
+    for (int64_t c = 0; c < classes; ++c) {
+      const V g = of_all * softmax(c) - uncontracted(scale * coefficients(c));
+      store(at.grad_logits.data + c * at.grad_logits.class_stride, g, lanes);
     }
-  });
+  }
+  if (at.grad_probabilities.data) {
+    const V max = load(x.position_max + position, lanes), log_sum = load(x.position_log_sum + position, lanes);
+    const V factor = V{} - scale * V::broadcast(q.target);
+    for (int64_t c = 0; c < classes; ++c) {
+      const V log_p = (load(at.logits.data + c * at.logits.class_stride, lanes) - max) - log_sum;
+      const V g = factor * (log_p * V::broadcast(q.weight_of(c)));
+      store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride, g, lanes);
+    }
+  }
 }
 
 // What to do with strips, for either op: forward if `forward` is given, then gradients if `backward` is.
@@ -251,45 +266,50 @@ struct StripWork {
   const GradientScale<T>& scales;
 };
 
+// One vector of positions; inlined, so that `lanes` is a constant for all but the last. widened: the logits, for the
+// forward; kept: room for exponentials, for both.
+template <class T, class S>
+MNIST_EXT_INLINE void do_vector(const StripWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
+                                ColumnTile<const ComputeType<T>> widened, ColumnTile<ComputeType<T>> kept) {
+  const auto backward = [&](const auto& softmax) __attribute__((always_inline)) {
+    const CrossEntropyBackward<T>& x = *work.backward;
+    if (work.problem.kind == TargetKind::indices) {
+      backward_vector_of_indices(x, work.q, work.scales, position, lanes, softmax, at.grad_logits);
+    } else {
+      backward_vector_of_probabilities(x, work.q, work.scales, position, lanes, softmax, at);
+    }
+  };
+  if (work.forward) {
+    const ColumnCoefficients<T, S> coefficients{work.q, at.probabilities, lanes};
+    const auto inverse_sum = forward_vector(*work.forward, coefficients, widened, kept, position);
+    if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
+  } else {
+    backward(RecomputedColumn<T, S>(*work.backward, at.logits, position, lanes));
+  }
+}
+
 template <class T>
 void do_strip(const StripWork<T>& work, const Strip& strip, const StripTensors<T>& at) {
   using A = ComputeType<T>;
   constexpr int64_t vector = Register<T>::width;
   const int64_t classes = work.problem.classes, width = strip_width<T>(classes);
-  const bool indexed = work.problem.kind == TargetKind::indices;
-  const bool both = work.forward && work.backward && indexed;
-  const auto grad = [&](int64_t s) -> StripScores<T> { return {at.grad_logits.data + s, at.grad_logits.class_stride}; };
+  StripScores<A> tile{};
+  ColumnTile<A> kept{};
   if (work.forward) {
     // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
-    A* tile = static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A)));
+    tile = {static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A))), width};
     for (int64_t c = 0; c < classes; ++c) {
       for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-        load(at.logits.data + c * at.logits.class_stride + s, lanes).store(tile + c * width + s);
+        load(at.logits.data + c * at.logits.class_stride + s, lanes).store(tile.data + c * width + s);
       });
     }
-    ColumnTile<A> kept{};
-    if (both) kept = {static_cast<A*>(scratch(Scratch::exponentials, classes * vector * sizeof(A))), vector};
-    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-      StripScores<const T> probabilities = at.probabilities;
-      if (probabilities.data) probabilities.data += s;
-      const ColumnCoefficients<T> coefficients{work.q, probabilities, lanes};
-      const auto inverse_sum = forward_vector(*work.forward, coefficients, {tile + s, width}, kept, strip.position + s);
-      if (!both) return;
-      backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
-                                       KeptColumn<T>{kept, inverse_sum}, grad(s));
-    });
+    if (work.backward) {
+      kept = {static_cast<A*>(scratch(Scratch::exponentials, classes * vector * sizeof(A))), vector};
+    }
   }
-  if (!work.backward || both) return;
-  if (indexed) {
-    for_each_vector<T>(strip.size, [&](int64_t s, int lanes) {
-      const StripScores<const T> logits = {at.logits.data + s, at.logits.class_stride};
-      backward_vector_of_indices<T, T>(*work.backward, work.q, work.scales, strip.position + s, lanes,
-                                       RecomputedColumn<T, T>(*work.backward, logits, strip.position + s, lanes),
-                                       grad(s));
-    });
-  } else {
-    backward_strip_of_probabilities(*work.backward, work.q, work.scales, strip, at);
-  }
+  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
+    do_vector(work, strip.position + s, lanes, at.from(s), {tile.from(s).data, width}, kept);
+  });
 }
 
 // This thread's share of positions that lie side by side.

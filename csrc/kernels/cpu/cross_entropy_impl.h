@@ -11,7 +11,7 @@ namespace mnist_ext::MNIST_EXT_ISA {
 // Matrices of logits are divided among threads in pieces of so many rows.
 template <class T>
 int64_t rows_together(const CrossEntropyProblem<T>& p) {
-  const bool together = p.kind == TargetKind::indices && p.classes <= kShortRow<T> && p.batch >= kShortRowsFrom;
+  const bool together = p.classes <= kShortRow<T> && p.batch >= kShortRowsFrom;
   return together ? Register<T>::width : 1;
 }
 

@@ -38,10 +38,12 @@ RowSum<ComputeType<T>> row_log_sum_exp(const T* row, int64_t n) {
       max = new_max;
     }
     if (max == lowest) {  // nothing but -inf and NaN so far: exp(x - max) would make NaN of both
-      for (int64_t j = 0; j < size; ++j) {
-        const A x = load_one(block + j);
-        if (x != x) sum = std::numeric_limits<double>::quiet_NaN();
-      }
+      V nan{};
+      for_each_vector<T>(size, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+        const V x = load(block + j, lanes);
+        nan.raw = x.raw != x.raw ? x.raw : nan.raw;
+      });
+      sum += static_cast<double>(reduce_add(nan));
       continue;
     }
     V block_sum{};
@@ -87,7 +89,7 @@ RowSum<ComputeType<T>> row_exponentials(const T* row, int64_t n, ComputeType<T>*
   const V shift = V::broadcast(max);
   const double sum = row_sum<T>(n, [&](int64_t c, int lanes) __attribute__((always_inline)) {
     prefetch(row + n + c);
-    const V e = exp(load(row + c, lanes) - shift);
+    const V e = exp(load(row + c, lanes, lowest) - shift);
     store(exponentials + c, e, lanes);
     return e;
   });
@@ -102,7 +104,10 @@ struct RecomputedSoftmax {
   const T* row;
   V max, log_sum;
 
-  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return exp((load(row + c, lanes) - max) - log_sum); }
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
+    constexpr auto lowest = -std::numeric_limits<ComputeType<T>>::infinity();
+    return exp((load(row + c, lanes, lowest) - max) - log_sum);
+  }
   MNIST_EXT_INLINE auto times(V factor) const {
     return [*this, factor](int64_t c, int lanes) __attribute__((always_inline)) { return factor * (*this)(c, lanes); };
   }
@@ -193,7 +198,7 @@ void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<
   const bool smoothed = q.smoothed;  // read once: as far as the compiler knows, the stores might change q
   for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
     V g = scaled_softmax(c, lanes);
-    if (smoothed) g = g - scale_vector * coefficients(c, lanes);
+    if (smoothed) g = g - uncontracted(scale_vector * coefficients(c, lanes));
     store(grad + c, g, lanes);
   });
   // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
@@ -217,7 +222,7 @@ void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coeff
         softmax.times(V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients))));
     const V scale_vector = V::broadcast(scale);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      store(grad + c, scaled_softmax(c, lanes) - scale_vector * coefficients(c, lanes), lanes);
+      store(grad + c, scaled_softmax(c, lanes) - uncontracted(scale_vector * coefficients(c, lanes)), lanes);
     });
   }
   if (x.grad_probabilities) {

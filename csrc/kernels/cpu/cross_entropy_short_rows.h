@@ -1,5 +1,5 @@
-// Softmax cross-entropy of short rows against class indices: a vector of rows at a time is transposed in registers, so
-// that vectors are full and sums over classes are sums of vectors; then as columns.
+// Softmax cross-entropy of short rows: a vector of rows at a time is transposed in registers, so that vectors are full
+// and sums over classes are sums of vectors; then as columns.
 #pragma once
 
 #include "cross_entropy_columns.h"
@@ -9,7 +9,7 @@ namespace mnist_ext::MNIST_EXT_ISA {
 
 // Rows of up to this many classes; longer ones fill vectors of their own.
 template <class T>
-inline constexpr int64_t kShortRow = 2 * Register<T>::width;
+inline constexpr int64_t kShortRow = 4 * Register<T>::width;
 // Fewer rows than this leave most of a vector of them empty.
 inline constexpr int64_t kShortRowsFrom = 8;
 
@@ -43,25 +43,29 @@ void do_short_rows(const StripWork<T>& work, int thread, int threads) {
   using A = ComputeType<T>;
   constexpr int64_t width = Register<T>::width;
   const CrossEntropyProblem<T>& p = work.problem;
-  alignas(64) A tile[kShortRow<T> * width], grad_tile[kShortRow<T> * width];
+  alignas(64) A tiles[4][kShortRow<T> * width];
   const Range share = split(p.batch, width, thread, threads);
   for (int64_t begin = share.begin; begin < share.end; begin += width) {
-    const Strip strip = {begin, share.end - begin < width ? share.end - begin : width};
-    transpose_in(p.logits.data + begin * p.logits.batch_stride, p.logits.batch_stride, strip.size, p.classes, tile);
-    const int lanes = static_cast<int>(strip.size);
-    const auto backward = [&](const auto& softmax) {
-      backward_vector_of_indices<T, A>(*work.backward, work.q, work.scales, begin, lanes, softmax, {grad_tile, width});
+    const int64_t rows = share.end - begin < width ? share.end - begin : width;
+    const auto in = [&](const ClassScores<const T>& from, A* tile) -> StripScores<const A> {
+      if (!from.data) return {};
+      transpose_in(from.data + begin * from.batch_stride, from.batch_stride, rows, p.classes, tile);
+      return {tile, width};
     };
-    if (work.forward) {
-      const ColumnCoefficients<T> coefficients{work.q, {}, lanes};
-      const ColumnTile<A> kept = {work.backward ? grad_tile : nullptr, width};  // the gradient takes their place
-      const auto inverse_sum = forward_vector(*work.forward, coefficients, {tile, width}, kept, begin);
-      if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
-    } else {
-      backward(RecomputedColumn<T, A>(*work.backward, {tile, width}, begin, lanes));
+    const auto room = [](const T* gradient, A* tile) -> StripScores<A> { return {gradient ? tile : nullptr, width}; };
+    const auto out = [&](const StripScores<A>& tile, T* gradient) {
+      if (gradient) transpose_out(tile.data, rows, p.classes, gradient + begin * p.classes);
+    };
+    StripTensors<A> at = {in(p.logits, tiles[0]), in(p.probabilities, tiles[1]), {}, {}};
+    if (work.backward) {
+      at.grad_logits = room(work.backward->grad_logits, tiles[2]);
+      at.grad_probabilities = room(work.backward->grad_probabilities, tiles[3]);
     }
+    // Exponentials are kept where the gradient then takes their place.
+    do_vector(work, begin, static_cast<int>(rows), at, {at.logits.data, width}, {at.grad_logits.data, width});
     if (!work.backward) continue;
-    transpose_out(grad_tile, strip.size, p.classes, work.backward->grad_logits + begin * p.classes);
+    out(at.grad_logits, work.backward->grad_logits);
+    out(at.grad_probabilities, work.backward->grad_probabilities);
   }
 }
 

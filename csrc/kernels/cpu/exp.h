@@ -3,8 +3,10 @@
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n * ln 2 in two parts (Cody and Waite), |r| <= ln(2)/2, exp(r) by
 // its Taylor polynomial, of a degree that leaves an error of 0.1 ulp before rounding. With AVX-512, n is rounded to
 // sixteenths instead (double: eighths), for which half the degree will do: the fractional powers of 2 fit into one
-// register, from which a permutation fetches them. The result is within 1 ulp or so; subnormal results may be rounded
-// twice. exp(-inf) = 0, exp(NaN) = NaN.
+// register, from which a permutation fetches them. The result is within 1 ulp or so.
+//
+// What is below the smallest normal number becomes 0, exp(-inf) too, and is kept from the multiplication by 2^n: a core
+// of Intel's takes more than a hundred cycles over a vector that underflows in one lane. exp(NaN) = NaN.
 #pragma once
 
 #include "vec.h"
@@ -24,7 +26,7 @@ template <>
 struct ExpConstants<float> {
   static constexpr int steps = kFetchesPowers ? 16 : 1;  // n is a multiple of 1 / steps
   static constexpr int degree = kFetchesPowers ? 3 : 7;
-  static constexpr float lowest = -104.0f;  // exp is 0 below
+  static constexpr float lowest = -87.33654f;  // exp is below the smallest normal number from here on
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
@@ -34,7 +36,7 @@ template <>
 struct ExpConstants<double> {
   static constexpr int steps = kFetchesPowers ? 8 : 1;
   static constexpr int degree = kFetchesPowers ? 8 : 13;
-  static constexpr double lowest = -746.0;
+  static constexpr double lowest = -708.396418532264;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
@@ -69,27 +71,22 @@ MNIST_EXT_INLINE Vec<double> fractional_power(Vec<double> n_and_magic) {
   return {_mm512_maskz_permutexvar_pd(0xff, _mm512_castpd_si512(n_and_magic.raw), powers)};
 }
 
-// p * 2^floor(n), also where the power itself lies outside the exponent range.
-MNIST_EXT_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
-  return {_mm512_maskz_scalef_ps(0xffff, p.raw, n.raw)};
+// p * 2^floor(n), or 0 where x is below the lowest.
+MNIST_EXT_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n, Vec<float> x) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(ExpConstants<float>::lowest), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(kept, p.raw, n.raw)};
 }
 
-MNIST_EXT_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
-  return {_mm512_maskz_scalef_pd(0xff, p.raw, n.raw)};
+MNIST_EXT_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n, Vec<double> x) {
+  const __mmask8 kept = _mm512_cmp_pd_mask(x.raw, _mm512_set1_pd(ExpConstants<double>::lowest), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_pd(kept, p.raw, n.raw)};
 }
 
 #else
 
-// The nearest integer, for |x| < 2^22.
+// p * 2^n for integral n, or 0 where x is below the lowest. 2^n is n + bias, shifted into the exponent field.
 template <class T>
-MNIST_EXT_INLINE Vec<T> round_small(Vec<T> x) {
-  const Vec<T> magic = Vec<T>::broadcast(ExpConstants<T>::round_magic);
-  return (x + magic) - magic;
-}
-
-// 2^n for integral n in the normal exponent range: n + bias, shifted into the exponent field.
-template <class T>
-MNIST_EXT_INLINE Vec<T> exp2_integral(Vec<T> n) {
+MNIST_EXT_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n, Vec<T> x) {
   using C = ExpConstants<T>;
   const Vec<T> biased = n + Vec<T>::broadcast(C::round_magic + C::exponent_bias);
   typename Vec<T>::RawBits bits;
@@ -97,14 +94,7 @@ MNIST_EXT_INLINE Vec<T> exp2_integral(Vec<T> n) {
   bits <<= C::mantissa_bits;
   Vec<T> power;
   std::memcpy(&power.raw, &bits, sizeof(bits));
-  return power;
-}
-
-// p * 2^n for integral n, also where 2^n itself lies outside the exponent range: two factors, both inside it.
-template <class T>
-MNIST_EXT_INLINE Vec<T> scale_by_power(Vec<T> p, Vec<T> n) {
-  const Vec<T> half = round_small(n * Vec<T>::broadcast(T(0.5)));
-  return p * exp2_integral(half) * exp2_integral(n - half);
+  return {x.raw < C::lowest ? typename Vec<T>::Raw{} : (p * power).raw};
 }
 
 #endif
@@ -113,11 +103,12 @@ template <class T>
 MNIST_EXT_INLINE Vec<T> exp(Vec<T> x) {
   using C = ExpConstants<T>;
   using V = Vec<T>;
-  x = max(V::broadcast(C::lowest), x);  // NaN passes: it is the second operand
+  // Where 2^n is a factor of its own, n must be in the exponent range. NaN passes: it is the second operand.
+  const V in_range = kFetchesPowers ? x : max(V::broadcast(C::lowest), x);
   const V magic = V::broadcast(C::round_magic / C::steps);
-  const V n_and_magic = fma(x, V::broadcast(T(1.4426950408889634)), magic);
+  const V n_and_magic = fma(in_range, V::broadcast(T(1.4426950408889634)), magic);
   const V n = n_and_magic - magic;
-  V r = fma(n, V::broadcast(-C::ln2_high), x);
+  V r = fma(n, V::broadcast(-C::ln2_high), in_range);
   r = fma(n, V::broadcast(-C::ln2_low), r);
   V p;
   if constexpr (kFetchesPowers) {
@@ -126,7 +117,7 @@ MNIST_EXT_INLINE Vec<T> exp(Vec<T> x) {
   } else {
     p = exp_terms<0>(r);
   }
-  return scale_by_power(p, n);
+  return scale_by_power(p, n, x);
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

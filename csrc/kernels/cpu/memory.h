@@ -139,7 +139,10 @@ MNIST_EXT_INLINE Register<T> load(const T* p, int lanes, ComputeType<T> fill = 0
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     bits = same_bits<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << lanes) - 1), p));
 #else
-    for (int i = 0; i < lanes; ++i) bits[i] = p[i].bits;
+#pragma GCC unroll 8
+    for (int i = 0; i < V::width; ++i) {
+      if (i < lanes) bits[i] = p[i].bits;  // lanes of constant numbers stay in the register
+    }
 #endif
     typename V::RawBits lane;
     for (int i = 0; i < V::width; ++i) lane[i] = i;

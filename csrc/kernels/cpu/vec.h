@@ -320,7 +320,10 @@ MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
 template <class T>
 MNIST_EXT_INLINE Vec<T> Vec<T>::load_partial(const T* p, int n, T fill) {
   Vec v = broadcast(fill);
-  for (int i = 0; i < n; ++i) v.raw[i] = p[i];
+#pragma GCC unroll 4
+  for (int i = 0; i < width; ++i) {
+    if (i < n) v.raw[i] = p[i];  // lanes of constant numbers stay in the register
+  }
   return v;
 }
 
