@@ -1,6 +1,6 @@
 """What is asked of PyTorch beyond its public API, and why; looked up once, as every call asks.
 
-``tests/test_torch_private.py`` says by name what a new torch no longer has.
+A torch that no longer has one of these names fails here, on import, and says which.
 """
 
 from __future__ import annotations

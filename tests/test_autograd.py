@@ -1,14 +1,19 @@
 """Derivatives of every kind: gradcheck, second ones, torch.func's transforms, in-place writes."""
 
+import copy
 import itertools
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import CASES, FEW, value_and_gradients, with_gradients
+from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
-from mnist_ext import functional
+import mnist_ext
+from mnist_ext import _autograd, functional
 
 
 def checkable(case):
@@ -248,7 +253,6 @@ def test_forward_mode_derivatives_agree(case):
 
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_saved_tensor_hooks_and_checkpoint(case):
-    from torch.utils.checkpoint import checkpoint
 
     tensors = case.tensors(torch.float32)
     expected = value_and_gradients(case.ours, case, tensors)
@@ -288,3 +292,140 @@ def test_anomaly_mode(case):
         grad_output = torch.full_like(value, torch.nan)
         with pytest.raises(RuntimeError, match="returned nan values"):
             torch.autograd.grad(value, wanted, grad_output)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, IndexError, NotImplementedError])
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_what_a_hook_raises_arrives_unchanged(case, error):
+    """And the call is not made again, though the hook would let it pass."""
+    leaves, _ = with_gradients(case.tensors(torch.float32), case.differentiable)
+    calls = []
+
+    def pack(tensor):
+        calls.append(tensor)
+        if len(calls) == 1:
+            raise error("disk full")
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        pytest.raises(error, match=r"^disk full$"),
+    ):
+        case.ours(*leaves)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("swapped", [True, False], ids=["mlp", "linear"])
+def test_a_backward_makes_the_gradients_that_are_asked_for(monkeypatch, swapped):
+    """autograd.grad of some leaves: not the products of the others, where these cost something."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.Linear(512, 64))
+    ours = mnist_ext.nn.swap(copy.deepcopy(model))
+    forward = ours if swapped else lambda input: ours[3](ours[2](ours[0](input).relu()))
+    asked = []
+    backward = _autograd._linear_backward
+    monkeypatch.setattr(
+        _autograd, "_linear_backward", lambda *args: asked.append(args) or backward(*args)
+    )
+    input = torch.randn(600, 64, requires_grad=True)
+    for wanted, products in (
+        (lambda m: [input], [(False, True, False)] * 3),
+        (lambda m: [m[3].weight], [(True, False, False)]),
+        (lambda m: [m[2].bias, m[3].bias], [(False, True, True), (False, False, True)]),
+    ):
+        asked.clear()
+        expected = torch.autograd.grad(model(input).sum(), wanted(model))
+        grads = torch.autograd.grad(forward(input).sum(), wanted(ours))
+        torch.testing.assert_close(grads, expected)
+        # (grad_weight, grad_input, grad_bias) of each layer
+        assert [(a[1] is not None, a[2] is not None, a[4]) for a in asked] == products
+
+
+def test_without_a_gradient_nothing_is_kept(monkeypatch):
+    model = mnist_ext.nn.swap(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    input, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 1])
+    for function in (_autograd.Linear, _autograd.MLP, _autograd.CrossEntropy):
+        monkeypatch.setattr(function, "forward", lambda *_: pytest.fail("enters the graph"))
+    hidden = []
+    op = _autograd._mlp
+    monkeypatch.setattr(_autograd, "_mlp", lambda *a: hidden.append(op(*a)) or hidden[-1])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            logits = model(input)
+            functional.cross_entropy(logits, target)
+            functional.linear(input, model[0].weight)
+    assert [kept.numel() for _, kept in hidden] == [0, 0]
+
+
+@pytest.mark.parametrize("depth", [2, 3, 6])
+def test_layers_that_keep_nothing_compute_the_same(depth):
+    widths = [7, 40, 3, 64, 5, 9, 2]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths[: depth + 1])]
+    model = mnist_ext.nn.swap(nn.Sequential(*itertools.chain(*[(m, nn.ReLU()) for m in layers])))
+    input = torch.randn(33, 7)
+    expected = model(input)
+    with torch.no_grad():
+        assert torch.equal(model(input), expected)
+
+
+def _checkpointed(loss, logits):
+    return torch.autograd.grad(checkpoint(loss, logits, use_reentrant=False), logits)[0]
+
+
+def _saved_elsewhere(loss, logits):
+    sizes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id)
+    with hooks:
+        loss(logits)
+    assert sum(sizes) < 1.5 * logits.numel()  # no gradient beside the logits
+    with torch.autograd.graph.save_on_cpu():
+        return torch.autograd.grad(loss(logits), logits)[0]
+
+
+@pytest.mark.parametrize("way", [_checkpointed, _saved_elsewhere])
+def test_hooks_decide_what_is_kept(monkeypatch, way):
+    """Between forward and backward there is no gradient that they have not seen; the same bits."""
+    logits, target = torch.randn(40, 30, requires_grad=True), torch.randint(30, (40,))
+
+    def loss(logits):
+        return functional.cross_entropy(logits, target)
+
+    expected = torch.autograd.grad(loss(logits), logits)[0]
+    assert torch.equal(way(loss, logits), expected)
+
+
+def _create_graph(loss, logits):
+    return torch.autograd.grad(loss(logits), logits, create_graph=True)[0].detach()
+
+
+def _batched(loss, logits):
+    ones = torch.ones(2)
+    return torch.autograd.grad(loss(logits), logits, ones, is_grads_batched=True)[0][0]
+
+
+def _functional(loss, logits):
+    return torch.func.grad(loss)(logits.detach())
+
+
+def _second_backward(loss, logits):
+    value = loss(logits)
+    torch.autograd.grad(value, logits, retain_graph=True)
+    return torch.autograd.grad(value, logits)[0]
+
+
+@pytest.mark.parametrize("ignored", [-100, 2, numpy.int64(-100)], ids=["-100", "2", "numpy"])
+@pytest.mark.parametrize(
+    "way", [_create_graph, _batched, _functional, _second_backward, _checkpointed]
+)
+def test_ignored_rows_have_gradient_0_however_it_is_made(way, ignored):
+    values, target = torch.randn(5, 4), torch.tensor([0, int(ignored), 3, 1, int(ignored)])
+    values[1], values[4] = float("nan"), float("inf")
+
+    def loss(logits):
+        return functional.cross_entropy(logits, target, ignore_index=ignored)
+
+    grad = way(loss, values.clone().requires_grad_())
+    assert (grad[[1, 4]] == 0).all()
+    reference = values[[0, 2, 3]].requires_grad_()
+    F.cross_entropy(reference, target[[0, 2, 3]]).backward()
+    torch.testing.assert_close(grad[[0, 2, 3]], reference.grad)

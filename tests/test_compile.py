@@ -1,12 +1,19 @@
 """What wraps an op from outside: torch.compile, torch.export, fake and meta tensors."""
 
+import copy
+import io
 import itertools
 import re
+import warnings
 
 import pytest
 import torch
 from op_cases import CASES, FEW, FLOATS, NARROW_INDICES, value_and_gradients
+from torch import nn
+from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 import mnist_ext
 from mnist_ext import _autograd
@@ -235,3 +242,89 @@ def test_fake_tensors_refuse_wrong_shapes():
             op.cross_entropy(
                 torch.randn(2, 3), torch.zeros(4, dtype=torch.int64), None, -100, 0.0, 1
             )
+
+
+def torchs_and_ours() -> tuple[nn.Module, nn.Module]:
+    torchs = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4))
+    return torchs, mnist_ext.nn.swap(copy.deepcopy(torchs))
+
+
+def test_a_trace_records_pytorchs_ops():
+    torchs, ours = torchs_and_ours()
+    input, target = torch.randn(6, 12), torch.randint(4, (6,))
+    other = torch.randn(3, 12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit's own
+        traced = torch.jit.trace(ours, input)
+        torch.jit.save(traced, io.BytesIO())  # which no Python function in it would let
+        torch.jit.trace(lambda x, t: mnist_ext.functional.cross_entropy(x, t), (input, target))
+    torch.testing.assert_close(traced(other), torchs(other))
+
+    def gradients(input):
+        loss = mnist_ext.functional.cross_entropy(ours(input), target)
+        return torch.autograd.grad(loss, list(ours.parameters()))
+
+    graph = make_fx(gradients)(input)
+    assert "mnist_ext" not in graph.code
+    torch.testing.assert_close(graph(input), gradients(input))
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_compiled_autograd_may_run_a_backward_many_times(scale, fullgraph):
+    torch._dynamo.reset()
+    _, model = torchs_and_ours()
+    input, target = torch.randn(6, 12, requires_grad=True), torch.randint(4, (6,))
+    loss = mnist_ext.functional.cross_entropy(model(input), target) / scale
+    reference = mnist_ext.functional.cross_entropy(model(input), target) / scale
+    (expected,) = torch.autograd.grad(reference, input)
+    compiler = torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    with compiled_autograd._enable(compiler):
+        for _ in range(3):
+            input.grad = None
+            loss.backward(retain_graph=True)
+            torch.testing.assert_close(input.grad, expected)
+
+
+def test_compiling_warns_of_nothing_of_ours():
+    torch._dynamo.reset()
+    _, model = torchs_and_ours()
+
+    def loss(input, target):
+        return mnist_ext.functional.cross_entropy(model(input), target)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(loss, backend="aot_eager")(torch.randn(6, 12), torch.randint(4, (6,)))
+    assert [str(w.message) for w in caught if "mnist_ext" in f"{w.filename} {w.message}"] == []
+
+
+def test_flops_are_counted_as_pytorchs():
+    input = torch.randn(6, 12, requires_grad=True)
+    counts = []
+    for model in torchs_and_ours():
+        compiled = torch.compile(model, backend="aot_eager")
+        compiled(input).sum().backward()
+        lone, output = model[0], model(input)  # a forward that nobody counts
+        for function in (
+            lambda m=model: m(input).sum().backward(),
+            lambda c=compiled: c(input).sum().backward(),
+            lambda m=lone: m(input).sum().backward(),
+            lambda o=output: o.sum().backward(),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                function()
+            counts.append(counter.get_total_flops())
+    assert counts[:4] == counts[4:]
+    assert all(counts)
+
+
+def test_float32_stays_float32_whatever_the_matmul_precision():
+    """Where the CPU has AMX, PyTorch takes bfloat16 for "medium"."""
+    input, weight = torch.randn(64, 200), torch.randn(30, 200)
+    expected = mnist_ext.functional.linear(input, weight)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(mnist_ext.functional.linear(input, weight), expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")

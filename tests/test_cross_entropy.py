@@ -377,3 +377,17 @@ def test_more_than_two_to_the_31_logits():
     expected = F.cross_entropy(row.expand(2, classes), torch.tensor([0, 7]), reduction="none")
     torch.testing.assert_close(loss[-2:], expected)
     torch.testing.assert_close(loss[:-1], expected[0].expand(len(logits) - 1))
+
+
+def test_arguments_by_position_and_deprecated_ones():
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    weight = torch.rand(3)
+    ours = functional.cross_entropy(logits, target, weight, None, 1, None, "sum", 0.1)
+    theirs = F.cross_entropy(logits, target, weight, None, 1, None, "sum", 0.1)
+    torch.testing.assert_close(ours, theirs)
+    for deprecated in ({"size_average": False}, {"reduce": False}):
+        with pytest.warns(UserWarning, match="deprecated"):
+            ours = functional.cross_entropy(logits, target, **deprecated)
+        with pytest.warns(UserWarning, match="deprecated"):
+            theirs = F.cross_entropy(logits, target, **deprecated)
+        torch.testing.assert_close(ours, theirs)

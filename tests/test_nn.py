@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import mnist_ext
-from mnist_ext.nn import swap
+from mnist_ext.nn import swap, unswap
 
 
 def mlp() -> nn.Sequential:
@@ -218,3 +218,41 @@ def test_swap_keeps_the_mode():
 
 def test_linear_takes_device_and_dtype_by_position():
     assert mnist_ext.nn.Linear(3, 4, True, "cpu", torch.float64).weight.dtype == torch.float64
+
+
+def test_unswap_is_the_inverse_of_swap():
+    model = nn.ModuleDict({"body": mlp(), "loss": nn.CrossEntropyLoss(label_smoothing=0.1)})
+    classes = [type(m) for m in model.modules()]
+    attributes = [dict(vars(m)) for m in model.modules()]
+    parameters = list(model.parameters())
+    assert unswap(swap(model)) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert [vars(m) for m in model.modules()] == attributes
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.filterwarnings("error")
+def test_unswap_leaves_pytorchs_modules_alone():
+    model = mlp()
+    classes = [type(m) for m in model.modules()]
+    assert [type(m) for m in unswap(model).modules()] == classes
+
+
+def test_a_warning_names_three_layers_and_counts_the_others():
+    class Own(nn.Linear):
+        pass
+
+    with pytest.warns(UserWarning, match="left alone") as warned:
+        swap(nn.Sequential(*[Own(2, 2) for _ in range(5)]))
+    reason = "(Own: a subclass)"
+    assert str(warned[0].message) == (
+        f"mnist_ext.nn.swap left alone: 0 {reason}, 1 {reason}, 2 {reason} and 2 more"
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_swap_is_silent_on_what_nobody_calls():
+    """A MultiheadAttention reads the parameters of its out_proj, a subclass of Linear."""
+    layer = swap(nn.TransformerEncoderLayer(8, 2, 16))
+    assert type(layer.linear1) is mnist_ext.nn.Linear
+    assert type(layer.self_attn.out_proj) is not mnist_ext.nn.Linear

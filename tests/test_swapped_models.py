@@ -271,3 +271,164 @@ def test_distributed_data_parallel_in_two_processes(tmp_path):
     for process, (stdout, stderr) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, stderr
         assert stdout.splitlines()[-1] == "agrees"
+
+
+# What becomes of a model after the swap. Each changes or looks at a model, and returns what it saw.
+def _forward_hook(model, input):
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    model(input)
+    return seen[0]
+
+
+def _forward_hook_that_replaces(model, input):
+    model[0].register_forward_hook(lambda module, args, output: output - 10)
+    return model(input)
+
+
+def _backward_hook(model, input):
+    seen = []
+    model[2].register_full_backward_hook(lambda module, gi, go: seen.append(go[0].clone()))
+    model(input).sum().backward()
+    return seen[0]
+
+
+def _slice(model, input):
+    return model[:1](input)
+
+
+def _layer_taken_out(model, input):
+    return model[0](input)
+
+
+def _other_activation(model, input):
+    model[1] = nn.Tanh()
+    return model(input)
+
+
+def _activations_replaced_by_type(model, input):
+    for name, child in list(model.named_children()):
+        if isinstance(child, nn.ReLU):
+            setattr(model, name, nn.LeakyReLU(0.5))
+    return model(input)
+
+
+def _activation_removed(model, input):
+    del model[3]
+    return model(input)
+
+
+def _hidden_layer_replaced(model, input):
+    torch.manual_seed(1)
+    model[2] = nn.Linear(6, 6)
+    return model(input)
+
+
+def _adapter_around_a_layer(model, input):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, input):
+            return self.base(input) + input.sum(-1, keepdim=True)
+
+    model[0] = Adapter(model[0])
+    return model(input)
+
+
+def _layer_copied_by_its_attributes(model, input):
+    old, new = model[0], nn.Linear(5, 6)
+    new.weight, new.bias = old.weight, old.bias
+    return new(input)
+
+
+def _forward_that_also_calls_a_layer(model, input):
+    return model(input) + model[0](input).sum()
+
+
+def _forward_of_the_class_patched(model, input):
+    forward = nn.ReLU.forward
+    nn.ReLU.forward = lambda self, input: forward(self, input) + 1
+    try:
+        return model(input)
+    finally:
+        nn.ReLU.forward = forward
+
+
+def _call_of_all_modules_patched(model, input):
+    call, names = nn.Module.__call__, []
+
+    def noted(self, *args, **kwargs):
+        names.append(type(self).__name__)
+        return call(self, *args, **kwargs)
+
+    nn.Module.__call__ = noted
+    try:
+        model(input)
+    finally:
+        nn.Module.__call__ = call
+    return torch.tensor([names.count(name) for name in ("Linear", "ReLU")])
+
+
+def _mode_between_the_layers(model, input):
+    class Names(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    with Names():
+        model(input)
+    return torch.tensor([names.count(name) for name in ("linear", "relu")])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _forward_hook,
+        _forward_hook_that_replaces,
+        _backward_hook,
+        _slice,
+        _layer_taken_out,
+        _other_activation,
+        _activations_replaced_by_type,
+        _activation_removed,
+        _hidden_layer_replaced,
+        _adapter_around_a_layer,
+        _layer_copied_by_its_attributes,
+        _forward_that_also_calls_a_layer,
+        _forward_of_the_class_patched,
+        _call_of_all_modules_patched,
+        _mode_between_the_layers,
+    ],
+)
+def test_a_swapped_model_is_what_it_was_to_whoever_uses_it(use):
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    input = torch.randn(4, 5)
+    expected = use(copy.deepcopy(model), input)
+    torch.testing.assert_close(use(mnist_ext.nn.swap(copy.deepcopy(model)), input), expected)
+
+
+def test_a_layer_compiled_by_itself_is_called():
+    model = mnist_ext.nn.swap(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    graphs = []
+    model[2].compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    model(torch.randn(4, 5))
+    assert len(graphs) == 1
+
+
+def test_whole_models_pickled_by_0_1_0():
+    """There swap moved the ReLU into the Linear, as an attribute, and left an Identity."""
+    model = mnist_ext.nn.Sequential(nn.Linear(5, 6), nn.Identity(), nn.Linear(6, 3))
+    mnist_ext.nn.swap(model)
+    for layer, activation in ((model[0], "relu"), (model[2], "none")):
+        layer.__dict__["activation"] = activation
+    loaded = pickle.loads(pickle.dumps(model))
+    input = torch.randn(4, 5)
+    expected = model[2](torch.relu(torch.nn.functional.linear(input, *model[0].parameters())))
+    torch.testing.assert_close(loaded(input), expected)
+    with pytest.warns(UserWarning, match=r"unswap left alone: 0 \(Linear with activation='relu'"):
+        mnist_ext.nn.unswap(loaded)
+    torch.testing.assert_close(loaded(input), expected)
+    assert "activation" not in vars(loaded[2])
