@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,6 @@ Activation = Literal["none", "relu"]
 Reduction = Literal["none", "mean", "sum"]
 
 _RELU = {"none": False, "relu": True}
-_FLAGS = {"none": 0, "relu": RELU}  # of a layer of `mlp`
-_FLAGS_WITH_BIAS = {"none": BIAS, "relu": BIAS | RELU}
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions:
@@ -206,26 +204,6 @@ def linear(
     return torch.relu(output) if relu else output
 
 
-def _against_mlp(
-    input: Tensor, weights: list[Tensor], biases: list[Tensor], flags: list[Any]
-) -> str | None:
-    """Return why these layers are called one after the other, or None: the op decides.
-
-    It sees dtypes, sizes and devices of all of them in a fraction of the time.
-    """
-    if len(flags) < 2:
-        return "a single layer"
-    if None in flags:
-        return "an unknown activation"
-    if type(input) not in _TYPES or not _TYPES.issuperset(map(type, weights + biases)):
-        return "a tensor subclass"
-    if not input.is_cpu:
-        return "another device"
-    if is_compiling():
-        return "torch.compile"
-    return "autocast" if is_any_autocast_enabled() else None
-
-
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
     """Compute `linear` for each of layers, one after the other.
 
@@ -244,37 +222,51 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
         RuntimeError: shapes, dtypes or devices do not fit together.
         ValueError: unknown activation.
     """
-    if observer() is None:
-        return mlp_unobserved(input, layers)
-    return _one_by_one(input, layers)
-
-
-def _one_by_one(
-    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]
-) -> Tensor:
-    for weight, bias, activation in layers:
-        input = linear(input, weight, bias, activation=activation)
-    return input
-
-
-def mlp_unobserved(
-    input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]
-) -> Tensor:
-    """As `mlp`, for a caller who knows that there is no `observer`."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    flags: list[Any] = []
+    weights, biases, flags = [], [], []
     for weight, bias, activation in layers:
         weights.append(weight)
-        if bias is None:
-            flags.append(_FLAGS.get(activation))
-        else:
+        flags.append(RELU if _RELU[check_activation(activation)] else 0)
+        if bias is not None:
             biases.append(bias)
-            flags.append(_FLAGS_WITH_BIAS.get(activation))
-    output = None
-    if _against_mlp(input, weights, biases, flags) is None:
-        output = _autograd.mlp(input, flags, weights, biases)
-    return _one_by_one(input, layers) if output is None else output
+            flags[-1] |= BIAS
+    return linears(input, weights, biases, flags, together=observer() is None)
+
+
+def linears(
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    layers: list[int],
+    *,
+    together: bool,
+) -> Tensor:
+    """As `mlp`, told of the layers as the op is.
+
+    Args:
+        input: ``[..., in_features]``.
+        weights: of each layer.
+        biases: of each layer that has one.
+        layers: for each BIAS, RELU, both or neither.
+        together: no `observer` is there, who must see one layer after the other.
+    """
+    if (
+        together
+        and len(layers) > 1
+        and type(input) in _TYPES
+        and input.is_cpu
+        and _TYPES.issuperset(map(type, weights + biases))
+        and not is_compiling()
+        and not is_any_autocast_enabled()
+    ):
+        # The op sees dtypes, sizes and devices of all of them in a fraction of the time.
+        output = _autograd.mlp(input, layers, weights, biases)
+        if output is not None:
+            return output
+    next_bias = iter(biases)
+    for weight, layer in zip(weights, layers, strict=True):
+        bias = next(next_bias) if layer & BIAS else None
+        input = linear(input, weight, bias, activation="relu" if layer & RELU else "none")
+    return input
 
 
 def cross_entropy(
@@ -363,7 +355,10 @@ def _against_cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> str | None:
-    """Return why this call of cross_entropy is PyTorch's, or None: our kernels do it."""
+    """Return why this call of cross_entropy is PyTorch's, or None: our kernels do it.
+
+    Sparse and nested tensors, which PyTorch does not take either, are left to the op.
+    """
     if type(input) not in _TYPES or type(target) not in _TYPES:
         return "a tensor subclass"
     if who := observer():
@@ -379,18 +374,17 @@ def _against_cross_entropy(
         or (target.device == input.device and _runs_kernels(input.device))
     ):
         return "another device, or devices that differ"
-    if input.layout is not torch.strided or input.is_nested or target.layout is not torch.strided:
-        return "another layout"
     if input.dtype not in _DTYPES:
         return "another dtype"
-    shape = input.shape
-    if len(shape) == 0 or shape[len(shape) > 1] == 0:
+    rows, *others = input.shape or (0, 0)
+    classes = others[0] if others else rows
+    if classes == 0:
         return "no classes"
     if target.dtype in _INDEX_DTYPES:
-        if target.shape != (shape[:1] + shape[2:] if len(shape) > 1 else ()):
+        if target.shape != ((rows, *others[1:]) if others else ()):
             return "class indices of another shape"
     # Probabilities of another dtype are promoted, which is left to PyTorch.
-    elif target.dtype is not input.dtype or target.shape != shape:
+    elif target.dtype is not input.dtype or target.shape != input.shape:
         return "probabilities of another shape or dtype"
     if weight is not None and not _is_constant_per_class(weight, input):
         return "a weight that is not one constant for each class"

@@ -16,10 +16,10 @@ from torch.nn import ReLU as _ReLU
 from torch.nn.utils.parametrize import is_parametrized
 
 from mnist_ext import _flops, functional
+from mnist_ext._autograd import BIAS, RELU
 from mnist_ext._torch_private import is_compiling, observer
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
-_Layer = tuple[Tensor, Tensor | None, functional.Activation]
 
 
 class Linear(torch.nn.Linear):
@@ -82,29 +82,34 @@ class Sequential(torch.nn.Sequential):
             or _patchable() != _UNPATCHED
         ):
             return super().forward(input)
-        layers: list[_Layer] = []  # that wait for what comes behind them
+        weights: list[Tensor] = []  # of layers that wait for what comes behind them
+        biases: list[Tensor] = []
+        layers: list[int] = []
         module: Any
         for module in self._modules.values():
             kind = type(module)
             if kind is Linear and len(module._parameters) == 2 and not _is_watched(module):
                 params = module._parameters
-                layers.append((params["weight"], params["bias"], module.activation))
-            elif kind is torch.nn.Flatten and not _is_watched(module):
-                input = _through(layers, input).flatten(module.start_dim, module.end_dim)
-                layers = []
-            elif not layers or kind not in _FUSED or _is_watched(module):
-                input = module(_through(layers, input))
-                layers = []
-            elif kind is _ReLU:
-                layers[-1] = *layers[-1][:2], "relu"
-        return _through(layers, input)
-
-
-def _through(layers: list[_Layer], input: Tensor) -> Tensor:
-    if len(layers) == 1:
-        weight, bias, activation = layers[0]
-        return functional.linear(input, weight, bias, activation=activation)
-    return functional.mlp_unobserved(input, layers) if layers else input
+                weights.append(params["weight"])
+                layers.append(RELU if module.activation == "relu" else 0)
+                if (bias := params["bias"]) is not None:
+                    biases.append(bias)
+                    layers[-1] |= BIAS
+                continue
+            if layers:
+                if kind in _FUSED and not _is_watched(module):
+                    if kind is _ReLU:
+                        layers[-1] |= RELU
+                    continue
+                input = functional.linears(input, weights, biases, layers, together=True)
+                weights, biases, layers = [], [], []
+            if kind is torch.nn.Flatten and not _is_watched(module):
+                input = input.flatten(module.start_dim, module.end_dim)
+            else:
+                input = module(input)
+        if layers:
+            input = functional.linears(input, weights, biases, layers, together=True)
+        return input
 
 
 # Looked up once: every call asks them.
