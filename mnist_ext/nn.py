@@ -53,6 +53,8 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``; see `functional.linear`."""
+        if self.activation == "none" and _is_patched():
+            return super().forward(input)
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -79,7 +81,7 @@ class Sequential(torch.nn.Sequential):
             or is_compiling()
             or any(_GLOBAL_HOOKS)
             or observer() is not None
-            or _patchable() != _UNPATCHED
+            or _is_patched()
         ):
             return super().forward(input)
         weights: list[Tensor] = []  # of layers that wait for what comes behind them
@@ -88,10 +90,15 @@ class Sequential(torch.nn.Sequential):
         module: Any
         for module in self._modules.values():
             kind = type(module)
-            if kind is Linear and len(module._parameters) == 2 and not _is_watched(module):
+            if (
+                kind is Linear
+                and len(module._parameters) == 2
+                and module.activation in _FLAGS
+                and not _is_watched(module)
+            ):
                 params = module._parameters
                 weights.append(params["weight"])
-                layers.append(RELU if module.activation == "relu" else 0)
+                layers.append(_FLAGS[module.activation])
                 if (bias := params["bias"]) is not None:
                     biases.append(bias)
                     layers[-1] |= BIAS
@@ -113,6 +120,7 @@ class Sequential(torch.nn.Sequential):
 
 
 # Looked up once: every call asks them.
+_FLAGS = {"none": 0, "relu": RELU}
 _FUSED = frozenset((_ReLU, torch.nn.Identity))  # into the Linear before them
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 _hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
@@ -120,11 +128,23 @@ _GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks 
 
 
 def _patchable() -> tuple[object, ...]:
-    # What tools replace for all layers at once, to see each of them.
-    return _AnyModule.__call__, _TorchLinear.forward, _ReLU.forward, F.linear, F.relu
+    # What tools replace for all layers at once, to see or to change each of them.
+    return (
+        _AnyModule.__call__,
+        _AnyModule._call_impl,
+        _TorchLinear.forward,
+        _ReLU.forward,
+        F.linear,
+        F.relu,
+        F.cross_entropy,
+    )
 
 
 _UNPATCHED = _patchable()
+
+
+def _is_patched() -> bool:
+    return not is_compiling() and _patchable() != _UNPATCHED
 
 
 def _is_watched(module: torch.nn.Module) -> bool:
@@ -141,6 +161,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Logits ``[N, C]`` and targets ``[N]`` to a loss; see `functional.cross_entropy`."""
+        if _is_patched():
+            return super().forward(input, target)
         return functional.cross_entropy(
             input,
             target,

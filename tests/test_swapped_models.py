@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, parametrizations, parametrize
 
@@ -356,6 +357,26 @@ def _forward_of_the_class_patched(model, input):
         nn.ReLU.forward = forward
 
 
+def _linear_of_the_class_patched(model, input):
+    forward = nn.Linear.forward
+    nn.Linear.forward = lambda self, input: forward(self, input) * 2
+    try:
+        return model(input) + model[0](input).sum()
+    finally:
+        nn.Linear.forward = forward
+
+
+def _functions_patched(model, input):
+    linear, cross_entropy, names = F.linear, F.cross_entropy, []
+    F.linear = lambda *args: names.append("linear") or linear(*args)
+    F.cross_entropy = lambda *args, **named: names.append("loss") or cross_entropy(*args, **named)
+    try:
+        swap(nn.CrossEntropyLoss())(model(input), torch.tensor([0, 1, 2, 0]))
+    finally:
+        F.linear, F.cross_entropy = linear, cross_entropy
+    return torch.tensor([names.count("linear"), names.count("loss")])
+
+
 def _call_of_all_modules_patched(model, input):
     call, names = nn.Module.__call__, []
 
@@ -399,6 +420,8 @@ def _mode_between_the_layers(model, input):
         _layer_copied_by_its_attributes,
         _forward_that_also_calls_a_layer,
         _forward_of_the_class_patched,
+        _linear_of_the_class_patched,
+        _functions_patched,
         _call_of_all_modules_patched,
         _mode_between_the_layers,
     ],
@@ -426,7 +449,7 @@ def test_whole_models_pickled_by_0_1_0():
         layer.__dict__["activation"] = activation
     loaded = pickle.loads(pickle.dumps(model))
     input = torch.randn(4, 5)
-    expected = model[2](torch.relu(torch.nn.functional.linear(input, *model[0].parameters())))
+    expected = model[2](torch.relu(F.linear(input, *model[0].parameters())))
     torch.testing.assert_close(loaded(input), expected)
     with pytest.warns(UserWarning, match=r"unswap left alone: 0 \(Linear with activation='relu'"):
         mnist_ext.nn.unswap(loaded)
