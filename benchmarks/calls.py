@@ -63,6 +63,11 @@ def main() -> None:
         torch=lambda: F.linear(input, *detached),
     )
     show(
+        "linear: function, no gradient",
+        ours=lambda: functional.linear(input, *detached),
+        torch=lambda: F.linear(input, *detached),
+    )
+    show(
         "linear: Function, with gradient",
         ours=lambda: _autograd.Linear.apply(input, weight, bias, False),
     )
@@ -84,13 +89,17 @@ def main() -> None:
 
     torchs_layers = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
     layers = mnist_ext.nn.swap(copy.deepcopy(torchs_layers))
-    weights, torchs_weights = list(layers.parameters()), list(torchs_layers.parameters())
+    params, torchs_params = list(layers.parameters()), list(torchs_layers.parameters())
+    weights, biases = params[::2], params[1::2]
     grad_outputs = torch.ones(2, 8)
-    params = [weight.detach() for weight in weights]
-    show("three layers: op, no gradient", ours=lambda: op.mlp.default(input, params, [1, 1, 1]))
+    kept = [[param.detach() for param in group] for group in (weights, biases)]
+    show(
+        "three layers: op, no gradient",
+        ours=lambda: op.mlp.default(input, *kept, [1, 1, 1], False),
+    )
     show(
         "three layers: Function, with gradient",
-        ours=lambda: _autograd.MLP.apply(input, [1, 1, 1], *weights),
+        ours=lambda: _autograd.MLP.apply(input, [1, 1, 1], *weights, *biases),
     )
     show(
         "three layers: modules",
@@ -99,8 +108,8 @@ def main() -> None:
     )
     show(
         "three layers: forward and backward",
-        ours=lambda: torch.autograd.grad(layers(input), weights, grad_outputs),
-        torch=lambda: torch.autograd.grad(torchs_layers(input), torchs_weights, grad_outputs),
+        ours=lambda: torch.autograd.grad(layers(input), params, grad_outputs),
+        torch=lambda: torch.autograd.grad(torchs_layers(input), torchs_params, grad_outputs),
     )
 
     logits = torch.randn(2, 4, requires_grad=True)
@@ -109,6 +118,11 @@ def main() -> None:
     show(
         "cross_entropy: op, no gradient",
         ours=lambda: op.cross_entropy.default(values, target, *options),
+        torch=lambda: F.cross_entropy(values, target),
+    )
+    show(
+        "cross_entropy: function, no gradient",
+        ours=lambda: functional.cross_entropy(values, target),
         torch=lambda: F.cross_entropy(values, target),
     )
     show(

@@ -22,8 +22,9 @@ _HOMES = {"TrainStep": "train_step", "__version__": "_version", "build_info": "_
 
 # The command line answers Ctrl-C and --help before torch, which takes seconds to import; its names
 # are imported when they are asked for.
-_is_command = os.path.basename(sys.argv[0]).startswith("mnist-ext") or (
-    sys.argv[0] == "-m" and "mnist_ext" in sys.orig_argv
+_program = (getattr(sys, "argv", None) or [""])[0]
+_is_command = os.path.splitext(os.path.basename(_program))[0] == "mnist-ext" or (
+    _program == "-m" and "mnist_ext" in sys.orig_argv
 )
 
 if not TYPE_CHECKING:
