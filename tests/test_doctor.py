@@ -84,14 +84,18 @@ def test_wrong_kernels(capsys, monkeypatch):
     assert not any(report["kernels_right"].values())
 
 
-def test_the_instruction_set_in_use_stays(capsys):
+@pytest.fixture
+def baseline():
+    """Run on the baseline instruction set, and on the one before again afterwards."""
     before, reason = _C.active_isa(), _C.active_isa_reason()
     _C.set_isa("baseline", "a test asked for it")
-    try:
-        examine(capsys)
-        assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", "a test asked for it")
-    finally:
-        _C.set_isa(before, reason)
+    yield
+    _C.set_isa(before, reason)
+
+
+def test_the_instruction_set_in_use_stays(capsys, baseline):
+    examine(capsys)
+    assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", "a test asked for it")
 
 
 def test_a_cuda_library_that_cannot_be_loaded(capsys, monkeypatch):
@@ -110,8 +114,7 @@ def test_a_missing_package(capsys, monkeypatch):
     assert report["problems"] == ["tqdm missing: run pip install tqdm"]
 
 
-def test_another_instruction_set_is_hinted_at(capsys, monkeypatch):
-    monkeypatch.setattr(_C, "active_isa", lambda: "baseline")
+def test_another_instruction_set_is_hinted_at(capsys, baseline):
     code, report = examine(capsys)
     assert code == 0
     best = report["cpu_isa_available"][-1]
