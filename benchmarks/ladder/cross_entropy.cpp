@@ -81,14 +81,13 @@ void pass_per_op(const Problem& x) {
 struct ByPolynomial {
   static MNIST_EXT_INLINE V exp(V x) {
     using C = ExpConstants<float>;
-    x = MNIST_EXT_ISA::max(V::broadcast(C::lowest), x);
     const V magic = V::broadcast(C::round_magic), n = fma(x, V::broadcast(1.4426950408889634f), magic) - magic;
     V r = fma(n, V::broadcast(-C::ln2_high), x);
     r = fma(n, V::broadcast(-C::ln2_low), r);
     V p = V::broadcast(static_cast<float>(inverse_factorial(7)));
 #pragma GCC unroll 8
     for (int k = 6; k >= 0; --k) p = fma(p, r, V::broadcast(static_cast<float>(inverse_factorial(k))));
-    return scale_by_power(p, n);
+    return scale_by_power(p, n, x);
   }
 };
 
