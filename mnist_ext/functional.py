@@ -286,7 +286,8 @@ def cross_entropy(
 
     Three differences: class indices may be int32 or uint8 throughout; a position that is ignored
     has gradient 0 even if its logits are NaN; and the gradient of a mean or sum is formed along
-    with the loss. Where it is not (reduction "none", float16, probabilities with a gradient), and
+    with the loss. Where it is not (reduction "none", bfloat16, float16, probabilities with a
+    gradient, hooks of saved tensors), and
     for a second backward, the logits themselves are kept (PyTorch keeps a copy of that size), so
     writing to them in between raises.
 
