@@ -30,6 +30,8 @@ template <class T>
 struct ClassScores {
   T* data;
   int64_t batch_stride, class_stride;
+
+  bool operator==(const ClassScores&) const = default;
 };
 
 struct ClassIndices {
@@ -37,6 +39,13 @@ struct ClassIndices {
 
   const void* data;  // [batch, positions], contiguous
   Type type;
+
+  bool operator==(const ClassIndices&) const = default;
+
+  ClassIndices from(int64_t first) const {
+    const int64_t bytes = type == Type::int64 ? 8 : type == Type::int32 ? 4 : 1;
+    return {static_cast<const char*>(data) + first * bytes, type};
+  }
 
   int64_t operator[](int64_t i) const {
     switch (type) {
@@ -59,18 +68,26 @@ struct CrossEntropyProblem {
   int64_t ignore_index;
   double label_smoothing;  // in [0, 1]
   Reduction reduction;
+
+  bool operator==(const CrossEntropyProblem&) const = default;
 };
 
+// What is null is not wanted.
 template <class T>
 struct CrossEntropyForward {
   CrossEntropyProblem<T> problem;
-  ComputeType<T>* position_loss;     // [batch, positions]: 0 where ignored
-  ComputeType<T>* position_max;      // [batch, positions]: 0 where ignored
-  ComputeType<T>* position_log_sum;  // [batch, positions]: 0 where ignored
-  ComputeType<T>* total_weight;      // [1]: what the mean divides by: the sum of w_t over the positions that are not
-                                     // ignored; with probabilities the number of positions (NaN for 0 classes)
-  T* grad_logits;  // [batch, classes, positions], contiguous: the gradient of a mean or sum; null: not wanted
-  T* loss;  // mean or sum: [1]. none: [batch, positions], or null where position_loss serves (ComputeType<T> is T)
+  ComputeType<T>* position_max = nullptr;      // [batch, positions]: 0 where ignored
+  ComputeType<T>* position_log_sum = nullptr;  // [batch, positions]: 0 where ignored
+  ComputeType<T>* total_weight = nullptr;  // [1]: what the mean divides by: the sum of w_t over the positions that are
+                                           // not ignored; with probabilities the number of positions (NaN for 0
+                                           // classes)
+  T* loss = nullptr;                       // mean or sum: [1]. none: [batch, positions]
+  T* grad_logits = nullptr;                // [batch, classes, positions], contiguous: the gradient of a mean or sum
+  const T* grad_output = nullptr;          // [1], what grad_logits is multiplied by; null: 1
+  bool unless_one = false;  // do nothing at all if *grad_output is 1: grad_logits already holds the gradient of that
+  T* const* loss_place = nullptr;  // CUDA: null, or in device memory, read in place of `loss` when the kernel runs
+
+  bool operator==(const CrossEntropyForward&) const = default;
 };
 
 // grad_logits_c = scale * (p_c * sum_k q_k - q_c)    grad_probabilities_c = -scale * (1 - s) * w_c * log_p_c
@@ -87,13 +104,5 @@ struct CrossEntropyBackward {
   T* grad_logits;                          // [batch, classes, positions], or null
   T* grad_probabilities;                   // [batch, classes, positions], or null
 };
-
-// Both return -1, or the first position whose target is neither ignore_index nor in [0, classes). Nothing is read or
-// written out of bounds for such a target, but the outputs are then incomplete.
-template <class T>
-int64_t cross_entropy_forward(const CrossEntropyForward<T>& args, int threads);
-
-template <class T>
-int64_t cross_entropy_backward(const CrossEntropyBackward<T>& args, int threads);
 
 }  // namespace mnist_ext

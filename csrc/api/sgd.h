@@ -29,9 +29,8 @@ struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
   bool first_step;  // the momentum buffers hold nothing yet
-};
 
-template <class T>
-void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, int threads);
+  bool operator==(const SgdOptions&) const = default;
+};
 
 }  // namespace mnist_ext
