@@ -13,8 +13,8 @@ in sizes of the logits. SGD counts what it must read and write. Rows of linear: 
 Training step: of the 784-128-64-10 model with ReLU, on batches that lie ready on the device, uint8
 pixels for `mnist_ext.TrainStep`, which normalizes them, and float32 for the others. Launches count
 here, as they do for users. Contestants: PyTorch eager; under torch.compile; its whole step as one
-CUDA graph; ours as a call for each step, that as a graph, and as `epoch`; the two calls held to the
-kernels of each op too, by launches one by one and as the graph that TrainStep makes of them. The
+CUDA graph; ours as a call for each step, that as a caller's graph, and as `epoch`. Our two calls
+replay the graph that TrainStep makes of its kernels, and are timed too by launches one by one. The
 first losses of all are compared with those of TrainStep on the CPU. "rate" counts the step's
 arithmetic.
 """
@@ -230,15 +230,14 @@ def one_call(model: torch.nn.Module) -> mnist_ext.TrainStep:
 
 
 @contextlib.contextmanager
-def held_to_a_way(contestant: str) -> Iterator[None]:
-    """Let TrainStep make its steps as the contestant's name says, or as it likes."""
-    choose = _library.cuda.set_train_step_ways
-    if contestant.endswith(("launches", "own graph")):
-        choose(clusters=False, graphs=contestant.endswith("own graph"))
+def graphs_of(contestant: str) -> Iterator[None]:
+    """Keep TrainStep from making CUDA graphs where the contestant's name says so."""
+    set_graphs = _library.cuda.set_train_step_graphs
+    set_graphs(not contestant.endswith("launches"))
     try:
         yield
     finally:
-        choose()
+        set_graphs(True)
 
 
 def training_step(table: Table, batch_size: int) -> None:
@@ -268,31 +267,28 @@ def training_step(table: Table, batch_size: int) -> None:
             captured(eager_step(graph_models[0]), graph_models[0], images[0], labels[0]),
             images,
         ),
-        **{
-            name: (one_call(copying.deepcopy(model)), pixels)
-            for name in ("ours", "ours launches", "ours own graph")
-        },
+        **{name: (one_call(copying.deepcopy(model)), pixels) for name in ("ours", "ours launches")},
         "graph of ours": (
             captured(one_call(graph_models[1]), graph_models[1], pixels[0], labels[0]),
             pixels,
         ),
     }
     for name, (step, x) in steps.items():
-        with held_to_a_way(name):
+        with graphs_of(name):
             found = [float(step(x[i % number], labels[i % number])) for i in range(CHECKED_STEPS)]
         if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, expected, strict=True)):
             raise SystemExit(f"{name} is wrong at batch {batch_size}: losses {found}")
-    names = ("ours epoch", "epoch launches", "epoch own graph")
+    names = ("ours epoch", "epoch launches")
     epochs = {name: one_call(copying.deepcopy(model)) for name in names}
     for name, epoch in epochs.items():
-        with held_to_a_way(name):
+        with graphs_of(name):
             mean = run_epoch(epoch, CHECKED_STEPS)
         if not math.isclose(mean, sum(expected) / CHECKED_STEPS, rel_tol=1e-3):
             raise SystemExit(f"{name} is wrong at batch {batch_size}: mean loss {mean}")
 
     def timed(name: str, step: Step, x: torch.Tensor) -> Callable[[], None]:
         def run() -> None:
-            with held_to_a_way(name):
+            with graphs_of(name):
                 for i in range(TIMED_STEPS):
                     step(x[i % number], labels[i % number])
                 torch.cuda.synchronize()
@@ -301,7 +297,7 @@ def training_step(table: Table, batch_size: int) -> None:
 
     def timed_epoch(name: str, step: mnist_ext.TrainStep) -> Callable[[], None]:
         def run() -> None:
-            with held_to_a_way(name):
+            with graphs_of(name):
                 run_epoch(step, TIMED_STEPS)
 
         return run

@@ -65,12 +65,10 @@ class TrainStep:
     refused, and the module in it is trained by itself.
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
-    A float32 model that is small enough stays in the shared memory of some multiprocessors for
-    hundreds of steps (compute capability 9.0; docs/persistent-step.md). Other steps start some ten
-    kernels each; where a step repeats the last one's sizes and tensors, but for images and labels,
-    they become one CUDA graph, which keeps up to 64 MiB of memory while this object lives. A
-    capture of the caller's own takes the kernels. On CUDA an index or label out of range that a
-    step meets ends with a device-side assertion, as in PyTorch.
+    A step starts some ten kernels; where it repeats the last one's sizes and tensors, but for
+    images and labels, they become one CUDA graph, which keeps up to 64 MiB of memory while this
+    object lives. A capture of the caller's own takes the kernels. On CUDA an index or label out of
+    range that a step meets ends with a device-side assertion, as in PyTorch.
 
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's

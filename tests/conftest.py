@@ -64,7 +64,7 @@ def emulator():
         yield
     emulated.set_seed(0)
     emulated.set_device()
-    emulated.set_train_step_ways()
+    emulated.set_train_step_graphs()
 
 
 @pytest.fixture(autouse=True)

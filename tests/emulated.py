@@ -70,16 +70,14 @@ def set_device(
     compute_capability_major: int = 9,
     shared_kilobytes: int = 227,
     multiprocessors: int = 132,
-    largest_cluster: int = 8,
 ) -> None:
-    """Choose the device that is played; an H200 unless told, with clusters of at most 8 blocks."""
-    library().emulator_set_largest_cluster(largest_cluster)
+    """Choose the device that is played; an H200 unless told."""
     library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
-def set_train_step_ways(clusters: bool = True, graphs: bool = True) -> None:
-    """Choose how TrainStep may make its steps, as mnist_ext._cuda does."""
-    library().emulator_set_train_step_ways(clusters, graphs)
+def set_train_step_graphs(enabled: bool = True) -> None:
+    """Choose whether TrainStep may make CUDA graphs, as mnist_ext._cuda does."""
+    library().emulator_set_train_step_graphs(enabled)
 
 
 def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:

@@ -209,6 +209,27 @@ class TestEmulator:
         assert b"not aligned" in emulated.error_of("emulator_misaligned_copy")
         assert b"beyond shared memory" in emulated.error_of("emulator_copy_beyond")
 
+    def test_a_cluster_that_does_not_wait(self):
+        waited, not_waited = set(), set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            waited.add(emulated.library().emulator_sum_of_cluster(1))
+            not_waited.add(emulated.library().emulator_sum_of_cluster(0))
+        emulated.set_seed(0)
+        assert waited == {4 * (0 + 1 + 2 + 3)}
+        assert not_waited != waited
+
+    def test_a_block_far_behind_the_others(self):
+        """They have hundreds of waits to do before they would get in its way."""
+        waited, not_waited = set(), set()
+        for seed in range(5):
+            emulated.set_seed(seed)
+            waited.add(emulated.library().emulator_sum_before_overtaking(1))
+            not_waited.add(emulated.library().emulator_sum_before_overtaking(0))
+        emulated.set_seed(0)
+        assert waited == {4 * 32}
+        assert not_waited != waited
+
 
 # What only a device can show.
 

@@ -22,20 +22,16 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 @pytest.fixture(params=["cpu", GPU])
 def device(request):
-    """Make steps by the sequence of kernels; yield where to put tensors."""
+    """Yield where to put tensors; those on the CPU go to the emulated kernels."""
     if request.param == "cpu":
         request.getfixturevalue("emulator")
-        emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
-    set_ways(request.param, graphs=True)
     yield request.param
-    if request.param == "cuda":
-        _library.cuda.set_train_step_ways()
+    set_graphs(request.param, True)
 
 
-def set_ways(device, graphs):
+def set_graphs(device, enabled):
     """Let steps be made as a graph, or by launches alone."""
-    chosen = emulated if device == "cpu" else _library.cuda
-    chosen.set_train_step_ways(clusters=False, graphs=graphs)
+    (emulated if device == "cpu" else _library.cuda).set_train_step_graphs(enabled)
 
 
 def graphs_since(device, before=0):
@@ -57,7 +53,7 @@ def by_launches_and_as_graph(device, model, use, **options):
     """Have two equal trainers used; return what came of them, and how many graphs started."""
     trainers, results = [], []
     for as_graph in (False, True):
-        set_ways(device, graphs=as_graph)
+        set_graphs(device, as_graph)
         trainers.append(trainer(copy.deepcopy(model).to(device), **options))
         before = graphs_since(device)
         results.append(use(*trainers[-1]))
@@ -132,7 +128,7 @@ class TestManyStepsOfACall:
         images, labels = data(device, 30, 3)
         results = []
         for graphs in (False, True):
-            set_ways(device, graphs=graphs)
+            set_graphs(device, graphs)
             torch.manual_seed(0)
             model = mlp((2,) * 8, "none", 3, 5).to(device)
             params = list(model.parameters())[:groups]
@@ -352,12 +348,6 @@ class TestLifetime:
 
 @pytest.mark.gpu
 class TestOnGpu:
-    @pytest.fixture(autouse=True)
-    def _sequence(self):
-        set_ways("cuda", graphs=True)
-        yield
-        _library.cuda.set_train_step_ways()
-
     def test_the_host_never_waits(self):
         batches = [data("cuda", 64, 784, 10) for _ in range(5)]
         step, _ = trainer(mlp((128, 64), "relu").cuda(), sgd={"momentum": 0.9})

@@ -57,12 +57,12 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int64_t kGuardBytes = 64;
 inline constexpr unsigned char kFill = 0xff, kGuard = 0xa5;
 inline constexpr int64_t kStackBytes = 64 << 10;
+inline constexpr unsigned kLargestCluster = 8;  // what every device with clusters can do
 
 inline unsigned seed = 0;                      // of the order in which threads and blocks run
 inline int compute_capability_major = 9;       // of the device that is played
 inline int shared_bytes_of_block = 227 << 10;  // likewise
 inline int multiprocessors = 132;              // likewise
-inline unsigned largest_cluster = 8;           // likewise
 inline int launches = 0;                       // so far
 
 struct Block;
@@ -96,7 +96,6 @@ struct Thread {
   const unsigned* waiting_for = nullptr;  // a barrier's round, which must differ from...
   unsigned waiting_in = 0;
   bool done = false;
-  unsigned cluster_round = 0;            // of the cluster's barrier, when this thread arrived there
   std::vector<Copy> started;             // and not in a group yet
   std::deque<std::vector<Copy>> groups;  // not waited for yet, the oldest first
 
@@ -134,9 +133,6 @@ inline void wait(const unsigned& round) {
   thread.waiting_in = round;
   swapcontext(&thread.context, &now.scheduler);
 }
-
-// Lets the others run, for nothing in particular.
-inline void give_way() { swapcontext(&now.thread->context, &now.scheduler); }
 
 template <class AnyBarrier>
 void arrive_and_wait(AnyBarrier& barrier) {
@@ -331,7 +327,7 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
 
 inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t shared_bytes, std::function<void()> kernel) {
   if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block ||
-      cluster_size > largest_cluster || grid.x % cluster_size != 0 ||
+      cluster_size > kLargestCluster || grid.x % cluster_size != 0 ||
       (cluster_size > 1 && compute_capability_major < 9)) {
     throw std::logic_error("emulator: a launch that no device can do");
   }
@@ -396,35 +392,14 @@ T __ldcg(const T* place) {
   return *place;
 }
 
-// Each digit of the selector names one of the eight bytes, x's first, from the lowest byte of the result on.
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
-  unsigned result = 0;
-  for (unsigned i = 0; i < 4; ++i) {
-    result |= static_cast<unsigned>(bytes >> (8 * (selector >> (4 * i) & 7)) & 0xff) << (8 * i);
-  }
-  return result;
-}
-
 [[noreturn]] inline void __trap() { throw std::out_of_range("emulator: __trap"); }
 
 inline unsigned __clusterRelativeBlockRank() { return emulator::now.thread->block->rank; }
 inline unsigned __clusterSizeInBlocks() { return emulator::now.cluster_size; }
 
-inline void __cluster_barrier_arrive() {
-  emulator::Barrier& barrier = emulator::now.cluster;
-  emulator::now.thread->cluster_round = barrier.round;
-  if (++barrier.arrived == barrier.members) {
-    barrier.arrived = 0;
-    ++barrier.round;
-  }
-  emulator::give_way();  // what a thread does from here on may be late
-}
-
-inline void __cluster_barrier_wait() {
-  const unsigned& round = emulator::now.cluster.round;
-  if (round == emulator::now.thread->cluster_round) emulator::wait(round);
-}
+// The kernels do nothing between the two.
+inline void __cluster_barrier_arrive() {}
+inline void __cluster_barrier_wait() { emulator::arrive_and_wait(emulator::now.cluster); }
 
 inline void* __cluster_map_shared_rank(const void* here, unsigned rank) {
   const auto offset = static_cast<const char*>(here) - emulator::shared_memory();
@@ -437,7 +412,7 @@ enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptur
 
 #include "graph_emulator.h"
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
@@ -466,8 +441,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  // What is asked once for each device is asked again when another one is played.
-  *device = emulator::compute_capability_major * 100 + static_cast<int>(emulator::largest_cluster);
+  *device = 0;
   return cudaSuccess;
 }
 
@@ -495,11 +469,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     emulator::run_grid(launch.gridDim, launch.blockDim, cluster, static_cast<int64_t>(launch.dynamicSmemBytes),
                        [=] { kernel(parameters...); });
   });
-  return cudaSuccess;
-}
-
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
-  *clusters = config->attrs->val.clusterDim.x <= emulator::largest_cluster ? 1 : 0;
   return cudaSuccess;
 }

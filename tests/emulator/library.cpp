@@ -22,9 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(mnist_ext_emulated, CompositeExplicitAutograd, m) { cu
 
 extern "C" {
 
-void emulator_set_train_step_ways(bool clusters, bool graphs) {
-  mnist_ext::ops::cuda::set_train_step_ways(clusters, graphs);
-}
+void emulator_set_train_step_graphs(bool enabled) { mnist_ext::ops::cuda::set_train_step_graphs(enabled); }
 
 int emulator_graph_launches() { return emulator::graph_launches; }
 

@@ -1,6 +1,5 @@
 // Kernels with mistakes that the emulator has to notice; tests/test_cuda.py calls them.
 #include "../../csrc/kernels/cuda/async_copy.cuh"
-#include "../../csrc/kernels/cuda/bulk_copy.cuh"
 
 namespace {
 
@@ -39,44 +38,17 @@ void misaligned_copy(const int* numbers) { cp_async<16>(shared_memory(), numbers
 
 void copy_beyond() { cp_async<16>(shared_memory() + 64, nullptr, 0); }
 
-// One thread has 64 numbers copied, in two rounds to the same place; all add them up after each.
-void bulk_copied(bool wait, const int* numbers, int* sum) {
-  int* shared = reinterpret_cast<int*>(shared_memory());
-  CopyBarrier* barrier = reinterpret_cast<CopyBarrier*>(shared + 64);
-  if (threadIdx.x == 0) barrier->init();
-  __syncthreads();
-  for (unsigned round = 0; round < 2; ++round) {
-    if (threadIdx.x == 0) {
-      barrier->expect(64 * sizeof(int));
-      for (int part = 0; part < 64; part += 16) {
-        bulk_copy(shared + part, numbers + 64 * round + part, 16 * sizeof(int), barrier);
-      }
-    }
-    if (wait) barrier->wait(round);
-    const int number = shared[threadIdx.x];
-    __syncthreads();
-    *sum += number;
-  }
-}
-
-void misaligned_bulk_copy(const int* numbers) {
-  CopyBarrier* barrier = reinterpret_cast<CopyBarrier*>(shared_memory() + 64);
-  barrier->init();
-  bulk_copy(shared_memory(), numbers + 1, 16, barrier);
-}
-
-// Each block stores its number to all of its cluster; arrived is not waited.
+// Each block stores its number to all of its cluster and adds up what the others stored, before or after a barrier.
 void stored_to_all(bool wait, int* sum) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   cluster_sync();
   for (unsigned i = 0; i < cluster_size(); ++i) {
     *shared_memory_of(i, shared + cluster_rank()) = static_cast<int>(cluster_rank());
   }
-  cluster_arrive();
   int of_block = 0;
-  if (wait) cluster_wait();
+  if (wait) cluster_sync();
   for (unsigned i = 0; i < cluster_size(); ++i) of_block += shared[i];
-  if (!wait) cluster_wait();
+  if (!wait) cluster_sync();
   *sum += of_block;
   cluster_sync();
 }
@@ -88,29 +60,15 @@ void overtaken(bool wait, int* sum) {
   if (threadIdx.x == 0) *shared = 1;
   cluster_sync();
   *sum += *shared;
-  cluster_arrive();
   for (int i = 0; i < 200; ++i) __syncwarp();
-  if (wait) cluster_wait();
+  if (wait) cluster_sync();
   for (unsigned i = 0; i < cluster_size(); ++i) *shared_memory_of(i, shared) = 2;
-  if (!wait) cluster_wait();
   cluster_sync();
-}
-
-int sum_of_bulk_copies(bool wait) {
-  alignas(16) int numbers[128];
-  for (int i = 0; i < 128; ++i) numbers[i] = i;
-  int sum = 0;
-  launch("bulk_copied", bulk_copied, {1, 64, 1, 64 * sizeof(int) + sizeof(CopyBarrier)}, nullptr, wait,
-         static_cast<const int*>(numbers), &sum);
-  return sum;
 }
 
 }  // namespace
 
 extern "C" {
-
-int emulator_sum_of_bulk_copies() { return sum_of_bulk_copies(true); }
-void emulator_bulk_copies_not_waited_for() { sum_of_bulk_copies(false); }
 
 int emulator_sum_of_cluster(bool wait) {
   int sum = 0;
@@ -122,11 +80,6 @@ int emulator_sum_before_overtaking(bool wait) {
   int sum = 0;
   launch("overtaken", overtaken, {4, 32, 4, sizeof(int)}, nullptr, wait, &sum);
   return sum;
-}
-
-void emulator_misaligned_bulk_copy() {
-  alignas(16) const int numbers[8] = {};
-  launch("misaligned_bulk_copy", misaligned_bulk_copy, {1, 1, 1, 80}, nullptr, static_cast<const int*>(numbers));
 }
 
 int emulator_sum_of_copies(bool wait, bool of_neighbour) {

@@ -16,7 +16,6 @@
 #include "../../csrc/kernels/cuda/linear_mma_launch.cuh"
 #include "../../csrc/kernels/cuda/linear_wgmma_launch.cuh"
 #include "../../csrc/kernels/cuda/sgd.cuh"
-#include "../../csrc/kernels/cuda/train_step.cu"
 #include "../../csrc/kernels/cuda/train_step_sequence.cu"
 
 using namespace mnist_ext;
@@ -167,10 +166,9 @@ bool run_linear(int64_t rows, int64_t columns, int64_t depth, bool a_turned, boo
   return right;
 }
 
-// Steps of a model with one hidden layer, features - 20 - 5, in one cluster, where the device can, or by a sequence of
-// kernels, replayed as a graph. Its weights are 0 at first, so that the first loss is log(5); all labels are the same,
-// so that the following ones are smaller.
-bool run_train_steps(int64_t features, int64_t batch_size, bool in_cluster) {
+// Steps of a model with one hidden layer, features - 20 - 5, replayed as a graph. Its weights are 0 at first, so that
+// the first loss is log(5); all labels are the same, so that the following ones are smaller.
+bool run_train_steps(int64_t features, int64_t batch_size) {
   constexpr int64_t kHidden = 20, kClasses = 5, kImages = 50;
   const auto zeros = [](int64_t n) { return std::vector<float>(static_cast<size_t>(n)); };
   const DeviceArray<float> weights[] = {DeviceArray<float>(zeros(kHidden * features)),
@@ -209,27 +207,17 @@ bool run_train_steps(int64_t features, int64_t batch_size, bool in_cluster) {
   const DeviceArray<float> losses(x.steps());
   x.lr = rates.data();
   x.losses = losses.get();
-  bool right = true;
-  if (in_cluster) {
-    if (!cuda::train_steps_in_cluster(x, kImages, nullptr)) {
-      std::printf("train_steps: not on this device\n");
-      return true;
-    }
-    check(cudaDeviceSynchronize(), "train_steps");
-  } else {
-    const DeviceArray<char> workspace(cuda::train_steps_sequence_workspace_bytes(x));
-    cuda::StepGraph graph;
-    cuda::train_steps_in_sequence(x, kImages, workspace.get(), &graph, nullptr);
-    check(cudaDeviceSynchronize(), "train_steps");
-    right = graph.holds.empty() == (kImages / batch_size < 2);  // what is made once is not captured
-  }
+  const DeviceArray<char> workspace(cuda::train_steps_sequence_workspace_bytes(x));
+  cuda::StepGraph graph;
+  cuda::train_steps_in_sequence(x, kImages, workspace.get(), &graph, nullptr);
+  check(cudaDeviceSynchronize(), "train_steps");
+  bool right = graph.holds.empty() == (kImages / batch_size < 2);  // what is made once is not captured
   const std::vector<float> found = losses.host(x.steps());
   right = right && std::abs(found[0] - std::log(5.0f)) < 1e-6f;
   for (size_t i = 1; i < found.size(); ++i) right = right && found[i] < found[i - 1];
-  std::printf("train_steps %s, %lld features, batches of %lld: losses from %.6f to %.6f%s\n",
-              in_cluster ? "in a cluster" : "in sequence", static_cast<long long>(features),
-              static_cast<long long>(batch_size), static_cast<double>(found[0]), static_cast<double>(found.back()),
-              right ? "" : "  WRONG");
+  std::printf("train_steps, %lld features, batches of %lld: losses from %.6f to %.6f%s\n",
+              static_cast<long long>(features), static_cast<long long>(batch_size), static_cast<double>(found[0]),
+              static_cast<double>(found.back()), right ? "" : "  WRONG");
   return right;
 }
 
@@ -252,9 +240,7 @@ int main() {
     }
   }
   for (const int64_t features : {13, 16, 784}) {
-    for (const int64_t batch_size : {7, 32}) {
-      for (const bool in_cluster : {false, true}) right = run_train_steps(features, batch_size, in_cluster) && right;
-    }
+    for (const int64_t batch_size : {7, 32}) right = run_train_steps(features, batch_size) && right;
   }
   const int64_t shapes[][3] = {{1, 1, 1},     {64, 10, 1},    {700, 10, 1},    {5000, 32, 1}, {300, 257, 1},
                                {40, 5003, 1}, {3, 33'001, 1}, {2, 140'001, 1}, {3, 11, 1000}};

@@ -29,21 +29,15 @@ struct Shape {
   int64_t shared_bytes = 0;  // of each block
 };
 
-inline constexpr unsigned kPortableCluster = 8;  // blocks, in every device with clusters; some can do 16
-
-// Calls start(config) for a launch of the kernel; the kernel's name for the error message.
-template <class... Parameters, class Start>
-void with_config(const char* name, void (*kernel)(Parameters...), Shape shape, cudaStream_t stream,
-                 const Start& start) {
+// Starts a kernel on the stream; its name is for the error message.
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), Shape shape, cudaStream_t stream,
+            Parameters... parameters) {
   constexpr int64_t kWithoutAsking = 48 << 10;
-  const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared_bytes)),
           name);
-  }
-  if (shape.cluster > kPortableCluster) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -56,25 +50,7 @@ void with_config(const char* name, void (*kernel)(Parameters...), Shape shape, c
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  check(start(config), name);
-}
-
-// Starts a kernel on the stream.
-template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), Shape shape, cudaStream_t stream,
-            Parameters... parameters) {
-  with_config(name, kernel, shape, stream,
-              [&](const cudaLaunchConfig_t& config) { return cudaLaunchKernelEx(&config, kernel, parameters...); });
-}
-
-// How many such clusters the device can hold at once.
-template <class... Parameters>
-int max_active_clusters(const char* name, void (*kernel)(Parameters...), Shape shape) {
-  int clusters = 0;
-  with_config(name, kernel, shape, nullptr, [&](const cudaLaunchConfig_t& config) {
-    return cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  });
-  return clusters;
+  check(cudaLaunchKernelEx(&config, kernel, parameters...), name);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -112,22 +88,12 @@ __device__ void store_vector(void* p, const Vector& value) {
 }
 
 // Clusters exist from compute capability 9.0 on; older devices are never asked for one.
-// A barrier of all threads of a cluster, in two halves: what each did before it arrived, all see after they waited.
-__device__ inline void cluster_arrive() {
+// A barrier of all threads of a cluster.
+__device__ inline void cluster_sync() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
-#endif
-}
-
-__device__ inline void cluster_wait() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __cluster_barrier_wait();
 #endif
-}
-
-__device__ inline void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
 }
 
 __device__ inline unsigned cluster_rank() {

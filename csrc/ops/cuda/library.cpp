@@ -32,6 +32,6 @@ STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CompositeExplicitAutograd, m) { cuda::imple
 PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = MNIST_EXT_CUDA_ARCHITECTURES;
   m.attr("toolkit") = MNIST_EXT_CUDA_TOOLKIT;
-  m.def("set_train_step_ways", &mnist_ext::ops::cuda::set_train_step_ways, pybind11::arg("clusters") = true,
-        pybind11::arg("graphs") = true, "Choose how TrainStep may make its steps, for tests and benchmarks.");
+  m.def("set_train_step_graphs", &mnist_ext::ops::cuda::set_train_step_graphs, pybind11::arg("enabled") = true,
+        "Choose whether TrainStep may make CUDA graphs, for tests and benchmarks.");
 }

@@ -47,9 +47,9 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
                    const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
                    int64_t reduction, int64_t captured);
 
-// For tests and benchmarks, which compare them: the ways of making training steps that train_steps may choose from
-// besides launches one by one.
-void set_train_step_ways(bool clusters, bool graphs);
+// For tests and benchmarks, which compare the two: whether train_steps may replay a step as a CUDA graph instead of
+// launching its kernels one by one.
+void set_train_step_graphs(bool enabled);
 
 int64_t new_captured_step();
 void free_captured_step(int64_t number);

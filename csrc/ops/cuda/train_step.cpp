@@ -1,7 +1,5 @@
-// train_steps on CUDA: in one cluster of blocks where it fits, else by the kernels of each op, one after the other, as
-// a CUDA graph where steps repeat. Nothing here waits for the device.
-#include "../../kernels/cuda/train_step.h"
-
+// train_steps on CUDA: by the kernels of each op, one after the other, as a CUDA graph where steps repeat. Nothing here
+// waits for the device.
 #include <atomic>
 
 #include "../../kernels/cuda/train_step_sequence.h"
@@ -16,20 +14,21 @@ namespace {
 // Beyond, a step takes so long that its launches do not count, and is no reason to hold so much memory.
 constexpr int64_t kLargestHeld = int64_t{64} << 20;
 
-std::atomic<bool> clusters_are_used = true, graphs_are_used = true;
+std::atomic<bool> graphs_are_used = true;
 
 template <class T>
-void run_in_sequence(const TrainStepsOperands<T>& operands, CapturedStep* captured, const Tensor& param,
-                     CUstream_st* stream) {
+void run(const TrainStepsOperands<T>& operands, CapturedStep* captured, const Tensor& param) {
+  const OnDeviceOf device(param);
+  CUstream_st* const stream = device.stream();
   const int64_t bytes = mnist_ext::cuda::train_steps_sequence_workspace_bytes(operands.steps);
   const auto new_workspace = [&] { return empty(device_of(param), aoti_torch_dtype_uint8(), {bytes}); };
-  const auto run = [&](const Tensor& workspace, mnist_ext::cuda::StepGraph* graph) {
+  const auto run_in = [&](const Tensor& workspace, mnist_ext::cuda::StepGraph* graph) {
     mnist_ext::cuda::train_steps_in_sequence(operands.steps, operands.image_count, workspace.mutable_data_ptr(), graph,
                                              stream);
   };
   // What the caller captures uses memory of the capture, and may run when ours is gone.
   if (!captured || !graphs_are_used || bytes > kLargestHeld || mnist_ext::cuda::is_capturing(stream)) {
-    return run(new_workspace(), nullptr);
+    return run_in(new_workspace(), nullptr);
   }
   const std::lock_guard lock(captured->mutex);
   std::optional<Tensor>& workspace = captured->workspace;
@@ -39,27 +38,12 @@ void run_in_sequence(const TrainStepsOperands<T>& operands, CapturedStep* captur
     workspace = new_workspace();
     captured->stream = stream;
   }
-  run(*workspace, &captured->graph);
-}
-
-template <class T>
-void run(const TrainStepsOperands<T>& operands, CapturedStep* captured, const Tensor& param) {
-  const OnDeviceOf device(param);
-  if constexpr (std::is_same_v<T, float>) {
-    if (clusters_are_used &&
-        mnist_ext::cuda::train_steps_in_cluster(operands.steps, operands.image_count, device.stream())) {
-      return;
-    }
-  }
-  run_in_sequence(operands, captured, param, device.stream());
+  run_in(*workspace, &captured->graph);
 }
 
 }  // namespace
 
-void set_train_step_ways(bool clusters, bool graphs) {
-  clusters_are_used = clusters;
-  graphs_are_used = graphs;
-}
+void set_train_step_graphs(bool enabled) { graphs_are_used = enabled; }
 
 Tensor train_steps(const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order, int64_t batch_size,
                    const std::vector<Tensor>& params, const std::vector<Tensor>& momentum_buffers,
