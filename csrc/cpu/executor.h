@@ -186,7 +186,7 @@ void run_program(const Program<T>& program, void* workspace, const Launch& launc
 template <class T>
 void run_program_half(const Program<T>& program, void* workspace, const Launch& launch) {
   for (int64_t i = 0; i < program.count; ++i) {
-    run_widened(std::get<Product<T>>(program.entries[i].work), launch.threads, [&](const Product<float>& product) {
+    run_widened(*std::get_if<Product<T>>(&program.entries[i].work), launch.threads, [&](const Product<float>& product) {
       const Entry<float> entry = {product};
       run_program<float>({&entry, 1, program.grain}, workspace, launch);
     });
