@@ -3,35 +3,39 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "device.h"
-#include "ops.h"
+#include <optional>
+
+#include "../ops/device.h"
+#include "../ops/schemas.h"
 
 namespace mnist_ext::ops {
 
-struct OnDeviceOf::Guard {
-  int32_t index;
+struct OnDevice::State {
+  Device device;
   torch::stable::accelerator::DeviceGuard guard;
-
-  explicit Guard(int32_t device) : index(device), guard(device) {}
+  std::optional<Tensor> workspace;
 };
 
-OnDeviceOf::OnDeviceOf(const Tensor& t) : guard_(std::make_unique<Guard>(t.get_device_index())) {}
-OnDeviceOf::~OnDeviceOf() = default;
+OnDevice::OnDevice(const Tensor& t)
+    : state_(new State{device_of(t), torch::stable::accelerator::DeviceGuard(t.get_device_index()), std::nullopt}) {}
+OnDevice::~OnDevice() = default;
 
-CUstream_st* OnDeviceOf::stream() const {
+Launch OnDevice::launch() const {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(guard_->index, &stream));
-  return static_cast<CUstream_st*>(stream);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(state_->device.index, &stream));
+  return {.stream = static_cast<CUstream_st*>(stream)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) { cuda::implement_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CompositeExplicitAutograd, m) { cuda::implement_ops_without_tensors(m); }
+void* OnDevice::workspace(int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  return state_->workspace.emplace(empty(state_->device, aoti_torch_dtype_uint8(), {bytes})).mutable_data_ptr();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CUDA, m) { implement_ops(m); }
 
 }  // namespace mnist_ext::ops
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("architectures") = MNIST_EXT_CUDA_ARCHITECTURES;
   m.attr("toolkit") = MNIST_EXT_CUDA_TOOLKIT;
-  m.def("set_train_step_graphs", &mnist_ext::ops::cuda::set_train_step_graphs, pybind11::arg("enabled") = true,
-        "Choose whether TrainStep may make CUDA graphs, for tests and benchmarks.");
 }

@@ -1,26 +1,29 @@
-// Where a CUDA op runs: the device of a tensor, made current, and its current stream.
+// Where an op runs. csrc/bindings says for each library what that is.
 #pragma once
 
 #include <memory>
 
-#include "../tensors.h"
-
-struct CUstream_st;  // a cudaStream_t points to one
+#include "tensors.h"
 
 namespace mnist_ext::ops {
 
-class OnDeviceOf {
+// The device of a tensor, which is current as long as this lives.
+class OnDevice {
  public:
-  explicit OnDeviceOf(const Tensor& t);
-  ~OnDeviceOf();  // makes the device before current again
-  OnDeviceOf(const OnDeviceOf&) = delete;
-  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
+  explicit OnDevice(const Tensor& t);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
 
-  CUstream_st* stream() const;
+  // All of the CPU's threads that PyTorch allows, or the current stream.
+  Launch launch() const;
+
+  // Memory for kernels, until the next call or as long as this lives; null for 0 bytes.
+  void* workspace(int64_t bytes);
 
  private:
-  struct Guard;
-  std::unique_ptr<Guard> guard_;
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace mnist_ext::ops

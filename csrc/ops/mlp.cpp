@@ -1,13 +1,10 @@
-// mlp and mlp_backward on the CPU: checks, allocation, dispatch on the dtype.
-#include <torch/csrc/stable/library.h>
-
+// mlp and mlp_backward: checks, allocation, dispatch on the dtype.
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "../kernels/mlp.h"
 #include "layers.h"
-#include "linear_operands.h"
+#include "schemas.h"
 
 namespace mnist_ext::ops {
 namespace {
@@ -15,19 +12,14 @@ namespace {
 constexpr const char* kMlp = "mnist_ext.mlp";
 constexpr const char* kBackward = "mnist_ext.mlp_backward";
 
-struct Layer {
-  Matrix weight;               // [out_features, in_features]
-  std::optional<Tensor> bias;  // contiguous
-  bool relu;
+enum LayerFlags : int64_t { kBias = 1, kRelu = 2 };  // of a layer, as the ops take it
 
-  int64_t in_features() const { return weight.columns; }
-  int64_t out_features() const { return weight.rows; }
-};
+using Layers = std::vector<LayerOperands>;
 
 // The layers, each of which takes what the one before it returns; nothing where one of the tensors is not what the
 // kernels take: `linear`, layer by layer, takes it or says what is wrong with it.
-std::optional<std::vector<Layer>> layers_of(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
-                                            const std::vector<Tensor>& biases, const std::vector<int64_t>& flags) {
+std::optional<Layers> layers_of(const char* op, const Tensor& input, const std::vector<Tensor>& weights,
+                                const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool allow_tf32) {
   check(!flags.empty(), op, ": layers: expected at least one");
   check(weights.size() == flags.size(), op, ": weights: expected one for each of ", flags.size(), " layers, got ",
         weights.size());
@@ -37,85 +29,84 @@ std::optional<std::vector<Layer>> layers_of(const char* op, const Tensor& input,
   const ScalarType dtype = input.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) return std::nullopt;
   if (input.dim() < 1 || input.dim() > kMaxDims) return std::nullopt;
-  std::vector<Layer> layers;
+  const auto fits = [&](const Tensor& t, int64_t dims) {
+    return t.scalar_type() == dtype && on_same_device(t, input) && t.dim() == dims;
+  };
+  Layers layers;
+  layers.reserve(flags.size());
   int64_t features = input.size(input.dim() - 1);
   auto bias = biases.begin();
   for (std::size_t l = 0; l < flags.size(); ++l) {
     const Tensor& weight = weights[l];
-    if (weight.scalar_type() != dtype || weight.dim() != 2 || weight.size(1) != features) return std::nullopt;
+    if (!fits(weight, 2) || weight.size(1) != features) return std::nullopt;
     features = weight.size(0);
-    Layer layer = {as_matrix(weight, true), std::nullopt, (flags[l] & kRelu) != 0};
-    if (flags[l] & kBias) {
-      if (bias->scalar_type() != dtype || bias->dim() != 1 || bias->size(0) != features) return std::nullopt;
-      layer.bias = made_contiguous(*bias);
-      ++bias;
-    }
-    layers.push_back(std::move(layer));
+    const bool has_bias = flags[l] & kBias;
+    if (has_bias && (!fits(*bias, 1) || bias->size(0) != features)) return std::nullopt;
+    layers.emplace_back(weight, has_bias ? &*bias++ : nullptr, (flags[l] & kRelu) != 0, allow_tf32);
   }
   return layers;
 }
 
 // The outputs of all layers but the last, [rows, out_features] each, one after the other in one tensor.
-int64_t hidden_size(const std::vector<Layer>& layers, int64_t rows) {
+int64_t hidden_size(const Layers& layers, int64_t rows) {
   int64_t features = 0;
   for (std::size_t l = 0; l + 1 < layers.size(); ++l) features += layers[l].out_features();
   return rows * features;
 }
 
-int64_t widest_hidden(const std::vector<Layer>& layers) {
+int64_t widest_hidden(const Layers& layers) {
   int64_t features = 0;
   for (std::size_t l = 0; l + 1 < layers.size(); ++l) features = std::max(features, layers[l].out_features());
   return features;
 }
 
-// Calls run with an element of the dtype.
-template <class Run>
-void by_dtype(const Tensor& t, const Run& run) {
-  t.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
+template <class T>
+void run(const std::vector<Entry<T>>& program, OnDevice& device) {
+  run(program.data(), static_cast<int64_t>(program.size()), device);
 }
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& weights,
-                               const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool keep_hidden) {
-  const auto taken = layers_of(kMlp, input, weights, biases, flags);
+                               const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool keep_hidden,
+                               bool allow_tf32) {
+  const auto taken = layers_of(kMlp, input, weights, biases, flags, allow_tf32);
   if (!taken) return {};
-  const std::vector<Layer>& layers = *taken;
-  const Matrix x = as_matrix(input, true);
+  const Layers& layers = *taken;
+  OnDevice device(input);
+  const Matrix x = as_factor(input);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   // Where nothing is kept, layers write to two buffers by turns.
   const int64_t buffer_size = keep_hidden ? 0 : x.rows * widest_hidden(layers);
-  const Tensor hidden = empty(dtype_of(input), {keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size});
-  by_dtype(input, [&](auto zero) {
+  const auto new_hidden = [&](int64_t size) { return empty(device_of(input), dtype_of(input), {size}); };
+  const Tensor hidden = new_hidden(keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size);
+  dispatch_float_or_double(input, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<LinearForward<T>> forward;
-    MatrixView<T> from = view_of<T>(x);
-    T* const hidden_data = static_cast<T*>(hidden.mutable_data_ptr());
+    std::vector<Layer<T>> forward;
+    forward.reserve(layers.size());
+    MatrixView<T> from = x.view<T>();
+    T* const hidden_data = data_of<T>(hidden);
     T* to = hidden_data;
-    for (const Layer& layer : layers) {
-      if (&layer == &layers.back()) to = static_cast<T*>(output.mutable_data_ptr());
-      forward.push_back({.rows = x.rows,
-                         .in_features = layer.in_features(),
-                         .out_features = layer.out_features(),
-                         .input = from,
-                         .weight = view_of<T>(layer.weight),
-                         .bias = layer.bias ? static_cast<const T*>(layer.bias->const_data_ptr()) : nullptr,
-                         .activation = layer.relu ? Activation::relu : Activation::none,
-                         .out = to});
+    for (const LayerOperands& layer : layers) {
+      if (&layer == &layers.back()) to = data_of<T>(output);
+      forward.push_back(layer.on<T>(x.rows, from, to));
       from = {to, layer.out_features(), 1};
       to = keep_hidden ? to + x.rows * layer.out_features() : hidden_data + (to == hidden_data ? buffer_size : 0);
     }
-    mlp_forward<T>(forward.data(), static_cast<int64_t>(forward.size()), threads());
+    std::vector<Entry<T>> program;
+    append_forward(forward, Sharing::any, program);
+    run(program, device);
   });
-  return {output, keep_hidden ? hidden : empty(dtype_of(input), {0})};
+  return {output, keep_hidden ? hidden : new_hidden(0)};
 }
 
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& hidden,
                                  const std::optional<Tensor>& output, const std::vector<Tensor>& weights,
-                                 const std::vector<Tensor>& biases, const std::vector<int64_t>& flags,
-                                 bool need_input) {
-  const auto taken = layers_of(kBackward, input, weights, biases, flags);
+                                 const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool need_input,
+                                 bool allow_tf32) {
+  const auto taken = layers_of(kBackward, input, weights, biases, flags, allow_tf32);
   check(taken.has_value(), kBackward, ": input, weights, biases: expected what mlp takes");
-  const std::vector<Layer>& layers = *taken;
-  const Matrix x = as_matrix(input, true);
+  const Layers& layers = *taken;
+  OnDevice device(input);
+  const Matrix x = as_factor(input);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
     check_like(kBackward, name, t, "input", input);
@@ -123,75 +114,74 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
           ": expected the shape of input ", Shape(input), " with ", classes, " columns, got ", Shape(t));
   };
   check_output("grad_output", grad_output);
-  const Matrix dy = as_matrix(grad_output);
+  const Matrix dy = as_gradient(grad_output);
   check(output.has_value() == layers.back().relu, kBackward, ": output: expected it where the last layer has a ReLU");
   std::optional<Matrix> y;
   if (output) {
     check_output("output", *output);
-    y = as_matrix(*output);
+    y = as_gradient(*output);
   }
   check_like(kBackward, "hidden", hidden, "input", input);
   check(hidden.dim() == 1 && hidden.size(0) == hidden_size(layers, x.rows) && hidden.is_contiguous(), kBackward,
         ": hidden: expected the ", hidden_size(layers, x.rows), " numbers that mlp returned, got ", Shape(hidden));
 
-  const int32_t dtype = dtype_of(input);
+  const auto new_tensor = [&](std::initializer_list<int64_t> sizes) {
+    return empty(device_of(input), dtype_of(input), sizes);
+  };
   std::vector<Tensor> gradients;
   if (need_input) gradients.push_back(empty_with_columns(grad_output, x.columns));
-  for (const Layer& layer : layers) gradients.push_back(empty(dtype, {layer.out_features(), layer.in_features()}));
-  for (const Tensor& bias : biases) gradients.push_back(empty(dtype, {bias.size(0)}));
-  const Tensor grad_hidden = empty(dtype, {hidden.numel()});
+  for (const LayerOperands& layer : layers) {
+    gradients.push_back(new_tensor({layer.out_features(), layer.in_features()}));
+  }
+  for (const Tensor& bias : biases) gradients.push_back(new_tensor({bias.size(0)}));
+  const Tensor grad_hidden = new_tensor({hidden.numel()});
 
-  by_dtype(input, [&](auto zero) {
+  dispatch_float_or_double(input, [&](auto zero) {
     using T = decltype(zero);
-    const auto data = [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
-    std::vector<LinearBackward<T>> backward;
+    std::vector<Layer<T>> backward;
+    backward.reserve(layers.size());
     auto weight_gradient = gradients.begin() + (need_input ? 1 : 0);
     auto bias_gradient = weight_gradient + static_cast<std::ptrdiff_t>(layers.size());
-    T* grad_input = need_input ? data(gradients[0]) : nullptr;
-    MatrixView<T> from = view_of<T>(x);
-    int64_t offset = 0;
-    for (const Layer& layer : layers) {
-      const bool is_last = &layer == &layers.back();
-      T* grad_weight = data(*weight_gradient++);
-      T* grad_bias = layer.bias ? data(*bias_gradient++) : nullptr;
-      T* grad_outputs = data(grad_hidden) + offset;
-      const T* outputs = data(hidden) + offset;
-      backward.push_back({.rows = x.rows,
-                          .in_features = layer.in_features(),
-                          .out_features = layer.out_features(),
-                          .grad_output = is_last ? dy.data<T>() : grad_outputs,
-                          .grad_output_stride = is_last ? dy.row_stride : layer.out_features(),
-                          .output = !layer.relu ? nullptr
-                                    : is_last   ? y->data<T>()
-                                                : outputs,
-                          .output_stride = is_last && y ? y->row_stride : layer.out_features(),
-                          .input = from,
-                          .weight = view_of<T>(layer.weight),
-                          .grad_input = grad_input,
-                          .grad_weight = grad_weight,
-                          .grad_bias = grad_bias});
+    MatrixView<T> from = x.view<T>();
+    T* grad_input = need_input ? data_of<T>(gradients[0]) : nullptr;
+    T* outputs = data_of<T>(hidden);
+    T* grad_outputs = data_of<T>(grad_hidden);
+    for (const LayerOperands& operands : layers) {
+      const bool is_last = &operands == &layers.back();
+      Layer<T> layer = operands.on<T>(x.rows, from, outputs);
+      layer.output = {outputs, layer.out_features, 1};
+      layer.grad_output = {grad_outputs, layer.out_features, 1};
+      if (is_last) layer.grad_output = dy.view<T>();
+      if (is_last && y) layer.output = y->template view<T>();
+      layer.grad_input = grad_input;
+      layer.grad_weight = data_of<T>(*weight_gradient++);
+      if (operands.bias) layer.grad_bias = data_of<T>(*bias_gradient++);
+      backward.push_back(layer);
       grad_input = grad_outputs;
-      from = {outputs, layer.out_features(), 1};
-      offset += x.rows * layer.out_features();
+      from = layer.output;
+      outputs += x.rows * layer.out_features;
+      grad_outputs += x.rows * layer.out_features;
     }
-    mnist_ext::mlp_backward<T>(backward.data(), static_cast<int64_t>(backward.size()), threads());
+    std::vector<Entry<T>> program;
+    append_backward(backward, Sharing::any, program);
+    run(program, device);
   });
   return gradients;
 }
 
-// Of tensors that are not on the CPU, or not dense.
+// On another device, or not dense.
 std::tuple<Tensor, Tensor> not_taken(const Tensor&, const std::vector<Tensor>&, const std::vector<Tensor>&,
-                                     const std::vector<int64_t>&, bool) {
+                                     const std::vector<int64_t>&, bool, bool) {
   return {};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CPU, m) {
+void implement_mlp(Library& m) {
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CompositeExplicitAutograd, m) { m.impl("mlp", TORCH_BOX(&not_taken)); }
+void implement_mlp_of_other_tensors(Library& m) { m.impl("mlp", TORCH_BOX(&not_taken)); }
 
 }  // namespace mnist_ext::ops

@@ -1,10 +1,6 @@
-// The captured steps, by their numbers.
-#include "captured_step.h"
+#include "step_graphs.h"
 
 #include <map>
-
-#include "../train_step_operands.h"
-#include "ops.h"
 
 namespace mnist_ext::ops {
 namespace {
@@ -12,7 +8,7 @@ namespace {
 struct Registry {
   std::mutex mutex;
   int64_t last = 0;
-  std::map<int64_t, std::shared_ptr<CapturedStep>> steps;
+  std::map<int64_t, std::shared_ptr<HeldGraph>> graphs;
 };
 
 // Never destroyed: when the process ends CUDA may end first.
@@ -23,32 +19,42 @@ Registry& registry() {
 
 }  // namespace
 
-std::shared_ptr<CapturedStep> captured_step(int64_t number) {
-  if (number == 0) return nullptr;
-  Registry& all = registry();
-  const std::lock_guard lock(all.mutex);
-  const auto found = all.steps.find(number);
-  check<std::invalid_argument>(found != all.steps.end(), kTrainSteps,
-                               ": captured: expected 0 or a number from new_captured_step, not freed yet, got ",
-                               number);
-  return found->second;
+void* HeldGraph::workspace_for(const Tensor& like, CUstream_st* on_stream, int64_t bytes) {
+  const bool serves =
+      workspace && on_same_device(*workspace, like) && stream == on_stream && workspace->numel() >= bytes;
+  if (!serves) {
+    workspace = empty(device_of(like), aoti_torch_dtype_uint8(), {bytes});
+    stream = on_stream;
+  }
+  return workspace->mutable_data_ptr();
 }
 
-namespace cuda {
-
-int64_t new_captured_step() {
+int64_t new_step_graph(const Tensor&) {
+  const auto new_graph = kernel_table().new_step_graph;
+  if (!new_graph) return 0;
+  auto held = std::make_shared<HeldGraph>();
+  held->graph.reset(new_graph());
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
-  all.steps[++all.last] = std::make_shared<CapturedStep>();
+  all.graphs[++all.last] = std::move(held);
   return all.last;
 }
 
-void free_captured_step(int64_t number) {
-  const auto step = captured_step(number);  // destroyed behind the lock
+void free_step_graph(const Tensor&, int64_t handle) {
+  const auto held = held_graph(handle);  // destroyed behind the lock
   Registry& all = registry();
   const std::lock_guard lock(all.mutex);
-  all.steps.erase(number);
+  all.graphs.erase(handle);
 }
 
-}  // namespace cuda
+std::shared_ptr<HeldGraph> held_graph(int64_t handle) {
+  if (handle == 0) return nullptr;
+  Registry& all = registry();
+  const std::lock_guard lock(all.mutex);
+  const auto found = all.graphs.find(handle);
+  check<std::invalid_argument>(found != all.graphs.end(), kTrainSteps,
+                               ": graph: expected 0 or a handle from new_step_graph, not freed yet, got ", handle);
+  return found->second;
+}
+
 }  // namespace mnist_ext::ops

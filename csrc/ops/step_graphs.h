@@ -5,20 +5,27 @@
 #include <mutex>
 #include <optional>
 
-#include "../../kernels/cuda/train_step_sequence.h"
-#include "../tensors.h"
+#include "tensors.h"
 
 namespace mnist_ext::ops {
 
-struct CapturedStep {
+inline constexpr const char* kTrainSteps = "mnist_ext.train_steps";
+
+struct HeldGraph {
   std::mutex mutex;  // of everything else
-  mnist_ext::cuda::StepGraph graph;
+  std::unique_ptr<StepGraph> graph;
   std::optional<Tensor> workspace;
   CUstream_st* stream = nullptr;  // where the workspace is used: elsewhere its allocator would hand it out too early
+
+  // At least so many bytes on like's device, the same from call to call if the stream is.
+  void* workspace_for(const Tensor& like, CUstream_st* on_stream, int64_t bytes);
 };
 
-// By the numbers that the ops new_captured_step and free_captured_step deal in. Null for 0; another number that is none
-// throws.
-std::shared_ptr<CapturedStep> captured_step(int64_t number);
+// The handle that a caller of the op has. 0 where the kernels have no graphs.
+int64_t new_step_graph(const Tensor& like);
+void free_step_graph(const Tensor& like, int64_t handle);
+
+// Null for 0; another number that is no handle throws.
+std::shared_ptr<HeldGraph> held_graph(int64_t handle);
 
 }  // namespace mnist_ext::ops

@@ -1,40 +1,51 @@
-// The arguments of train_steps, whatever the device: checked, and in the kernels' terms.
-#pragma once
-
+// train_steps: checks, and the arguments in the kernels' terms. What needs the values of labels and order is left to
+// the kernels; on CUDA nothing here waits for the device.
 #include <algorithm>
+#include <string>
 #include <vector>
 
-#include "../kernels/train_step.h"
+#include "device.h"
 #include "extents.h"
-#include "layers.h"
-#include "tensors.h"
+#include "schemas.h"
+#include "step_graphs.h"
 
 namespace mnist_ext::ops {
+namespace {
 
-inline constexpr const char* kTrainSteps = "mnist_ext.train_steps";
 using Refused = std::invalid_argument;  // ValueError in Python, as TrainStep promises
 
+constexpr int64_t kFrozen = -1;  // in place of a group
+
+// Beyond, a step takes so long that its launches do not count, and is no reason to hold so much memory.
+constexpr int64_t kLargestHeld = int64_t{64} << 20;
+
+// The weights of all layers, or their biases, and what else there is for each.
+struct Parameters {
+  const char *name, *buffers_name, *groups_name, *first_step_name;  // in the schema
+  std::vector<std::optional<Tensor>> tensors;
+  const std::vector<std::optional<Tensor>>& momentum_buffers;
+  const std::vector<int64_t>& groups;
+  const std::vector<bool>& first_step;
+};
+
 // What the op is given; schemas.h says what each is.
-struct TrainStepsArguments {
+struct Arguments {
   const Tensor& images;
   const Tensor& labels;
   const std::optional<Tensor>& order;
   int64_t batch_size;
-  const std::vector<Tensor>& params;
-  const std::vector<Tensor>& momentum_buffers;
-  const std::vector<int64_t>& layers;
-  const std::vector<int64_t>& groups;
-  const std::vector<double>& options;
-  const std::vector<double>& lr;
   double scale, shift;
+  Parameters weights, biases;
+  const std::vector<bool>& relu;
+  std::vector<SgdOptions> groups;
+  const std::vector<double>& lr;
   const std::optional<Tensor>& class_weight;
   int64_t ignore_index;
   double label_smoothing;
   int64_t reduction;
-};
 
-enum GroupFlags : int64_t { kFrozen = -1, kFirstStep = 1 };
-constexpr int64_t kOptions = 5;  // of a group: momentum, dampening, weight_decay, nesterov, maximize
+  const Tensor& first_weight() const { return *weights.tensors[0]; }
+};
 
 // "[20, 784]", with a name where any number would do.
 struct ExpectedShape {
@@ -52,220 +63,312 @@ struct ExpectedShape {
   }
 };
 
-inline void check_parameter(const TrainStepsArguments& a, std::size_t i, ExpectedShape shape, int64_t group_count) {
-  const Tensor& p = a.params[i];
-  check<Refused>(
-      on_same_device(p, a.params[0]) && dtype_of(p) == dtype_of(a.params[0]) && p.is_contiguous() && shape.fits(p),
-      kTrainSteps, ": params[", i, "]: expected ", shape, " ", DtypeName(a.params[0]), " on ", DeviceName(a.params[0]),
-      ", contiguous, got ", Shape(p), " ", DtypeName(p), " on ", DeviceName(p),
-      p.is_contiguous() ? "" : ", not contiguous");
-  const int64_t group = a.groups[2 * i];
-  check<Refused>(kFrozen <= group && group < group_count, kTrainSteps, ": groups: expected -1 to ", group_count - 1,
-                 ", got ", group);
-  if (a.momentum_buffers.empty() || a.momentum_buffers[i].numel() == 0) {
-    check<Refused>(group == kFrozen || a.options[group * kOptions] == 0, kTrainSteps, ": momentum_buffers[", i,
-                   "]: expected a tensor like params[", i, "], as its group has momentum, got none");
+template <class List>
+void check_length(const char* name, const List& list, std::size_t expected, const char* of) {
+  check<Refused>(list.size() == expected, kTrainSteps, ": ", name, ": expected one for each of ", expected, " ", of,
+                 ", got ", list.size());
+}
+
+std::vector<SgdOptions> groups_of(const std::vector<double>& momentum, const std::vector<double>& dampening,
+                                  const std::vector<double>& weight_decay, const std::vector<bool>& nesterov,
+                                  const std::vector<bool>& maximize) {
+  const std::size_t count = momentum.size();
+  check_length("dampening", dampening, count, "groups");
+  check_length("weight_decay", weight_decay, count, "groups");
+  check_length("nesterov", nesterov, count, "groups");
+  check_length("maximize", maximize, count, "groups");
+  std::vector<SgdOptions> groups;
+  groups.reserve(count);
+  for (std::size_t g = 0; g < count; ++g) {
+    groups.push_back({0, momentum[g], dampening[g], weight_decay[g], nesterov[g], maximize[g], false});
+  }
+  return groups;
+}
+
+bool has_momentum(const Arguments& a, int64_t group) { return group != kFrozen && a.groups[group].momentum != 0; }
+
+void check_momentum_buffer(const Arguments& a, const Parameters& params, std::size_t l) {
+  const Tensor& p = *params.tensors[l];
+  const std::optional<Tensor>& buffer = params.momentum_buffers[l];
+  if (!buffer) {
+    check<Refused>(!has_momentum(a, params.groups[l]), kTrainSteps, ": ", params.buffers_name, "[", l,
+                   "]: expected a tensor like ", params.name, "[", l, "], as its group has momentum, got none");
     return;
   }
-  const Tensor& buffer = a.momentum_buffers[i];
-  bool same = on_same_device(buffer, p) && buffer.scalar_type() == p.scalar_type() && buffer.dim() == p.dim() &&
-              buffer.is_contiguous();
-  for (int64_t d = 0; same && d < p.dim(); ++d) same = buffer.size(d) == p.size(d);
-  check<Refused>(same, kTrainSteps, ": momentum_buffers[", i, "]: expected a contiguous tensor like params[", i, "], ",
-                 Shape(p), " ", DtypeName(p), " on ", DeviceName(p), ", got ", Shape(buffer), " ", DtypeName(buffer),
-                 " on ", DeviceName(buffer));
+  bool same = on_same_device(*buffer, p) && buffer->scalar_type() == p.scalar_type() && buffer->dim() == p.dim() &&
+              buffer->is_contiguous();
+  for (int64_t d = 0; same && d < p.dim(); ++d) same = buffer->size(d) == p.size(d);
+  check<Refused>(same, kTrainSteps, ": ", params.buffers_name, "[", l, "]: expected a contiguous tensor like ",
+                 params.name, "[", l, "], ", Shape(p), " ", DtypeName(p), " on ", DeviceName(p), ", got ",
+                 Shape(*buffer), " ", DtypeName(*buffer), " on ", DeviceName(*buffer));
 }
 
-template <class T>
-TrainedParameter<T> parameter(const TrainStepsArguments& a, std::size_t i) {
-  const int64_t group = a.groups[2 * i];
-  const bool has_buffer = group != kFrozen && a.options[group * kOptions] != 0;
-  return {static_cast<T*>(a.params[i].mutable_data_ptr()),
-          has_buffer ? static_cast<T*>(a.momentum_buffers[i].mutable_data_ptr()) : nullptr, static_cast<int>(group),
-          (a.groups[2 * i + 1] & kFirstStep) != 0};
+void check_parameter(const Arguments& a, const Parameters& params, std::size_t l, ExpectedShape shape) {
+  const Tensor& p = *params.tensors[l];
+  const Tensor& first = a.first_weight();
+  check<Refused>(on_same_device(p, first) && dtype_of(p) == dtype_of(first) && p.is_contiguous() && shape.fits(p),
+                 kTrainSteps, ": ", params.name, "[", l, "]: expected ", shape, " ", DtypeName(first), " on ",
+                 DeviceName(first), ", contiguous, got ", Shape(p), " ", DtypeName(p), " on ", DeviceName(p),
+                 p.is_contiguous() ? "" : ", not contiguous");
+  const auto group_count = static_cast<int64_t>(a.groups.size());
+  const int64_t group = params.groups[l];
+  check<Refused>(kFrozen <= group && group < group_count, kTrainSteps, ": ", params.groups_name, ": expected -1 to ",
+                 group_count - 1, ", got ", group);
+  check_momentum_buffer(a, params, l);
 }
 
-template <class T>
-std::vector<TrainedLayer<T>> layers_of(const TrainStepsArguments& a, int64_t group_count) {
-  std::vector<TrainedLayer<T>> layers;
-  std::size_t i = 0;
-  for (const int64_t flags : a.layers) {
-    const bool bias = flags & kBias;
-    check<Refused>(i + (bias ? 2 : 1) <= a.params.size(), kTrainSteps,
-                   ": params: expected one weight, and a bias where there is one, ", "for each of ", a.layers.size(),
-                   " layers, got ", a.params.size());
-    const Tensor& weight = a.params[i];
-    check_parameter(a, i, {true, 0, layers.empty() ? 0 : layers.back().out_features}, group_count);
-    const int64_t features = weight.size(1), neurons = weight.size(0);
-    TrainedLayer<T> layer = {features,
-                             neurons,
-                             parameter<T>(a, i),
-                             {nullptr, nullptr, -1, false},
-                             flags & kRelu ? Activation::relu : Activation::none};
-    ++i;
-    if (bias) {
-      check_parameter(a, i, {false, neurons, 0}, group_count);
-      layer.bias = parameter<T>(a, i++);
-    }
-    layers.push_back(layer);
+void check_layers(const Arguments& a) {
+  const std::size_t count = a.weights.tensors.size();
+  check<Refused>(count > 0, kTrainSteps, ": weights: expected at least one");
+  const ScalarType dtype = a.first_weight().scalar_type();
+  check<Refused>(dtype == ScalarType::Float || dtype == ScalarType::Double, kTrainSteps,
+                 ": weights: expected float32 or float64, got ", DtypeName(a.first_weight()));
+  check_length("relu", a.relu, count, "layers");
+  for (const Parameters* params : {&a.weights, &a.biases}) {
+    check_length(params->name, params->tensors, count, "layers");
+    check_length(params->buffers_name, params->momentum_buffers, count, "layers");
+    check_length(params->groups_name, params->groups, count, "layers");
+    check_length(params->first_step_name, params->first_step, count, "layers");
   }
-  check<Refused>(i == a.params.size(), kTrainSteps, ": params: expected ", i, " for these layers, got ",
-                 a.params.size());
-  return layers;
-}
-
-inline ClassIndices::Type label_type(const Tensor& labels) {
-  switch (labels.scalar_type()) {
-    case ScalarType::Long: return ClassIndices::Type::int64;
-    case ScalarType::Int: return ClassIndices::Type::int32;
-    case ScalarType::Byte: return ClassIndices::Type::uint8;
-    default:
-      fail<Refused>(kTrainSteps, ": labels: expected class indices of dtype int64, int32 or uint8, got ",
-                    DtypeName(labels));
+  for (std::size_t l = 0; l < count; ++l) {
+    const int64_t in_features = l == 0 ? 0 : a.weights.tensors[l - 1]->size(0);
+    check_parameter(a, a.weights, l, {true, 0, in_features});
+    if (a.biases.tensors[l]) check_parameter(a, a.biases, l, {false, a.weights.tensors[l]->size(0), 0});
   }
 }
+
+void check_settings(const Arguments& a) {
+  check<Refused>(a.batch_size >= 0, kTrainSteps, ": batch_size: expected at least 0, got ", a.batch_size);
+  check<Refused>(0 <= a.label_smoothing && a.label_smoothing <= 1, kTrainSteps,
+                 ": label_smoothing: expected a number in [0, 1], got ", a.label_smoothing);
+  check<Refused>(a.reduction == 1 || a.reduction == 2, kTrainSteps, ": reduction: expected 1 (mean) or 2 (sum), got ",
+                 a.reduction);
+  if (!a.class_weight) return;
+  const Tensor& weight = *a.class_weight;
+  const int64_t classes = a.weights.tensors.back()->size(0);
+  check_like<Refused>(kTrainSteps, "class_weight", weight, "weights[0]", a.first_weight());
+  check<Refused>(weight.dim() == 1 && weight.size(0) == classes && weight.is_contiguous(), kTrainSteps,
+                 ": class_weight: expected shape [", classes, "], contiguous, got ", Shape(weight));
+}
+
+// Images and labels of the examples, checked; copies where they are not read in place.
+struct Examples {
+  int64_t image_count, row_stride, count;
+  bool pixels;
+  Tensor images, labels;
+  std::optional<Tensor> order;
+
+  explicit Examples(const Arguments& a) : pixels(a.images.scalar_type() == ScalarType::Byte) {
+    take_images(a.images, a.first_weight());
+    take_labels(a.labels, a.first_weight());
+    count = image_count;
+    if (a.order) take_order(*a.order, a.first_weight());
+  }
+
+  template <class T>
+  ExampleSource<T> source(double scale, double shift) const {
+    const void* data = images.const_data_ptr();
+    return {
+        .images = {pixels ? nullptr : static_cast<const T*>(data), pixels ? static_cast<const uint8_t*>(data) : nullptr,
+                   row_stride, static_cast<T>(scale), static_cast<T>(shift)},
+        .target = class_indices(labels),
+        .order = order ? static_cast<const int64_t*>(order->const_data_ptr()) : nullptr,
+        .image_count = image_count,
+        .first = 0};
+  }
+
+ private:
+  void take_images(const Tensor& t, const Tensor& weight) {
+    const int64_t features = weight.size(1);
+    check_device<Refused>(kTrainSteps, "images", t, "weights[0]", weight);
+    check<Refused>(t.dim() >= 1 && t.dim() <= kMaxDims && (pixels || t.scalar_type() == weight.scalar_type()),
+                   kTrainSteps, ": images: expected a tensor of uint8 or of the dtype of weights[0], ",
+                   DtypeName(weight), ", got ", Shape(t), " ", DtypeName(t));
+    image_count = t.size(0);
+    check<Refused>(image_count == 0 || t.numel() == image_count * features, kTrainSteps, ": images: expected ",
+                   features, " numbers each, as the first layer has in_features, got ", Shape(t));
+    // Rows of numbers that follow one another: in place where only the rows have a stride of their own.
+    const std::optional<int64_t> inner = merged_stride(t, 1, t.dim());
+    const bool in_place = image_count == 0 || features == 1 || (inner && *inner == 1);
+    images = in_place ? t : torch::stable::contiguous(t);
+    row_stride = image_count == 0 ? features : images.stride(0);
+    check<Refused>(row_stride >= 0, kTrainSteps, ": images: expected a stride that is not negative, got ", row_stride);
+  }
+
+  void take_labels(const Tensor& t, const Tensor& weight) {
+    check<Refused>(has_class_indices(t), kTrainSteps,
+                   ": labels: expected class indices of dtype int64, int32 or uint8, got ", DtypeName(t));
+    check_device<Refused>(kTrainSteps, "labels", t, "weights[0]", weight);
+    check<Refused>(t.dim() == 1, kTrainSteps, ": labels: expected shape [", image_count, "], got ", Shape(t));
+    check<Refused>(t.size(0) == image_count, kTrainSteps, ": labels: expected shape [", image_count,
+                   "], one for each of images ", Shape(images), ", got ", Shape(t));
+    labels = made_contiguous(t);
+  }
+
+  void take_order(const Tensor& t, const Tensor& weight) {
+    check_device<Refused>(kTrainSteps, "order", t, "weights[0]", weight);
+    check<Refused>(t.dim() == 1 && t.scalar_type() == ScalarType::Long, kTrainSteps,
+                   ": order: expected a tensor of int64 [examples], got ", Shape(t), " ", DtypeName(t));
+    order = made_contiguous(t);
+    count = t.size(0);
+  }
+};
 
 // images are a copy where they are not read in place.
-inline void check_apart(const TrainStepsArguments& a, const Tensor& images) {
-  const auto count = static_cast<int32_t>(a.params.size());
+void check_apart(const Arguments& a, const Tensor& images) {
+  constexpr int32_t kImages = -1, kClassWeight = -2;
+  struct List {
+    const char* name;
+    const std::vector<std::optional<Tensor>>& tensors;
+  };
+  const List lists[] = {{a.weights.name, a.weights.tensors},
+                        {a.weights.buffers_name, a.weights.momentum_buffers},
+                        {a.biases.name, a.biases.tensors},
+                        {a.biases.buffers_name, a.biases.momentum_buffers}};
+  const auto count = static_cast<int32_t>(a.weights.tensors.size());
   std::vector<Extent> extents;
-  for (int32_t i = 0; i < count; ++i) {
-    extents.push_back(extent_of(a.params[i], i, true));
-    if (!a.momentum_buffers.empty()) extents.push_back(extent_of(a.momentum_buffers[i], count + i, true));
+  extents.reserve(4 * count + 2);
+  for (int32_t i = 0; i < 4 * count; ++i) {
+    const std::optional<Tensor>& t = lists[i / count].tensors[i % count];
+    if (t) extents.push_back(extent_of(*t, i, true));
   }
-  extents.push_back(extent_of(images, 2 * count, false));
-  if (a.class_weight) extents.push_back(extent_of(*a.class_weight, 2 * count + 1, false));
+  extents.push_back(extent_of(images, kImages, false));
+  if (a.class_weight) extents.push_back(extent_of(*a.class_weight, kClassWeight, false));
   const auto found = overlapping(extents);
   if (!found) return;
-  const auto name = [count](const Extent& e) {
-    if (e.number == 2 * count) return std::string("images");
-    if (e.number > 2 * count) return std::string("class_weight");
-    const bool is_buffer = e.number >= count;
-    return (is_buffer ? "momentum_buffers[" : "params[") + std::to_string(e.number % count) + "]";
+  const auto name = [&](const Extent& e) {
+    if (e.number == kImages) return std::string("images");
+    if (e.number == kClassWeight) return std::string("class_weight");
+    return std::string(lists[e.number / count].name) + "[" + std::to_string(e.number % count) + "]";
   };
   fail<Refused>(kTrainSteps, ": ", name(found->second), " and ", name(found->first),
                 " share memory: an update in place needs tensors of their own");
 }
 
-// The arguments, checked, in the kernels' terms; holds what these point to. What needs the values of labels and order
-// is left to the kernels.
 template <class T>
-class TrainStepsOperands {
- public:
-  explicit TrainStepsOperands(const TrainStepsArguments& a)
-      : group_count_(static_cast<int64_t>(a.options.size()) / kOptions),
-        layers_(layers_of<T>(a, group_count_)) {
-    const int64_t features = layers_[0].in_features, classes = layers_.back().out_features;
-    const bool pixels = a.images.scalar_type() == ScalarType::Byte;
-    check_device<Refused>(kTrainSteps, "images", a.images, "params[0]", a.params[0]);
-    check<Refused>(a.images.dim() >= 1 && a.images.dim() <= kMaxDims &&
-                       (pixels || a.images.scalar_type() == a.params[0].scalar_type()),
-                   kTrainSteps, ": images: expected a tensor of uint8 or of the dtype of params[0], ",
-                   DtypeName(a.params[0]), ", got ", Shape(a.images), " ", DtypeName(a.images));
-    image_count = a.images.size(0);
-    check<Refused>(image_count == 0 || a.images.numel() == image_count * features, kTrainSteps, ": images: expected ",
-                   features, " numbers each, as the first layer has in_features, got ", Shape(a.images));
-    // Rows of numbers that follow one another: in place where only the rows have a stride of their own.
-    std::optional<int64_t> inner = merged_stride(a.images, 1, a.images.dim());
-    const bool in_place = image_count == 0 || features == 1 || (inner && *inner == 1);
-    rows_ = in_place ? a.images : torch::stable::contiguous(a.images);
-    const int64_t row_stride = image_count == 0 ? features : rows_.stride(0);
-    check<Refused>(row_stride >= 0, kTrainSteps, ": images: expected a stride that is not negative, got ", row_stride);
+TrainedParameter<T> trained(const Arguments& a, const Parameters& params, std::size_t l) {
+  if (!params.tensors[l]) return {nullptr, nullptr, kFrozen, false};
+  const int64_t group = params.groups[l];
+  return {data_of<T>(*params.tensors[l]), has_momentum(a, group) ? data_of<T>(*params.momentum_buffers[l]) : nullptr,
+          static_cast<int>(group), params.first_step[l]};
+}
 
-    const ClassIndices::Type type = label_type(a.labels);
-    check_device<Refused>(kTrainSteps, "labels", a.labels, "params[0]", a.params[0]);
-    check<Refused>(a.labels.dim() == 1, kTrainSteps, ": labels: expected shape [", image_count, "], got ",
-                   Shape(a.labels));
-    check<Refused>(a.labels.size(0) == image_count, kTrainSteps, ": labels: expected shape [", image_count,
-                   "], one for each of images ", Shape(a.images), ", got ", Shape(a.labels));
-    labels_ = a.labels.is_contiguous() ? a.labels : torch::stable::contiguous(a.labels);
-
-    const int64_t* order = nullptr;
-    int64_t examples = image_count;
-    if (a.order) {
-      check_device<Refused>(kTrainSteps, "order", *a.order, "params[0]", a.params[0]);
-      check<Refused>(a.order->dim() == 1 && a.order->scalar_type() == ScalarType::Long, kTrainSteps,
-                     ": order: expected a tensor of int64 [examples], got ", Shape(*a.order), " ", DtypeName(*a.order));
-      order_ = a.order->is_contiguous() ? *a.order : torch::stable::contiguous(*a.order);
-      order = static_cast<const int64_t*>(order_.const_data_ptr());
-      examples = a.order->size(0);
-    }
-    if (a.class_weight) {
-      check_like<Refused>(kTrainSteps, "class_weight", *a.class_weight, "params[0]", a.params[0]);
-      check<Refused>(
-          a.class_weight->dim() == 1 && a.class_weight->size(0) == classes && a.class_weight->is_contiguous(),
-          kTrainSteps, ": class_weight: expected shape [", classes, "], contiguous, got ", Shape(*a.class_weight));
-    }
-
-    check_apart(a, rows_);
-
-    for (int64_t g = 0; g < group_count_; ++g) {
-      const double* o = a.options.data() + g * kOptions;
-      groups_.push_back({0, o[0], o[1], o[2], o[3] != 0, o[4] != 0, false});
-    }
-    steps = {.layers = layers_.data(),
-             .depth = static_cast<int64_t>(layers_.size()),
-             .images = {pixels ? nullptr : static_cast<const T*>(rows_.const_data_ptr()),
-                        pixels ? static_cast<const uint8_t*>(rows_.const_data_ptr()) : nullptr, row_stride,
-                        static_cast<T>(a.scale), static_cast<T>(a.shift)},
-             .target = {labels_.const_data_ptr(), type},
-             .order = order,
-             .examples = examples,
-             .batch_size = a.batch_size > 0 ? a.batch_size : std::max<int64_t>(examples, 1),
-             .class_weight = a.class_weight ? static_cast<const T*>(a.class_weight->const_data_ptr()) : nullptr,
-             .ignore_index = a.ignore_index,
-             .label_smoothing = a.label_smoothing,
-             .reduction = static_cast<Reduction>(a.reduction),
-             .groups = groups_.data(),
-             .group_count = group_count_,
-             .lr = a.lr.data(),
-             .losses = nullptr};
-    check<Refused>(static_cast<int64_t>(a.lr.size()) == steps.steps() * group_count_, kTrainSteps, ": lr: expected ",
-                   steps.steps(), " steps times ", group_count_, " groups, got ", a.lr.size());
-    const int64_t sizes[] = {steps.steps()};
-    losses = empty(device_of(a.params[0]), dtype_of(a.params[0]), sizes, a.batch_size > 0 ? 1 : 0);
-    steps.losses = static_cast<T*>(losses.mutable_data_ptr());
+template <class T>
+std::vector<TrainedLayer<T>> trained_layers(const Arguments& a) {
+  std::vector<TrainedLayer<T>> layers;
+  layers.reserve(a.relu.size());
+  for (std::size_t l = 0; l < a.relu.size(); ++l) {
+    const Tensor& weight = *a.weights.tensors[l];
+    layers.push_back({.in_features = weight.size(1),
+                      .out_features = weight.size(0),
+                      .weight = trained<T>(a, a.weights, l),
+                      .bias = trained<T>(a, a.biases, l),
+                      .relu = a.relu[l]});
   }
-  TrainStepsOperands(const TrainStepsOperands&) = delete;
-  TrainStepsOperands& operator=(const TrainStepsOperands&) = delete;
+  return layers;
+}
 
-  TrainSteps<T> steps;
-  int64_t image_count;
-  Tensor losses;  // what the op returns
+template <class T>
+TrainSteps<T> steps_of(const Arguments& a, const Examples& examples) {
+  return {.layers = trained_layers<T>(a),
+          .source = examples.source<T>(a.scale, a.shift),
+          .examples = examples.count,
+          .batch_size = a.batch_size > 0 ? a.batch_size : std::max<int64_t>(examples.count, 1),
+          .class_weight = a.class_weight ? static_cast<const T*>(a.class_weight->const_data_ptr()) : nullptr,
+          .ignore_index = a.ignore_index,
+          .label_smoothing = a.label_smoothing,
+          .reduction = static_cast<Reduction>(a.reduction),
+          .groups = a.groups,
+          .lr = a.lr.data(),
+          .losses = nullptr};
+}
 
- private:
-  int64_t group_count_;
-  std::vector<TrainedLayer<T>> layers_;
-  std::vector<SgdOptions> groups_;
-  Tensor rows_, labels_, order_;
-};
+template <class T>
+BadExample run(const TrainSteps<T>& steps, HeldGraph* held, const Tensor& like) {
+  OnDevice device(like);
+  const Launch launch = device.launch();
+  const int64_t bytes = kernels<T>().train_steps_workspace_bytes(steps);
+  const auto is_capturing = kernel_table().is_capturing;
+  // What the caller captures uses memory of the capture, and may run when ours is gone.
+  if (!held || bytes > kLargestHeld || (is_capturing && is_capturing(launch))) {
+    return kernels<T>().train_steps(steps, device.workspace(bytes), nullptr, launch);
+  }
+  const std::lock_guard lock(held->mutex);
+  return kernels<T>().train_steps(steps, held->workspace_for(like, launch.stream, bytes), held->graph.get(), launch);
+}
 
-// Calls run(operands) for the dtype of params; returns the losses.
-template <class Run>
-Tensor train_steps_by_dtype(const TrainStepsArguments& a, const Run& run) {
-  const auto& [images, labels, order, batch_size, params, momentum_buffers, layers, groups, options, lr, scale, shift,
-               class_weight, ignore_index, label_smoothing, reduction] = a;
-  check<Refused>(!layers.empty() && !params.empty(), kTrainSteps, ": layers: expected at least one");
-  check<Refused>(params[0].scalar_type() == ScalarType::Float || params[0].scalar_type() == ScalarType::Double,
-                 kTrainSteps, ": params: expected float32 or float64, got ", DtypeName(params[0]));
-  check<Refused>(groups.size() == 2 * params.size(), kTrainSteps, ": groups: expected two numbers for each of ",
-                 params.size(), " params, got ", groups.size());
-  check<Refused>(momentum_buffers.empty() || momentum_buffers.size() == params.size(), kTrainSteps,
-                 ": momentum_buffers: expected none or one for each of ", params.size(), " params, got ",
-                 momentum_buffers.size());
-  check<Refused>(options.size() % kOptions == 0, kTrainSteps, ": options: expected ", kOptions, " for each group, got ",
-                 options.size());
-  check<Refused>(batch_size >= 0, kTrainSteps, ": batch_size: expected at least 0, got ", batch_size);
-  check<Refused>(0 <= label_smoothing && label_smoothing <= 1, kTrainSteps,
-                 ": label_smoothing: expected a number in [0, 1], got ", label_smoothing);
-  check<Refused>(reduction == 1 || reduction == 2, kTrainSteps, ": reduction: expected 1 (mean) or 2 (sum), got ",
-                 reduction);
-  const auto run_as = [&](auto zero) {
-    const TrainStepsOperands<decltype(zero)> operands(a);
-    run(operands);
-    return operands.losses;
-  };
-  return params[0].scalar_type() == ScalarType::Float ? run_as(float{}) : run_as(double{});
+// Raises for the example that a kernel found, if it found one.
+template <class T>
+void check_example(const TrainSteps<T>& steps, BadExample bad) {
+  if (bad.what == BadExample::none) return;
+  const ExampleSource<T>& source = steps.source;
+  const int64_t at = source.order ? source.order[bad.position] : bad.position;
+  check<std::out_of_range>(bad.what != BadExample::order, kTrainSteps, ": order: expected indices of ",
+                           source.image_count, " images, got ", at, " at position ", bad.position);
+  fail<std::out_of_range>(kTrainSteps, ": labels: expected class indices in [0, ", steps.classes(),
+                          ") or ignore_index ", steps.ignore_index, ", got ", source.target[at], " at position ", at);
+}
+
+Tensor train_steps(const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order, int64_t batch_size,
+                   double scale, double shift, const std::vector<Tensor>& weights,
+                   const std::vector<std::optional<Tensor>>& biases,
+                   const std::vector<std::optional<Tensor>>& weight_momentum_buffers,
+                   const std::vector<std::optional<Tensor>>& bias_momentum_buffers, const std::vector<bool>& relu,
+                   const std::vector<int64_t>& weight_groups, const std::vector<int64_t>& bias_groups,
+                   const std::vector<bool>& weight_first_step, const std::vector<bool>& bias_first_step,
+                   const std::vector<double>& momentum, const std::vector<double>& dampening,
+                   const std::vector<double>& weight_decay, const std::vector<bool>& nesterov,
+                   const std::vector<bool>& maximize, const std::vector<double>& lr,
+                   const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
+                   int64_t reduction, int64_t graph) {
+  const Arguments a = {.images = images,
+                       .labels = labels,
+                       .order = order,
+                       .batch_size = batch_size,
+                       .scale = scale,
+                       .shift = shift,
+                       .weights = {"weights",
+                                   "weight_momentum_buffers",
+                                   "weight_groups",
+                                   "weight_first_step",
+                                   {weights.begin(), weights.end()},
+                                   weight_momentum_buffers,
+                                   weight_groups,
+                                   weight_first_step},
+                       .biases = {"biases", "bias_momentum_buffers", "bias_groups", "bias_first_step", biases,
+                                  bias_momentum_buffers, bias_groups, bias_first_step},
+                       .relu = relu,
+                       .groups = groups_of(momentum, dampening, weight_decay, nesterov, maximize),
+                       .lr = lr,
+                       .class_weight = class_weight,
+                       .ignore_index = ignore_index,
+                       .label_smoothing = label_smoothing,
+                       .reduction = reduction};
+  check_layers(a);
+  check_settings(a);
+  const Examples examples(a);
+  check_apart(a, examples.images);
+  const auto held = held_graph(graph);
+  Tensor losses;
+  dispatch_float_or_double(a.first_weight(), [&](auto zero) {
+    using T = decltype(zero);
+    TrainSteps<T> steps = steps_of<T>(a, examples);
+    check<Refused>(lr.size() == steps.steps() * a.groups.size(), kTrainSteps, ": lr: expected ", steps.steps(),
+                   " steps times ", a.groups.size(), " groups, got ", lr.size());
+    const int64_t sizes[] = {steps.steps()};
+    losses = empty(device_of(a.first_weight()), dtype_of(a.first_weight()), sizes, batch_size > 0 ? 1 : 0);
+    steps.losses = data_of<T>(losses);
+    check_example(steps, run(steps, held.get(), a.first_weight()));
+  });
+  return losses;
+}
+
+}  // namespace
+
+void implement_train_steps(Library& m) {
+  m.impl("train_steps", TORCH_BOX(&train_steps));
+  m.impl("new_step_graph", TORCH_BOX(&new_step_graph));
+  m.impl("free_step_graph", TORCH_BOX(&free_step_graph));
 }
 
 }  // namespace mnist_ext::ops
