@@ -1,45 +1,38 @@
-// The CUDA ops on the emulator: torch.ops.mnist_ext_emulated.*, for CPU tensors.
-#include "../../csrc/ops/cuda/device.h"
-#include "../../csrc/ops/cuda/ops.h"
-#include "../../csrc/ops/schemas.h"
-#include "cuda_emulator.h"
-
-namespace mnist_ext::ops {
-
-struct OnDeviceOf::Guard {};
-
-OnDeviceOf::OnDeviceOf(const Tensor&) {}
-OnDeviceOf::~OnDeviceOf() = default;
-
-CUstream_st* OnDeviceOf::stream() const { return emulator::current_stream; }
-
-STABLE_TORCH_LIBRARY(mnist_ext_emulated, m) { define_ops(m); }
-
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext_emulated, CPU, m) { cuda::implement_ops(m); }
-STABLE_TORCH_LIBRARY_IMPL(mnist_ext_emulated, CompositeExplicitAutograd, m) { cuda::implement_ops_without_tensors(m); }
-
-}  // namespace mnist_ext::ops
+// The CUDA kernels, as ordinary C++ on the emulator, and its switches.
+#include "../../csrc/kernels/cuda/kernels_bfloat16.cu"
+#include "../../csrc/kernels/cuda/kernels_float16.cu"
+#include "../../csrc/kernels/cuda/kernels_float32.cu"
+#include "../../csrc/kernels/cuda/kernels_float64.cu"
+#include "../../csrc/kernels/cuda/linear_bfloat16.cu"
+#include "../../csrc/kernels/cuda/linear_float16.cu"
+#include "../../csrc/kernels/cuda/linear_float32.cu"
+#include "../../csrc/kernels/cuda/linear_float64.cu"
 
 extern "C" {
 
-void emulator_set_train_step_graphs(bool enabled) { mnist_ext::ops::cuda::set_train_step_graphs(enabled); }
+void emulator_set_seed(unsigned seed) { emulator::seed = seed; }
 
-int emulator_graph_launches() { return emulator::graph_launches; }
-
-void emulator_refuse_graphs(bool refuse) { emulator::graphs_are_refused = refuse; }
-
-// Between the two the ops' stream is being captured; returns how many kernels and the like went into the capture.
-void emulator_begin_capture() {
-  emulator::current_stream = new CUstream_st;
-  cudaStreamBeginCapture(emulator::current_stream, cudaStreamCaptureModeGlobal);
+void emulator_set_device(int compute_capability_major, int shared_bytes_of_block, int multiprocessors) {
+  emulator::compute_capability_major = compute_capability_major;
+  emulator::shared_bytes_of_block = shared_bytes_of_block;
+  emulator::multiprocessors = multiprocessors;
 }
 
-int emulator_end_capture() {
-  cudaGraph_t graph = nullptr;
-  cudaStreamEndCapture(emulator::current_stream, &graph);
-  delete std::exchange(emulator::current_stream, nullptr);
-  const auto size = static_cast<int>(graph->work.size());
-  cudaGraphDestroy(graph);
-  return size;
+// tile * 1000 + splits, of a float32 product.
+int emulator_linear_plan(int64_t rows, int64_t columns, int64_t depth) {
+  const mnist_ext::cuda::SimtPlan plan = mnist_ext::cuda::simt_plan<float>(rows, columns, depth);
+  return plan.tile * 1000 + plan.splits;
 }
+
+// A float32 product without gate, bias and ReLU, of an a with any strides and a contiguous b.
+void emulator_linear_product(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_outer,
+                             int64_t a_depth, const float* b, float* out, float* row_sums) {
+  const mnist_ext::cuda::Product<float> product = {
+      rows, columns, depth, {a, a_outer, a_depth}, {}, {b, depth, 1}, nullptr, false, out, row_sums};
+  const auto precision = mnist_ext::cuda::Precision::full;
+  std::vector<double> workspace(mnist_ext::cuda::product_workspace_bytes(product, precision) / sizeof(double) + 1);
+  mnist_ext::cuda::product(product, precision, workspace.data(), nullptr);
+}
+
+int emulator_launches() { return emulator::launches; }
 }
