@@ -53,6 +53,7 @@ struct KernelTable : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels
   // Null on the CPU, which has no such things:
   StepGraph* (*new_step_graph)();
   bool (*is_capturing)(const Launch&);  // whether what is started goes into the caller's graph instead of running
+  bool any_strides = false;             // of operands of products; else those that product.h says of the CPU
 };
 
 // The table in use.

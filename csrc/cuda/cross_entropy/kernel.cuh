@@ -4,9 +4,9 @@
 #include <cstdio>
 #include <type_traits>
 
-#include "cross_entropy.h"
-#include "elements.cuh"
-#include "groups.cuh"
+#include "../../api/cross_entropy.h"
+#include "../device/elements.cuh"
+#include "../device/thread_groups.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -21,10 +21,10 @@ struct Work {
 
   CrossEntropyProblem<T> problem;
   bool forward;  // else max and log_sum are read
-  A *position_loss, *position_max, *position_log_sum;
+  A *position_max, *position_log_sum;
   A* total_weight;        // written by a forward
   const A* mean_divisor;  // read for the gradient of a mean; null: the one block counts by itself
-  T* loss;
+  T* loss;               // null: not wanted
   T* const* loss_place;  // null, or in device memory: instead of loss
   T *grad_logits, *grad_probabilities;
   const T* grad_output;  // null: 1
@@ -310,7 +310,6 @@ struct Position {
   }
 
   __device__ void write_forward(A position_loss, A position_max, A position_log_sum) const {
-    if (work.position_loss) work.position_loss[index] = position_loss;
     if (work.position_max) work.position_max[index] = position_max;
     if (work.position_log_sum) work.position_log_sum[index] = position_log_sum;
     if (p.reduction == Reduction::none && work.loss) narrow(position_loss, work.loss[index]);

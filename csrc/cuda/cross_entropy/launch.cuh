@@ -1,9 +1,34 @@
-// Which kernel of softmax cross-entropy runs for which shape, with how many threads.
+// Which kernel of softmax cross-entropy runs for which shape, with how many threads. Loss and gradient come in one pass:
+// the row stays in shared memory (of one block, or of a cluster of blocks) between the sum of its exponentials and its
+// gradient. Rows that are too long for that are read twice.
+//
+// Sums of a row: in T's compute type over 16 bytes, then in double (float for a warp's rows); over positions in double,
+// in an order that is fixed by the shape. No atomics but the counter that tells the last block.
 #pragma once
 
-#include "cross_entropy.cuh"
+#include "kernel.cuh"
 
 namespace mnist_ext::cuda {
+
+// More would wait for the first ones anyway, and each leaves a partial sum behind. A constant, so that the order of the
+// sums does not depend on the device.
+inline constexpr int64_t kMaxBlocks = 2048;
+
+// Up to here one block does everything, in one launch: no partial sums, no counting beforehand.
+inline constexpr int64_t kSmallElements = 32768, kSmallPositions = 1024;
+
+template <class T>
+bool one_block_is_enough(const CrossEntropyProblem<T>& p) {
+  const int64_t positions = p.batch * p.positions;
+  return positions <= kSmallPositions && positions * p.classes <= kSmallElements;
+}
+
+// Two counters, what the mean divides by, and the partial sums.
+template <class T>
+int64_t cross_entropy_workspace_bytes(const CrossEntropyForward<T>& args) {
+  if (one_block_is_enough(args.problem)) return 0;
+  return 16 + kMaxBlocks * 2 * static_cast<int64_t>(sizeof(double));
+}
 
 inline constexpr int64_t kShortRowClasses = 32;
 inline constexpr int64_t kWarpRowBytes = 8 << 10;
@@ -100,24 +125,22 @@ ComputeType<T> smoothing_of_each(const CrossEntropyProblem<T>& p) {
 }
 
 template <class T>
-void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output, bool unless_one, T* const* loss_place,
-                           void* workspace, cudaStream_t stream) {
-  const CrossEntropyProblem<T>& p = x.problem;
-  const bool one_block = one_block_is_enough(p.batch * p.positions, p.classes);
+void cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = args.problem;
+  const bool one_block = one_block_is_enough(p);
   Work<T> work = {.problem = p,
                   .forward = true,
-                  .position_loss = x.position_loss,
-                  .position_max = x.position_max,
-                  .position_log_sum = x.position_log_sum,
-                  .total_weight = x.total_weight,
+                  .position_max = args.position_max,
+                  .position_log_sum = args.position_log_sum,
+                  .total_weight = args.total_weight,
                   .mean_divisor = nullptr,
-                  .loss = x.loss,
-                  .loss_place = loss_place,
-                  .grad_logits = x.grad_logits,
+                  .loss = args.loss,
+                  .loss_place = args.loss_place,
+                  .grad_logits = args.grad_logits,
                   .grad_probabilities = nullptr,
-                  .grad_output = grad_output,
+                  .grad_output = args.grad_output,
                   .grad_output_stride = 0,
-                  .unless_one = unless_one,
+                  .unless_one = args.unless_one,
                   .every = smoothing_of_each(p),
                   .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
                   .partial_sums = nullptr,
@@ -128,7 +151,7 @@ void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output
   unsigned* counters = static_cast<unsigned*>(workspace);
   work.partial_sums = reinterpret_cast<double*>(static_cast<char*>(workspace) + 16);
   check(cudaMemsetAsync(counters, 0, 2 * sizeof *counters, stream), "cudaMemsetAsync");
-  if (x.grad_logits && p.reduction == Reduction::mean && p.kind == TargetKind::indices) {
+  if (args.grad_logits && p.reduction == Reduction::mean && p.kind == TargetKind::indices) {
     Work<T> count = work;
     count.total_weight = reinterpret_cast<ComputeType<T>*>(counters + 2);
     count.counter = counters;
@@ -142,27 +165,26 @@ void cross_entropy_forward(const CrossEntropyForward<T>& x, const T* grad_output
 }
 
 template <class T>
-void cross_entropy_backward(const CrossEntropyBackward<T>& x, cudaStream_t stream) {
-  const CrossEntropyProblem<T>& p = x.problem;
+void cross_entropy_backward(const CrossEntropyBackward<T>& args, cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = args.problem;
   launch_cross_entropy<T>({.problem = p,
                            .forward = false,
-                           .position_loss = nullptr,
-                           .position_max = const_cast<ComputeType<T>*>(x.position_max),
-                           .position_log_sum = const_cast<ComputeType<T>*>(x.position_log_sum),
+                           .position_max = const_cast<ComputeType<T>*>(args.position_max),
+                           .position_log_sum = const_cast<ComputeType<T>*>(args.position_log_sum),
                            .total_weight = nullptr,
-                           .mean_divisor = x.total_weight,
+                           .mean_divisor = args.total_weight,
                            .loss = nullptr,
                            .loss_place = nullptr,
-                           .grad_logits = x.grad_logits,
-                           .grad_probabilities = x.grad_probabilities,
-                           .grad_output = x.grad_output,
-                           .grad_output_stride = x.grad_output_stride,
+                           .grad_logits = args.grad_logits,
+                           .grad_probabilities = args.grad_probabilities,
+                           .grad_output = args.grad_output,
+                           .grad_output_stride = args.grad_output_stride,
                            .unless_one = false,
                            .every = smoothing_of_each(p),
                            .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
                            .partial_sums = nullptr,
                            .counter = nullptr},
-                          one_block_is_enough(p.batch * p.positions, p.classes), stream);
+                          one_block_is_enough(p), stream);
 }
 
 }  // namespace mnist_ext::cuda

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../dtypes.h"
+#include "../../api/dtypes.h"
 #include "device.cuh"
 
 namespace mnist_ext::cuda {

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "elements.cuh"
-#include "tiles.cuh"
+#include "../product/tiles.cuh"
 
 #ifdef __CUDACC__
 #include <cuda.h>

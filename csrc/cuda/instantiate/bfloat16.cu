@@ -1,12 +1,8 @@
-// Every CUDA kernel for bfloat16.
-#include "cross_entropy_launch.cuh"
-#include "sgd.cuh"
+// The kernels of bfloat16, but for the products of tensor cores.
+#include "../train_steps.cuh"
 
 namespace mnist_ext::cuda {
 
-template void cross_entropy_forward(const CrossEntropyForward<BFloat16>&, const BFloat16*, bool, BFloat16* const*,
-                                    void*, cudaStream_t);
-template void cross_entropy_backward(const CrossEntropyBackward<BFloat16>&, cudaStream_t);
-template void sgd_step(const SgdTensor<BFloat16>*, int64_t, const SgdOptions&, const double*, cudaStream_t);
+Kernels<BFloat16> bfloat16_kernels() { return kernels_of<BFloat16>(); }
 
 }  // namespace mnist_ext::cuda

@@ -1,12 +1,8 @@
-// Every CUDA kernel for float32.
-#include "cross_entropy_launch.cuh"
-#include "sgd.cuh"
+// The kernels of float32, but for the products of tensor cores.
+#include "../train_steps.cuh"
 
 namespace mnist_ext::cuda {
 
-template void cross_entropy_forward(const CrossEntropyForward<float>&, const float*, bool, float* const*, void*,
-                                    cudaStream_t);
-template void cross_entropy_backward(const CrossEntropyBackward<float>&, cudaStream_t);
-template void sgd_step(const SgdTensor<float>*, int64_t, const SgdOptions&, const double*, cudaStream_t);
+Kernels<float> float32_kernels() { return kernels_of<float>(); }
 
 }  // namespace mnist_ext::cuda

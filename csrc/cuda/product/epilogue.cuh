@@ -2,8 +2,8 @@
 // holds parts of rows r and r + 8 of 16.
 #pragma once
 
-#include "elements.cuh"
-#include "linear.h"
+#include "../device/elements.cuh"
+#include "../../api/product.h"
 
 namespace mnist_ext::cuda {
 
@@ -72,21 +72,21 @@ struct Output {
 template <class T>
 int64_t parts_bytes(const Product<T>& product, int64_t parts) {
   if (parts == 1) return 0;
-  return parts * product.rows * (product.columns + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
+  return parts * product.M * (product.N + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
 }
 
 template <class T>
 Output<T> output_of(const Product<T>& product, int parts, void* workspace) {
   float* partial = parts > 1 ? static_cast<float*>(workspace) : nullptr;
-  return {.rows = product.rows,
-          .columns = product.columns,
+  return {.rows = product.M,
+          .columns = product.N,
           .bias = product.bias,
           .relu = product.relu,
-          .aligned = elements_past_alignment(product.out) == 0 && product.columns % kPack<T> == 0,
-          .out = product.out,
+          .aligned = elements_past_alignment(product.c) == 0 && product.N % kPack<T> == 0,
+          .out = product.c,
           .row_sums = product.row_sums,
           .partial = partial,
-          .partial_row_sums = partial + (partial ? parts * product.rows * product.columns : 0)};
+          .partial_row_sums = partial + (partial ? parts * product.M * product.N : 0)};
 }
 
 // A sum as it is stored, before the rounding. NaN stays NaN.

@@ -2,9 +2,9 @@
 // copies, several ahead, and from there as fragments to the tensor cores.
 #pragma once
 
-#include "async_copy.cuh"
-#include "fragments.cuh"
-#include "tensor_cores.cuh"
+#include "../device/async_copy.cuh"
+#include "epilogue.cuh"
+#include "../device/tensor_cores.cuh"
 #include "tiles.cuh"
 
 namespace mnist_ext::cuda {
@@ -57,7 +57,7 @@ class TileLoader {
   __device__ TileLoader(const Source<T>& source, int64_t first_outer, int64_t first_depth) : source_(source) {
     const int64_t outer = first_outer + (kMajor == Major::depth ? row() : element());
     const int64_t depth = first_depth + (kMajor == Major::depth ? element() : row());
-    from_ = source.operand.data + outer * source.operand.outer_stride + depth * source.operand.depth_stride;
+    from_ = source.operand.data + outer * source.operand.outer_stride + depth * source.operand.k_stride;
     const int64_t left = source.outer - outer;
     outer_left_ = static_cast<int>(left < kOuter ? left : kOuter);
   }
@@ -66,7 +66,7 @@ class TileLoader {
   __device__ void load(char* tile, int64_t depth_left) {
     const int left = static_cast<int>(depth_left < Tile::kDepth ? depth_left : Tile::kDepth);
     const int64_t next_row =
-        kRowsAtOnce * (kMajor == Major::depth ? source_.operand.outer_stride : source_.operand.depth_stride);
+        kRowsAtOnce * (kMajor == Major::depth ? source_.operand.outer_stride : source_.operand.k_stride);
     if (source_.copy_bytes == kChunk) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
@@ -77,7 +77,7 @@ class TileLoader {
       for (int pass = 0; pass < kPasses; ++pass)
         load_parts(place(tile, pass), from_ + pass * next_row, size(pass, left));
     }
-    from_ += Tile::kDepth * source_.operand.depth_stride;
+    from_ += Tile::kDepth * source_.operand.k_stride;
   }
 
  private:
@@ -100,7 +100,7 @@ class TileLoader {
   }
 
   __device__ void load_parts(char* to, const T* from, int size) const {
-    const int64_t next = kMajor == Major::depth ? source_.operand.depth_stride : source_.operand.outer_stride;
+    const int64_t next = kMajor == Major::depth ? source_.operand.k_stride : source_.operand.outer_stride;
     if (source_.copy_bytes == 4) {
       constexpr int kSize = 4 / sizeof(T);
 #pragma unroll

@@ -1,15 +1,14 @@
 // Which tiles mma_product cuts a product into, and how the copies read the operands.
 #pragma once
 
-#include "linear_mma.cuh"
-#include "linear_mma.h"
+#include "mma.cuh"
 
 namespace mnist_ext::cuda {
 
 template <class T>
-bool mma_takes(const Product<T>& product, Precision precision) {
-  return (sizeof(T) == 2 || (sizeof(T) == 4 && precision == Precision::tf32)) && product.out && product.rows > 0 &&
-         product.columns > 0 && tiles_of(product.rows, 64) <= kMostTiles / tiles_of(product.columns, 64) &&
+bool mma_takes(const Product<T>& product) {
+  return (sizeof(T) == 2 || (sizeof(T) == 4 && product.allow_tf32)) && product.c && product.M > 0 &&
+         product.N > 0 && tiles_of(product.M, 64) <= kMostTiles / tiles_of(product.N, 64) &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
@@ -26,10 +25,10 @@ MmaPlan mma_plan(const Product<T>& product) {
   constexpr int64_t kTileDepth = kMmaDepthBytes / sizeof(T), kLeastTiles = 8, kMostParts = 32;
   const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   MmaPlan plan{};
-  plan.side = tiles_of(product.rows, 128) * tiles_of(product.columns, 128) >= processors ? 128 : 64;
-  plan.row_tiles = static_cast<int>(tiles_of(product.rows, plan.side));
-  plan.column_tiles = static_cast<int>(tiles_of(product.columns, plan.side));
-  const int64_t depth_tiles = tiles_of(product.depth, kTileDepth);
+  plan.side = tiles_of(product.M, 128) * tiles_of(product.N, 128) >= processors ? 128 : 64;
+  plan.row_tiles = static_cast<int>(tiles_of(product.M, plan.side));
+  plan.column_tiles = static_cast<int>(tiles_of(product.N, plan.side));
+  const int64_t depth_tiles = tiles_of(product.K, kTileDepth);
   int64_t parts = plan.side == 128 ? 1 : 2 * processors / (plan.row_tiles * plan.column_tiles);
   if (parts > depth_tiles / kLeastTiles) parts = depth_tiles / kLeastTiles;
   if (parts > kMostParts) parts = kMostParts;
@@ -49,8 +48,8 @@ int64_t mma_workspace_bytes(const Product<T>& product) {
 template <class T>
 Source<T> source_of(const Operand<T>& operand, int64_t outer, Major major) {
   const bool by_depth = major == Major::depth;
-  const int64_t unit = by_depth ? operand.depth_stride : operand.outer_stride;
-  const int64_t other = by_depth ? operand.outer_stride : operand.depth_stride;
+  const int64_t unit = by_depth ? operand.k_stride : operand.outer_stride;
+  const int64_t other = by_depth ? operand.outer_stride : operand.k_stride;
   const auto aligned = [&](int bytes) {
     return reinterpret_cast<uintptr_t>(operand.data) % bytes == 0 &&
            other * static_cast<int64_t>(sizeof(T)) % bytes == 0;
@@ -82,10 +81,10 @@ template <class T>
 void mma_product(const Product<T>& product, void* workspace, cudaStream_t stream) {
   const MmaPlan plan = mma_plan(product);
   const Major major_a = major_of(product.a), major_b = major_of(product.b);
-  const MmaWork<T> work = {.a = source_of(product.a, product.rows, major_a),
-                           .gate = source_of(product.gate, product.rows, major_a),
-                           .b = source_of(product.b, product.columns, major_b),
-                           .depth = product.depth,
+  const MmaWork<T> work = {.a = source_of(product.a, product.M, major_a),
+                           .gate = source_of(product.relu_mask, product.M, major_a),
+                           .b = source_of(product.b, product.N, major_b),
+                           .depth = product.K,
                            .depth_of_part = plan.depth_of_part,
                            .row_tiles = plan.row_tiles,
                            .column_tiles = plan.column_tiles,

@@ -1,9 +1,9 @@
 // Which kernel makes which product, with which tiles, in how many splits of the depth.
 #pragma once
 
-#include "linear_mma.h"
-#include "linear_simt.cuh"
-#include "linear_wgmma.h"
+#include "mma_launch.cuh"
+#include "simt.cuh"
+#include "wgmma_launch.cuh"
 
 namespace mnist_ext::cuda {
 
@@ -81,9 +81,9 @@ SimtPlan simt_plan(int64_t rows, int64_t columns, int64_t depth) {
 
 template <class T>
 Major major_of(const Operand<T>& operand, int64_t outer) {
-  if (operand.depth_stride == 1 || outer <= 1) return Major::depth;
+  if (operand.k_stride == 1 || outer <= 1) return Major::depth;
   if (operand.outer_stride == 1) return Major::outer;
-  return std::abs(operand.depth_stride) <= std::abs(operand.outer_stride) ? Major::depth : Major::outer;
+  return std::abs(operand.k_stride) <= std::abs(operand.outer_stride) ? Major::depth : Major::outer;
 }
 
 // Whether 16 bytes at a time can be copied along the major index.
@@ -91,8 +91,8 @@ template <class T>
 bool is_vector(const Operand<T>& operand, Major major, int64_t outer, int64_t depth) {
   if (sizeof(T) != sizeof(ComputeType<T>)) return false;  // every element has to be widened
   const bool along_depth = major == Major::depth;
-  const int64_t along = along_depth ? operand.depth_stride : operand.outer_stride;
-  const int64_t across = along_depth ? operand.outer_stride : operand.depth_stride;
+  const int64_t along = along_depth ? operand.k_stride : operand.outer_stride;
+  const int64_t across = along_depth ? operand.outer_stride : operand.k_stride;
   const int64_t rows = along_depth ? outer : depth;
   return along == 1 && reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 &&
          (rows <= 1 || across * static_cast<int64_t>(sizeof(T)) % 16 == 0);
@@ -101,12 +101,12 @@ bool is_vector(const Operand<T>& operand, Major major, int64_t outer, int64_t de
 template <class T, class Tile, Major kMajorA, Major kMajorB>
 void launch_simt(SimtWork<T>& work, cudaStream_t stream) {
   using S = ComputeType<T>;
-  work.row_tiles = static_cast<unsigned>(ceil_div(work.product.rows, Tile::kRows));
-  const int64_t columns = work.product.columns;
+  work.row_tiles = static_cast<unsigned>(ceil_div(work.product.M, Tile::kRows));
+  const int64_t columns = work.product.N;
   work.column_tiles = static_cast<unsigned>(columns < 1 ? 1 : ceil_div(columns, Tile::kColumns));
   const unsigned blocks = work.row_tiles * work.column_tiles * static_cast<unsigned>(work.splits);
   constexpr int kA = SharedTile<S, Tile::kRows, kMajorA>::kSize, kB = SharedTile<S, Tile::kColumns, kMajorB>::kSize;
-  const int64_t stage_bytes = (kA + kB + (work.product.gate.data ? kA : 0)) * static_cast<int64_t>(sizeof(S));
+  const int64_t stage_bytes = (kA + kB + (work.product.relu_mask.data ? kA : 0)) * static_cast<int64_t>(sizeof(S));
   const int64_t bytes = kStages * stage_bytes + (work.product.row_sums ? Tile::kRows * sizeof(double) : 0);
   launch("linear simt", linear_simt_kernel<T, Tile, kMajorA, kMajorB>, Shape{blocks, Tile::kThreads, 1, bytes}, stream,
          work);
@@ -126,33 +126,33 @@ void launch_simt(SimtWork<T>& work, Major a, Major b, cudaStream_t stream) {
 template <class T>
 int64_t partial_pitch(const Product<T>& p) {
   constexpr int64_t kVector = 16 / sizeof(ComputeType<T>);
-  return p.out ? ceil_div(p.columns, kVector) * kVector : 0;
+  return p.c ? ceil_div(p.N, kVector) * kVector : 0;
 }
 
 template <class T>
 int64_t partial_bytes(const Product<T>& p, int splits) {
-  return splits * p.rows * partial_pitch(p) * static_cast<int64_t>(sizeof(ComputeType<T>));
+  return splits * p.M * partial_pitch(p) * static_cast<int64_t>(sizeof(ComputeType<T>));
 }
 
 template <class T>
 int64_t simt_workspace_bytes(const Product<T>& p) {
-  const int splits = simt_plan<T>(p.rows, p.out ? p.columns : 0, p.depth).splits;
+  const int splits = simt_plan<T>(p.M, p.c ? p.N : 0, p.K).splits;
   if (splits == 1) return 0;
-  return partial_bytes(p, splits) + (p.row_sums ? splits * p.rows * static_cast<int64_t>(sizeof(double)) : 0);
+  return partial_bytes(p, splits) + (p.row_sums ? splits * p.M * static_cast<int64_t>(sizeof(double)) : 0);
 }
 
 template <class T>
 void simt_product(const Product<T>& product, void* workspace, cudaStream_t stream) {
   Product<T> p = product;
-  if (!p.out) p.columns = 0;
-  if (p.rows == 0 || (p.columns == 0 && !p.row_sums)) return;
-  const SimtPlan plan = simt_plan<T>(p.rows, p.columns, p.depth);
-  const Major a = major_of(p.a, p.rows), b = major_of(p.b, p.columns);
+  if (!p.c) p.N = 0;
+  if (p.M == 0 || (p.N == 0 && !p.row_sums)) return;
+  const SimtPlan plan = simt_plan<T>(p.M, p.N, p.K);
+  const Major a = major_of(p.a, p.M), b = major_of(p.b, p.N);
   SimtWork<T> work{};
   work.product = p;
-  work.vector_a = is_vector(p.a, a, p.rows, p.depth) && (!p.gate.data || is_vector(p.gate, a, p.rows, p.depth));
-  work.vector_b = is_vector(p.b, b, p.columns, p.depth);
-  work.vector_out = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.columns % kPack<T> == 0;
+  work.vector_a = is_vector(p.a, a, p.M, p.K) && (!p.relu_mask.data || is_vector(p.relu_mask, a, p.M, p.K));
+  work.vector_b = is_vector(p.b, b, p.N, p.K);
+  work.vector_out = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.N % kPack<T> == 0;
   work.depth_of_split = plan.depth_of_split;
   work.splits = plan.splits;
   work.pitch = partial_pitch(product);
@@ -169,25 +169,25 @@ void simt_product(const Product<T>& product, void* workspace, cudaStream_t strea
   }
   if (plan.splits == 1) return;
   constexpr int64_t kVector = 16 / sizeof(ComputeType<T>);
-  const int64_t threads = p.rows * (work.pitch / kVector) + (p.row_sums ? p.rows : 0);
+  const int64_t threads = p.M * (work.pitch / kVector) + (p.row_sums ? p.M : 0);
   launch("linear reduce_splits", reduce_splits_kernel<T>,
          Shape{static_cast<unsigned>(ceil_div(threads, kReduceThreads)), kReduceThreads}, stream, work);
 }
 
 template <class T>
-int64_t product_workspace_bytes(const Product<T>& p, Precision precision) {
+int64_t product_workspace_bytes(const Product<T>& p) {
   if constexpr (sizeof(T) <= 4) {
-    if (wgmma_takes(p, precision)) return wgmma_workspace_bytes(p);
-    if (mma_takes(p, precision)) return mma_workspace_bytes(p);
+    if (wgmma_takes(p)) return wgmma_workspace_bytes(p);
+    if (mma_takes(p)) return mma_workspace_bytes(p);
   }
   return simt_workspace_bytes(p);
 }
 
 template <class T>
-void product(const Product<T>& p, Precision precision, void* workspace, cudaStream_t stream) {
+void start_product(const Product<T>& p, void* workspace, cudaStream_t stream) {
   if constexpr (sizeof(T) <= 4) {
-    if (wgmma_takes(p, precision)) return wgmma_product(p, workspace, stream);
-    if (mma_takes(p, precision)) return mma_product(p, workspace, stream);
+    if (wgmma_takes(p)) return wgmma_product(p, workspace, stream);
+    if (mma_takes(p)) return mma_product(p, workspace, stream);
   }
   simt_product(p, workspace, stream);
 }

@@ -6,9 +6,9 @@
 // combinations, and fragments are read from either form by 16-byte loads without bank conflicts.
 #pragma once
 
-#include "async_copy.cuh"
-#include "elements.cuh"
-#include "linear.h"
+#include "../device/async_copy.cuh"
+#include "../device/elements.cuh"
+#include "../../api/product.h"
 #include "tiles.cuh"
 
 namespace mnist_ext::cuda {
@@ -89,7 +89,7 @@ class Copies {
   // vector: copies of 16 bytes are possible. first: of the tile, in [0, size). depth: where the first step begins.
   __device__ Copies(const Operand<T>& operand, bool vector, int64_t first, int64_t size, int64_t depth)
       : outer_stride_(operand.outer_stride),
-        depth_stride_(operand.depth_stride),
+        depth_stride_(operand.k_stride),
         vector_(vector) {
     int outer = 0;
     with_width([&](auto width) {
@@ -273,14 +273,14 @@ struct ThreadTile {
 template <class T, int N>
 __device__ void finish(const Product<T>& p, int64_t row, int64_t column, Pack<T, N> sums, bool vector_out) {
   using S = ComputeType<T>;
-  if (column >= p.columns) return;
-  const int inside = p.columns - column < N ? static_cast<int>(p.columns - column) : N;
+  if (column >= p.N) return;
+  const int inside = p.N - column < N ? static_cast<int>(p.N - column) : N;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
     if (p.bias && e < inside) sums.at[e] += widen(p.bias[column + e]);
     if (p.relu) sums.at[e] = sums.at[e] <= 0 ? S(0) : sums.at[e];  // NaN stays
   }
-  T* out = p.out + row * p.columns + column;
+  T* out = p.c + row * p.N + column;
   if (inside == N) return store_pack_global(out, sums, vector_out);
 #pragma unroll
   for (int e = 0; e < N; ++e) {
@@ -300,25 +300,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
   const unsigned rest = blockIdx.x / work.row_tiles;
   const int64_t first_column = static_cast<int64_t>(rest % work.column_tiles) * Tile::kColumns;
   const int64_t split = rest / work.column_tiles, begin = split * work.depth_of_split;
-  const int64_t end = begin + work.depth_of_split < p.depth ? begin + work.depth_of_split : p.depth;
+  const int64_t end = begin + work.depth_of_split < p.K ? begin + work.depth_of_split : p.K;
   const bool sums_row = p.row_sums && first_column == 0 && threadIdx.x < Tile::kRows;
 
   S* const shared = reinterpret_cast<S*>(shared_memory());
-  const int stage_size = A::kSize + B::kSize + (p.gate.data ? A::kSize : 0);
+  const int stage_size = A::kSize + B::kSize + (p.relu_mask.data ? A::kSize : 0);
   const auto a_of = [&](int stage) { return shared + stage * stage_size; };
   const auto b_of = [&](int stage) { return a_of(stage) + A::kSize; };
   const auto gate_of = [&](int stage) { return b_of(stage) + B::kSize; };
 
-  Copies<T, Tile, A> a(p.a, work.vector_a, first_row, p.rows, begin);
-  Copies<T, Tile, A> gate(p.gate, work.vector_a, first_row, p.rows, begin);
-  Copies<T, Tile, B> b(p.b, work.vector_b, first_column, p.columns, begin);
+  Copies<T, Tile, A> a(p.a, work.vector_a, first_row, p.M, begin);
+  Copies<T, Tile, A> gate(p.relu_mask, work.vector_a, first_row, p.M, begin);
+  Copies<T, Tile, B> b(p.b, work.vector_b, first_column, p.N, begin);
   int64_t not_started = end - begin;
   const auto start_step = [&](int stage) {
     if (not_started > 0) {
       const int depth = not_started < A::kDepth ? static_cast<int>(not_started) : A::kDepth;
       a.start(a_of(stage), depth);
       b.start(b_of(stage), depth);
-      if (p.gate.data) gate.start(gate_of(stage), depth);
+      if (p.relu_mask.data) gate.start(gate_of(stage), depth);
       not_started -= A::kDepth;
     }
     cp_async_commit();  // an empty group at the end, so that the count of groups is that of the steps
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
   int stage = 0;
   for (int64_t left = end - begin; left > 0; left -= A::kDepth) {
     cp_async_wait<kStages - 2>();
-    if (p.gate.data) a.close(a_of(stage), gate_of(stage));
+    if (p.relu_mask.data) a.close(a_of(stage), gate_of(stage));
     __syncthreads();  // this step is there for all, and nobody reads the last one any more
     start_step(stage == 0 ? kStages - 1 : stage - 1);
     if (sums_row) {
@@ -346,10 +346,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
-  if (sums_row && first_row + threadIdx.x < p.rows) {
+  if (sums_row && first_row + threadIdx.x < p.M) {
     const int64_t row = first_row + threadIdx.x;
     if (work.splits > 1) {
-      work.partial_row_sums[split * p.rows + row] = *row_sum;
+      work.partial_row_sums[split * p.M + row] = *row_sum;
     } else {
       narrow(static_cast<S>(*row_sum), p.row_sums[row]);
     }
@@ -358,14 +358,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm) linear_sim
 #pragma unroll
   for (int i = 0; i < Tile::kThreadRows; ++i) {
     const int64_t row = first_row + results.rows[i];
-    if (row >= p.rows) continue;
+    if (row >= p.M) continue;
 #pragma unroll
     for (int j = 0; j < Tile::kThreadColumns; j += kVector) {
       const int64_t column = first_column + results.columns[j];
       if (work.splits > 1) {
         Pack<S, kVector> sums;
         for (int e = 0; e < kVector; ++e) sums.at[e] = results.sums[i][j + e];
-        if (column < p.columns) store_pack(work.partial + (split * p.rows + row) * work.pitch + column, sums);
+        if (column < p.N) store_pack(work.partial + (split * p.M + row) * work.pitch + column, sums);
       } else {
         Pack<T, kVector> sums;
         for (int e = 0; e < kVector; ++e) sums.at[e] = results.sums[i][j + e];
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_splits_kernel(const Sim
   using S = ComputeType<T>;
   constexpr int kVector = 16 / sizeof(S);
   const Product<T>& p = work.product;
-  const int64_t vectors_of_row = work.pitch / kVector, vectors = p.rows * vectors_of_row;
+  const int64_t vectors_of_row = work.pitch / kVector, vectors = p.M * vectors_of_row;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   if (i < vectors) {
     Pack<T, kVector> sums{};
@@ -393,9 +393,9 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_splits_kernel(const Sim
       for (int e = 0; e < kVector; ++e) sums.at[e] += partial.at[e];
     }
     finish(p, i / vectors_of_row, i % vectors_of_row * kVector, sums, work.vector_out);
-  } else if (p.row_sums && i - vectors < p.rows) {
+  } else if (p.row_sums && i - vectors < p.M) {
     double sum = 0;
-    for (int split = 0; split < work.splits; ++split) sum += work.partial_row_sums[split * p.rows + i - vectors];
+    for (int split = 0; split < work.splits; ++split) sum += work.partial_row_sums[split * p.M + i - vectors];
     narrow(static_cast<S>(sum), p.row_sums[i - vectors]);
   }
 }

@@ -1,8 +1,8 @@
 // How a product is cut into tiles.
 #pragma once
 
-#include "device.cuh"
-#include "linear.h"
+#include "../device/device.cuh"
+#include "../../api/product.h"
 
 namespace mnist_ext::cuda {
 
@@ -11,7 +11,7 @@ enum class Major { outer, depth };
 
 template <class T>
 Major major_of(const Operand<T>& operand) {
-  return operand.outer_stride == 1 && operand.depth_stride != 1 ? Major::outer : Major::depth;
+  return operand.outer_stride == 1 && operand.k_stride != 1 ? Major::outer : Major::depth;
 }
 
 __host__ __device__ inline int64_t tiles_of(int64_t size, int64_t side) { return (size + side - 1) / side; }

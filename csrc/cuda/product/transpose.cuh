@@ -1,7 +1,7 @@
 // A matrix copied so that the other index lies side by side in memory.
 #pragma once
 
-#include "device.cuh"
+#include "../device/device.cuh"
 #include "tiles.cuh"
 
 namespace mnist_ext::cuda {

@@ -7,9 +7,9 @@
 // tiles lie above each other, and each copies one half of what they share, b, to both.
 #pragma once
 
-#include "fragments.cuh"
-#include "hopper.cuh"
-#include "tensor_cores.cuh"
+#include "epilogue.cuh"
+#include "../device/hopper.cuh"
+#include "../device/tensor_cores.cuh"
 #include "tiles.cuh"
 
 namespace mnist_ext::cuda {

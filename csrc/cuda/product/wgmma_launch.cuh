@@ -1,8 +1,7 @@
 // Which products wgmma_product takes, and which tiles it cuts them into.
 #pragma once
 
-#include "linear_wgmma.cuh"
-#include "linear_wgmma.h"
+#include "wgmma.cuh"
 #include "transpose.cuh"
 
 namespace mnist_ext::cuda {
@@ -12,8 +11,8 @@ template <class T>
 bool is_copied_in_boxes(const Operand<T>& operand, int64_t outer, int64_t depth) {
   constexpr int64_t kMost = 0x7fffffff, kMostBytes = int64_t{1} << 40;
   const bool by_depth = major_of(operand) == Major::depth;
-  const int64_t unit = by_depth ? operand.depth_stride : operand.outer_stride, row_size = by_depth ? depth : outer;
-  const int64_t stride = (by_depth ? operand.outer_stride : operand.depth_stride) * static_cast<int64_t>(sizeof(T));
+  const int64_t unit = by_depth ? operand.k_stride : operand.outer_stride, row_size = by_depth ? depth : outer;
+  const int64_t stride = (by_depth ? operand.outer_stride : operand.k_stride) * static_cast<int64_t>(sizeof(T));
   return unit == 1 && elements_past_alignment(operand.data) == 0 && stride % 16 == 0 && stride < kMostBytes &&
          stride >= row_size * static_cast<int64_t>(sizeof(T)) && outer <= kMost - 256 && depth <= kMost - 256;
 }
@@ -23,7 +22,7 @@ inline constexpr int64_t kWgmmaLeast = 128;
 
 template <class T>
 bool uses_fragments(const Product<T>& product) {
-  return product.gate.data || product.row_sums || major_of(product.a) == Major::outer;
+  return product.relu_mask.data || product.row_sums || major_of(product.a) == Major::outer;
 }
 
 // Whether the device has these instructions, and this library code for them: plain sm_90's has none.
@@ -52,24 +51,24 @@ bool transposes_b(const Product<T>& product) {
 // b as the tensor cores read it, whose rows begin at multiples of 16 bytes.
 template <class T>
 Operand<T> transposed_b(const Product<T>& product, const void* copy) {
-  return {static_cast<const T*>(copy), tiles_of(product.depth, kPack<T>) * kPack<T>, 1};
+  return {static_cast<const T*>(copy), tiles_of(product.K, kPack<T>) * kPack<T>, 1};
 }
 
 template <class T>
 int64_t transposed_bytes(const Product<T>& product) {
   if (!transposes_b(product)) return 0;
-  return product.columns * transposed_b(product, nullptr).outer_stride * static_cast<int64_t>(sizeof(T));
+  return product.N * transposed_b(product, nullptr).outer_stride * static_cast<int64_t>(sizeof(T));
 }
 
 // Whether there are kernels for these sizes and layouts.
 template <class T>
 bool wgmma_can(const Product<T>& p) {
-  if (!p.out || p.rows < kWgmmaLeast || p.columns < kWgmmaLeast || p.depth < kWgmmaLeast) return false;
-  if (tiles_of(p.rows, kWgmmaRows) >= kMostTiles / tiles_of(p.columns, 128)) return false;
-  if (!is_copied_in_boxes(p.a, p.rows, p.depth)) return false;
-  if (p.gate.data && (!is_copied_in_boxes(p.gate, p.rows, p.depth) || major_of(p.gate) != major_of(p.a))) return false;
-  if (transposes_b(p)) return is_copied_in_boxes(transposed_b(p, nullptr), p.columns, p.depth);
-  if (!is_copied_in_boxes(p.b, p.columns, p.depth)) return false;
+  if (!p.c || p.M < kWgmmaLeast || p.N < kWgmmaLeast || p.K < kWgmmaLeast) return false;
+  if (tiles_of(p.M, kWgmmaRows) >= kMostTiles / tiles_of(p.N, 128)) return false;
+  if (!is_copied_in_boxes(p.a, p.M, p.K)) return false;
+  if (p.relu_mask.data && (!is_copied_in_boxes(p.relu_mask, p.M, p.K) || major_of(p.relu_mask) != major_of(p.a))) return false;
+  if (transposes_b(p)) return is_copied_in_boxes(transposed_b(p, nullptr), p.N, p.K);
+  if (!is_copied_in_boxes(p.b, p.N, p.K)) return false;
   // Of the half dtypes' layouts with fragments only those of a layer's gradients are compiled.
   return sizeof(T) == 4 || !uses_fragments(p) || major_of(p.b) == Major::outer;
 }
@@ -78,9 +77,9 @@ bool wgmma_can(const Product<T>& p) {
 inline constexpr int64_t kLeastRowsForCopy = 2048;
 
 template <class T>
-bool wgmma_takes(const Product<T>& product, Precision precision) {
-  return (sizeof(T) == 2 || precision == Precision::tf32) && wgmma_can(product) &&
-         (!transposes_b(product) || product.rows >= kLeastRowsForCopy) && has_wgmma<T>();
+bool wgmma_takes(const Product<T>& product) {
+  return (sizeof(T) == 2 || product.allow_tf32) && wgmma_can(product) &&
+         (!transposes_b(product) || product.M >= kLeastRowsForCopy) && has_wgmma<T>();
 }
 
 struct WgmmaPlan {
@@ -98,12 +97,12 @@ WgmmaPlan wgmma_plan(const Product<T>& product) {
   const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const auto tiles = [](int64_t size, int side) { return static_cast<int>(tiles_of(size, side)); };
   WgmmaPlan plan{};
-  plan.row_tiles = tiles(product.rows, kWgmmaRows);
-  plan.columns = tiles_of(product.rows, kWgmmaRows) * tiles_of(product.columns, 256) >= processors ? 256 : 128;
-  plan.column_tiles = tiles(product.columns, plan.columns);
+  plan.row_tiles = tiles(product.M, kWgmmaRows);
+  plan.columns = tiles_of(product.M, kWgmmaRows) * tiles_of(product.N, 256) >= processors ? 256 : 128;
+  plan.column_tiles = tiles(product.N, plan.columns);
   plan.cluster = plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles ? 2 : 1;
   plan.row_tiles += plan.row_tiles % static_cast<int>(plan.cluster);
-  plan.depth_tiles = tiles(product.depth, kWgmmaDepth<T>);
+  plan.depth_tiles = tiles(product.K, kWgmmaDepth<T>);
   int parts = processors / (plan.row_tiles * plan.column_tiles);
   if (parts > plan.depth_tiles / kLeastTiles) parts = plan.depth_tiles / kLeastTiles;
   if (parts < 1) parts = 1;
@@ -121,7 +120,7 @@ int64_t wgmma_workspace_bytes(const Product<T>& product) {
 template <class T>
 TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t depth, int box, bool in_tf32) {
   const bool by_depth = major_of(operand) == Major::depth;
-  const int64_t stride = (by_depth ? operand.outer_stride : operand.depth_stride) * static_cast<int64_t>(sizeof(T));
+  const int64_t stride = (by_depth ? operand.outer_stride : operand.k_stride) * static_cast<int64_t>(sizeof(T));
   return by_depth ? tensor_map(operand.data, depth, outer, stride, box, in_tf32)
                   : tensor_map(operand.data, outer, depth, stride, kWgmmaDepth<T>, in_tf32);
 }
@@ -145,22 +144,22 @@ void wgmma_product(const Product<T>& product, void* workspace, cudaStream_t stre
   const WgmmaPlan plan = wgmma_plan(product);
   const bool fragments = uses_fragments(product);
   const auto boxes_of_rows = [&](const Operand<T>& operand) {
-    return boxes_of(operand, product.rows, product.depth, kWgmmaRows, !fragments);
+    return boxes_of(operand, product.M, product.K, kWgmmaRows, !fragments);
   };
   Operand<T> b = product.b;
   if (transposes_b(product)) {
     const Operand<T> across = product.b;
     b = transposed_b(product, workspace);
-    transpose(across.data, product.depth, product.columns, across.depth_stride, static_cast<T*>(workspace),
+    transpose(across.data, product.K, product.N, across.k_stride, static_cast<T*>(workspace),
               b.outer_stride, stream);
   }
   char* parts = static_cast<char*>(workspace) + transposed_bytes(product);
   const TensorMap a = boxes_of_rows(product.a);
   const WgmmaWork<T> work = {
       .a = a,
-      .gate = product.gate.data ? boxes_of_rows(product.gate) : a,
-      .b = boxes_of(b, product.columns, product.depth, plan.columns / static_cast<int>(plan.cluster), true),
-      .gated = product.gate.data != nullptr,
+      .gate = product.relu_mask.data ? boxes_of_rows(product.relu_mask) : a,
+      .b = boxes_of(b, product.N, product.K, plan.columns / static_cast<int>(plan.cluster), true),
+      .gated = product.relu_mask.data != nullptr,
       .row_tiles = plan.row_tiles,
       .column_tiles = plan.column_tiles,
       .depth_tiles = plan.depth_tiles,
