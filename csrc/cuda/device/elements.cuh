@@ -166,7 +166,7 @@ __device__ inline void store_words_global(void* p, uint4 words) {
 #endif
 }
 
-// To global memory, whether p is aligned to 16 bytes or not.
+// To global memory, whether p is aligned to the pack or not.
 template <class T, int N>
 __device__ void store_pack_global(T* p, const Pack<T, N>& pack, bool aligned) {
   if constexpr (N == kPack<T> && N > 1) {
@@ -174,6 +174,8 @@ __device__ void store_pack_global(T* p, const Pack<T, N>& pack, bool aligned) {
       store_words_global(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
       return;
     }
+  } else if constexpr (std::is_same_v<T, float> && N == 2) {
+    if (aligned) return store_vector(p, float2{pack.at[0], pack.at[1]});
   }
   for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
 }

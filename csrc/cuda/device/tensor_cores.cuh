@@ -10,6 +10,9 @@
 
 namespace mnist_ext::cuda {
 
+// Which index of an operand is contiguous in memory: that of A's rows (B's columns), or K.
+enum class Major { outer, k };
+
 // Four 8x8 matrices of 16-bit elements. Lane i names row i % 8, 16 bytes, of matrix i / 8; part[j] of lane 4 r + c is
 // the c-th 32-bit word of row r of matrix j, or, transposed, the rows 2 c and 2 c + 1 of its column r.
 template <bool kTransposed>

@@ -1,14 +1,11 @@
 // The products of bfloat16 by tensor cores.
-#include "../product/mma_launch.cuh"
-#include "../product/wgmma_launch.cuh"
+#include "../product/mma.cuh"
+#include "../product/wgmma.cuh"
 
 namespace mnist_ext::cuda {
 
-template bool mma_takes(const Product<BFloat16>&);
-template int64_t mma_workspace_bytes(const Product<BFloat16>&);
-template void mma_product(const Product<BFloat16>&, void*, cudaStream_t);
-template bool wgmma_takes(const Product<BFloat16>&);
-template int64_t wgmma_workspace_bytes(const Product<BFloat16>&);
-template void wgmma_product(const Product<BFloat16>&, void*, cudaStream_t);
+template bool has_wgmma<BFloat16>();
+template void launch_mma(const Product<BFloat16>&, const Plan&, const Epilogue<BFloat16>&, cudaStream_t);
+template void launch_wgmma(const Product<BFloat16>&, const Plan&, const Epilogue<BFloat16>&, void*, cudaStream_t);
 
 }  // namespace mnist_ext::cuda

@@ -1,14 +1,11 @@
 // The products of tf32 by tensor cores.
-#include "../product/mma_launch.cuh"
-#include "../product/wgmma_launch.cuh"
+#include "../product/mma.cuh"
+#include "../product/wgmma.cuh"
 
 namespace mnist_ext::cuda {
 
-template bool mma_takes(const Product<float>&);
-template int64_t mma_workspace_bytes(const Product<float>&);
-template void mma_product(const Product<float>&, void*, cudaStream_t);
-template bool wgmma_takes(const Product<float>&);
-template int64_t wgmma_workspace_bytes(const Product<float>&);
-template void wgmma_product(const Product<float>&, void*, cudaStream_t);
+template bool has_wgmma<float>();
+template void launch_mma(const Product<float>&, const Plan&, const Epilogue<float>&, cudaStream_t);
+template void launch_wgmma(const Product<float>&, const Plan&, const Epilogue<float>&, void*, cudaStream_t);
 
 }  // namespace mnist_ext::cuda

@@ -1,38 +1,180 @@
-// Fragments of the tensor cores' operands and results, as mma.sync and wgmma have them alike: lane 4 r + c of a warp
-// holds parts of rows r and r + 8 of 16.
+// What becomes of a product's sums, whichever main loop has made them: bias, ReLU and rounding into C, the sums of A's
+// rows; or, of a part of K (split-K), partial sums in the workspace, to which a second kernel does the same.
 #pragma once
 
-#include "../device/elements.cuh"
 #include "../../api/product.h"
+#include "../device/elements.cuh"
 
 namespace mnist_ext::cuda {
 
-// The elements of a word of a fragment: two of a half dtype, or one float.
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T>
-__device__ Pack<T, 4 / sizeof(T)> elements_of(uint32_t word) {
-  Pack<T, 4 / sizeof(T)> pack;
-  T elements[4 / sizeof(T)];
-  memcpy(elements, &word, sizeof word);
-  for (int i = 0; i < pack.size; ++i) pack.at[i] = widen(elements[i]);
-  return pack;
+struct Epilogue {
+  using S = ComputeType<T>;
+
+  int64_t M, N;
+  const T* bias;  // or null
+  bool relu;
+  bool aligned;  // whether every row of c begins at a multiple of 16 bytes
+  T* c;
+  T* row_sums;  // or null
+  // Where K is split:
+  int splits;
+  int64_t pitch;             // of a row of partial sums, which begins at a multiple of 16 bytes
+  S* partial;                // [splits, M, pitch]; null: K is whole
+  double* partial_row_sums;  // [splits, M]
+};
+
+template <class T>
+int64_t partial_pitch(const Product<T>& p) {
+  constexpr int64_t kVector = kPack<ComputeType<T>>;
+  return p.c ? ceil_div(p.N, kVector) * kVector : 0;
 }
 
-// The elements of a whose gate is not <= 0, and 0 for the others.
 template <class T>
-__device__ uint32_t behind_gate(uint32_t a, uint32_t gate) {
-  const auto gates = elements_of<T>(gate);
-  uint32_t closed = 0;
-  for (int i = 0; i < gates.size; ++i) {
-    if (gates.at[i] <= 0) closed |= (sizeof(T) == 2 ? 0xffffu : ~0u) << (16 * i);
-  }
-  return a & ~closed;
+int64_t partial_bytes(const Product<T>& p, int splits) {
+  return splits == 1 ? 0 : splits * p.M * partial_pitch(p) * static_cast<int64_t>(sizeof(ComputeType<T>));
 }
+
+template <class T>
+int64_t epilogue_workspace_bytes(const Product<T>& p, int splits) {
+  const int64_t row_sums = splits == 1 || !p.row_sums ? 0 : splits * p.M * static_cast<int64_t>(sizeof(double));
+  return partial_bytes(p, splits) + row_sums;
+}
+
+template <class T>
+Epilogue<T> epilogue_of(const Product<T>& p, int splits, void* workspace) {
+  char* memory = splits > 1 ? static_cast<char*>(workspace) : nullptr;
+  return {.M = p.M,
+          .N = p.c ? p.N : 0,
+          .bias = p.bias,
+          .relu = p.relu,
+          .aligned = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.N % kPack<T> == 0,
+          .c = p.c,
+          .row_sums = p.row_sums,
+          .splits = splits,
+          .pitch = partial_pitch(p),
+          .partial = reinterpret_cast<ComputeType<T>*>(memory),
+          .partial_row_sums = reinterpret_cast<double*>(memory + partial_bytes(p, splits))};
+}
+
+// 0 too where it is not to be added yet.
+template <class T, int N>
+__device__ Pack<ComputeType<T>, N> bias_at(const Epilogue<T>& epilogue, int64_t column) {
+  Pack<ComputeType<T>, N> bias{};
+  if (!epilogue.bias || epilogue.partial) return bias;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (column + i < epilogue.N) bias.at[i] = widen(epilogue.bias[column + i]);
+  }
+  return bias;
+}
+
+// A sum as it is stored, before the rounding. NaN stays NaN.
+template <class T>
+__device__ ComputeType<T> finished(const Epilogue<T>& epilogue, ComputeType<T> sum, ComputeType<T> bias) {
+  sum += bias;
+  return epilogue.relu && sum <= 0 ? ComputeType<T>(0) : sum;
+}
+
+// N neighbours in a row of C, if they are inside; column is a multiple of N. All of K has been summed.
+template <class T, int N>
+__device__ void store_finished(const Epilogue<T>& epilogue, int64_t row, int64_t column,
+                               const Pack<ComputeType<T>, N>& sums, const Pack<ComputeType<T>, N>& bias) {
+  if (row >= epilogue.M || column >= epilogue.N) return;
+  Pack<T, N> finals;
+#pragma unroll
+  for (int i = 0; i < N; ++i) finals.at[i] = finished(epilogue, sums.at[i], bias.at[i]);
+  T* place = epilogue.c + row * epilogue.N + column;
+  if (column + N <= epilogue.N) return store_pack_global(place, finals, epilogue.aligned);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (column + i < epilogue.N) narrow(finals.at[i], place[i]);
+  }
+}
+
+template <class T, int N>
+__device__ void store_sums(const Epilogue<T>& epilogue, int split, int64_t row, int64_t column,
+                           const Pack<ComputeType<T>, N>& sums, const Pack<ComputeType<T>, N>& bias) {
+  if (!epilogue.partial) return store_finished(epilogue, row, column, sums, bias);
+  if (row >= epilogue.M || column >= epilogue.N) return;
+  store_pack_global(epilogue.partial + (split * epilogue.M + row) * epilogue.pitch + column, sums, true);
+}
+
+template <class T>
+__device__ void store_row_sum(const Epilogue<T>& epilogue, int split, int64_t row, double sum) {
+  if (row >= epilogue.M) return;
+  if (epilogue.partial) {
+    epilogue.partial_row_sums[split * epilogue.M + row] = sum;
+  } else {
+    narrow(static_cast<ComputeType<T>>(sum), epilogue.row_sums[row]);
+  }
+}
+
+inline constexpr unsigned kReduceThreads = 256;
+
+// Adds the partial sums of the splits in their order; to each thread a vector of C, or one of the row sums.
+template <class T>
+__global__ void __launch_bounds__(kReduceThreads) reduce_splits_kernel(const Epilogue<T> epilogue) {
+  using S = ComputeType<T>;
+  constexpr int kVector = kPack<S>;
+  const int64_t vectors_of_row = epilogue.pitch / kVector, vectors = epilogue.M * vectors_of_row;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
+  if (i < vectors) {
+    Pack<S, kVector> sums{};
+#pragma unroll 4
+    for (int split = 0; split < epilogue.splits; ++split) {
+      const Pack<S, kVector> partial = load_pack<S, kVector>(epilogue.partial + (split * vectors + i) * kVector);
+#pragma unroll
+      for (int e = 0; e < kVector; ++e) sums.at[e] += partial.at[e];
+    }
+    Epilogue<T> whole = epilogue;
+    whole.partial = nullptr;
+    const int64_t column = i % vectors_of_row * kVector;
+    store_finished(whole, i / vectors_of_row, column, sums, bias_at<T, kVector>(whole, column));
+  } else if (epilogue.row_sums && i - vectors < epilogue.M) {
+    double sum = 0;
+    for (int split = 0; split < epilogue.splits; ++split) {
+      sum += epilogue.partial_row_sums[split * epilogue.M + i - vectors];
+    }
+    narrow(static_cast<S>(sum), epilogue.row_sums[i - vectors]);
+  }
+}
+
+template <class T>
+void reduce_splits(const Epilogue<T>& epilogue, cudaStream_t stream) {
+  if (epilogue.splits == 1) return;
+  const int64_t vectors = epilogue.M * (epilogue.pitch / kPack<ComputeType<T>>);
+  const int64_t threads = vectors + (epilogue.row_sums ? epilogue.M : 0);
+  launch("product reduce_splits", reduce_splits_kernel<T>,
+         Shape{static_cast<unsigned>(ceil_div(threads, kReduceThreads)), kReduceThreads}, stream, epilogue);
+}
+
+// The elements of `a`, in a word or a vector, whose element of the ReLU mask is not <= 0, and 0 for the others.
+template <class T, class Words>
+__device__ Words behind_mask(Words a, const Words& mask) {
+  constexpr int kSize = sizeof(Words) / sizeof(T);
+  T elements[kSize], masks[kSize];
+  memcpy(elements, &a, sizeof a);
+  memcpy(masks, &mask, sizeof mask);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (widen(masks[i]) <= 0) elements[i] = T{};
+  }
+  memcpy(&a, elements, sizeof a);
+  return a;
+}
+
+// Of the tensor cores' fragments, as mma and wgmma have them alike: lane 4 r + c of a warp holds parts of rows r and
+// r + 8 of 16; of results columns 2 c and 2 c + 1 of eight.
 
 template <class T>
 __device__ float sum_of_elements(uint32_t word) {
-  const auto pack = elements_of<T>(word);
-  float sum = pack.at[0];
-  for (int i = 1; i < pack.size; ++i) sum += pack.at[i];
+  T elements[4 / sizeof(T)];
+  memcpy(elements, &word, sizeof word);
+  float sum = widen(elements[0]);
+  if constexpr (sizeof(T) == 2) sum += widen(elements[1]);
   return sum;
 }
 
@@ -56,49 +198,17 @@ struct RowSums {
   }
 };
 
-// What becomes of the sums: rounded into out, or, for a part of the depth, kept in float32 for `linear_finish_kernel`.
+// Of the warp's 16 rows from `row` on. Called by whole warps.
 template <class T>
-struct Output {
-  int64_t rows, columns;
-  const T* bias;  // or null
-  bool relu;
-  bool aligned;  // whether every row of out begins at a multiple of 16 bytes
-  T* out;
-  T* row_sums;              // or null
-  float* partial;           // [parts, rows, columns], or null
-  float* partial_row_sums;  // [parts, rows]
-};
-
-template <class T>
-int64_t parts_bytes(const Product<T>& product, int64_t parts) {
-  if (parts == 1) return 0;
-  return parts * product.M * (product.N + (product.row_sums ? 1 : 0)) * static_cast<int64_t>(sizeof(float));
-}
-
-template <class T>
-Output<T> output_of(const Product<T>& product, int parts, void* workspace) {
-  float* partial = parts > 1 ? static_cast<float*>(workspace) : nullptr;
-  return {.rows = product.M,
-          .columns = product.N,
-          .bias = product.bias,
-          .relu = product.relu,
-          .aligned = elements_past_alignment(product.c) == 0 && product.N % kPack<T> == 0,
-          .out = product.c,
-          .row_sums = product.row_sums,
-          .partial = partial,
-          .partial_row_sums = partial + (partial ? parts * product.M * product.N : 0)};
-}
-
-// A sum as it is stored, before the rounding. NaN stays NaN.
-template <class T>
-__device__ float finished(const Output<T>& output, float sum, float bias) {
-  sum += bias;
-  return output.relu && sum <= 0 ? 0.0f : sum;
-}
-
-template <class T>
-__device__ float bias_at(const Output<T>& output, int64_t column) {
-  return output.bias && column < output.columns ? widen(output.bias[column]) : 0.0f;
+__device__ void store_row_sums(const Epilogue<T>& epilogue, int split, const RowSums& share, int64_t row) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = share.total(half);
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    if (lane % 4 == 0) store_row_sum(epilogue, split, row + lane / 4 + 8 * half, static_cast<double>(sum));
+  }
 }
 
 // Words of lanes 4 r to 4 r + 3 as a matrix, transposed: lane 4 r + c gets word c of each, in the order of the lanes.
@@ -115,132 +225,60 @@ __device__ inline void transpose_among_four(uint32_t (&word)[4], int lane) {
   exchange(1, 3, 2);
 }
 
-// The warp's 16 rows of 8 * kTiles columns from (row, column) on: 8 bytes from every lane, 32 side by side.
-template <bool kFinished, class T, int kTiles>
-__device__ void store_floats(float* to, const Output<T>& output, const float (&sum)[kTiles][4], int64_t row,
-                             int64_t column) {
-  const int lane = threadIdx.x % kWarp;
-  const bool in_pairs = output.columns % 2 == 0 && (!kFinished || output.aligned);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const int64_t j = column + 8 * tile + 2 * (lane % 4);
-    const float bias[2] = {kFinished ? bias_at(output, j) : 0, kFinished ? bias_at(output, j + 1) : 0};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t i = row + lane / 4 + 8 * half;
-      float2 pair = {sum[tile][2 * half], sum[tile][2 * half + 1]};
-      if constexpr (kFinished) pair = {finished(output, pair.x, bias[0]), finished(output, pair.y, bias[1])};
-      float* place = to + i * output.columns + j;
-      if (i >= output.rows || j >= output.columns) continue;
-      if (in_pairs) {
-        store_vector(place, pair);
-      } else {
-        place[0] = pair.x;
-        if (j + 1 < output.columns) place[1] = pair.y;
-      }
-    }
-  }
-}
-
-// As store_floats, of a half dtype: 16 bytes from every lane, 64 side by side. Called by whole warps.
+// As store_fragments, of a half dtype and the whole of K: 16 bytes from every lane, 64 side by side.
 template <class Half, int kTiles>
-__device__ void store_halves(const Output<Half>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column) {
+__device__ void store_half_fragments(const Epilogue<Half>& epilogue, const float (&sum)[kTiles][4], int64_t row,
+                                     int64_t column) {
   static_assert(kTiles % 4 == 0);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int four = 0; four < kTiles; four += 4) {
-    float bias[4][2];
+    Pack<float, 2> bias[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int64_t j = column + 8 * (four + k) + 2 * (lane % 4);
-      bias[k][0] = bias_at(output, j);
-      bias[k][1] = bias_at(output, j + 1);
-    }
+    for (int k = 0; k < 4; ++k) bias[k] = bias_at<Half, 2>(epilogue, column + 8 * (four + k) + 2 * (lane % 4));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t word[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float (&pair)[4] = sum[four + k];
-        word[k] = word_of<Half>(finished(output, pair[2 * half], bias[k][0]),
-                                finished(output, pair[2 * half + 1], bias[k][1]));
+        word[k] = word_of<Half>(finished(epilogue, pair[2 * half], bias[k].at[0]),
+                                finished(epilogue, pair[2 * half + 1], bias[k].at[1]));
       }
       transpose_among_four(word, lane);
       const int64_t i = row + lane / 4 + 8 * half, j = column + 8 * (four + lane % 4);
-      if (i >= output.rows || j >= output.columns) continue;
-      Half* place = output.out + i * output.columns + j;
-      if (output.aligned) {
+      if (i >= epilogue.M || j >= epilogue.N) continue;
+      Half* place = epilogue.c + i * epilogue.N + j;
+      if (epilogue.aligned) {
         store_words_global(place, uint4{word[0], word[1], word[2], word[3]});
       } else {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          if (j + k < output.columns) place[k].bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
+          if (j + k < epilogue.N) place[k].bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
         }
       }
     }
   }
 }
 
+// The warp's 16 rows of 8 * kTiles columns from (row, column) on. Called by whole warps.
 template <class T, int kTiles>
-__device__ void store_sums(const Output<T>& output, const float (&sum)[kTiles][4], int64_t row, int64_t column,
-                           int part) {
-  if (output.partial) {
-    store_floats<false>(output.partial + part * output.rows * output.columns, output, sum, row, column);
-  } else if constexpr (sizeof(T) == 4) {
-    store_floats<true>(output.out, output, sum, row, column);
-  } else {
-    store_halves(output, sum, row, column);
+__device__ void store_fragments(const Epilogue<T>& epilogue, int split, const float (&sum)[kTiles][4], int64_t row,
+                                int64_t column) {
+  if constexpr (sizeof(T) == 2) {
+    if (!epilogue.partial) return store_half_fragments(epilogue, sum, row, column);
   }
-}
-
-// Sums of the warp's 16 rows from `row` on, of which each lane has its share of rows r and r + 8. Called by whole
-// warps.
-template <class T>
-__device__ void store_row_sums(const Output<T>& output, const RowSums& share, int64_t row, int part) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = share.total(half);
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    const int64_t i = row + lane / 4 + 8 * half;
-    if (lane % 4 != 0 || i >= output.rows) continue;
-    if (output.partial) {
-      output.partial_row_sums[part * output.rows + i] = sum;
-    } else {
-      narrow(sum, output.row_sums[i]);
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int64_t j = column + 8 * tile + 2 * (lane % 4);
+    const Pack<float, 2> bias = bias_at<T, 2>(epilogue, j);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Pack<float, 2> pair = {sum[tile][2 * half], sum[tile][2 * half + 1]};
+      store_sums(epilogue, split, row + lane / 4 + 8 * half, j, pair, bias);
     }
   }
-}
-
-inline constexpr unsigned kFinishThreads = 256;
-
-// Adds up the parts, always in the same order. Grid: any.
-template <class T>
-__global__ void __launch_bounds__(kFinishThreads) linear_finish_kernel(const Output<T> output, const int parts) {
-  const int64_t size = output.rows * output.columns, threads = static_cast<int64_t>(gridDim.x) * kFinishThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
-  for (int64_t i = first; i < size; i += threads) {
-    float sum = output.partial[i];
-#pragma unroll 4
-    for (int part = 1; part < parts; ++part) sum += output.partial[part * size + i];
-    narrow(finished(output, sum, bias_at(output, i % output.columns)), output.out[i]);
-  }
-  if (!output.row_sums) return;
-  for (int64_t i = first; i < output.rows; i += threads) {
-    double sum = output.partial_row_sums[i];
-    for (int part = 1; part < parts; ++part) sum += output.partial_row_sums[part * output.rows + i];
-    narrow(static_cast<float>(sum), output.row_sums[i]);
-  }
-}
-
-template <class T>
-void finish(const Output<T>& output, int parts, cudaStream_t stream) {
-  if (parts == 1) return;
-  const int64_t blocks = (output.rows * output.columns + kFinishThreads - 1) / kFinishThreads;
-  constexpr int64_t kMaxBlocks = 4096;
-  const Shape shape = {static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kFinishThreads};
-  launch("linear finish", linear_finish_kernel<T>, shape, stream, output, parts);
 }
 
 }  // namespace mnist_ext::cuda
