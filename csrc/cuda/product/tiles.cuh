@@ -186,7 +186,7 @@ class TileLoader {
 template <class T, class TileA, class TileB, int kStages, int kMaskedStages, bool kWholeChunks = false>
 class OperandRing {
  public:
-  static constexpr int shared_bytes(bool masked) {
+  __host__ __device__ static constexpr int shared_bytes(bool masked) {
     return masked ? kMaskedStages * (2 * TileA::kBytes + TileB::kBytes) : kStages * (TileA::kBytes + TileB::kBytes);
   }
 
