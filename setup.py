@@ -41,14 +41,13 @@ if TOOLKIT:
 
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
-CPU_KERNELS = Path("csrc/kernels/cpu")
-CUDA_KERNELS = Path("csrc/kernels/cuda")
+ISA_SOURCES = Path("csrc/cpu/isa")
 
 # The oldest torch that the binary runs on: 2.10, as major << 56 | minor << 48.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
-# Each kernels_<isa>.cpp, with the flags for it alone: code for one instruction set must not leak
-# into another's.
+# Each csrc/cpu/isa/<isa>.cpp, with the flags for it alone: code for one instruction set must not
+# leak into another's.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -66,22 +65,26 @@ DEPENDS = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rg
 
 
 def isa_source(isa: str) -> str:
-    return str(CPU_KERNELS / f"kernels_{isa}.cpp")
+    return str(ISA_SOURCES / f"{isa}.cpp")
 
 
 def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).glob(pattern))
 
 
+OP_SOURCES = sources("csrc/ops", "*.cpp")
+
+
 def cpu_library() -> Extension:
     return Extension(
         "mnist_ext._C",
         sources=[
-            *sources("csrc/ops", "*.cpp"),
-            str(CPU_KERNELS / "dispatch.cpp"),
-            str(CPU_KERNELS / "scratch.cpp"),
+            "csrc/bindings/cpu.cpp",
+            *sources("csrc/cpu", "*.cpp"),
+            "csrc/cpu/isa/dispatch.cpp",
+            "csrc/cpu/threads/scratch.cpp",
         ],
-        depends=[*map(isa_source, ISA_FLAGS), *DEPENDS],
+        depends=[*map(isa_source, ISA_FLAGS), *OP_SOURCES, *DEPENDS],
         library_dirs=library_paths(),
         libraries=["torch_cpu", "c10"],
         define_macros=[
@@ -104,7 +107,7 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
     code.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     return Extension(
         "mnist_ext._cuda",
-        sources=[*sources("csrc/ops/cuda", "*.cpp"), *sources(str(CUDA_KERNELS), "*.cu")],
+        sources=["csrc/bindings/cuda.cpp", *sources("csrc/cuda", "*.cu")],
         depends=DEPENDS,
         # The CUDA runtime is linked in, so that none needs to be found where this runs.
         library_dirs=[*library_paths(), str(toolkit.libraries)],
@@ -124,7 +127,12 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
 
 
 class BuildWithIsaFlags(BuildExtension):
-    """BuildExtension that compiles each kernels_<isa>.cpp with its instruction set's flags."""
+    """BuildExtension that compiles each csrc/cpu/isa/<isa>.cpp with its instruction set's flags.
+
+    The ops are compiled once, and linked into each library.
+    """
+
+    op_objects: list[str] | None = None
 
     def build_extensions(self) -> None:
         if missing := build_requirements.missing_compiler():
@@ -143,14 +151,22 @@ class BuildWithIsaFlags(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "mnist_ext._C":
             for isa, flags in ISA_FLAGS.items():
-                flags = [*CXX_FLAGS, *WARNINGS, *flags]
-                ext.extra_objects += self.compiler.compile(
-                    [isa_source(isa)],
-                    output_dir=self.build_temp,
-                    extra_postargs={"cxx": flags} if self.use_ninja else flags,
-                    depends=ext.depends,
-                )
+                ext.extra_objects += self.objects([isa_source(isa)], flags, ext.depends)
+        if self.op_objects is None:
+            flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *INCLUDES]
+            self.op_objects = self.objects(OP_SOURCES, flags, ext.depends)
+        ext.extra_objects += self.op_objects
         super().build_extension(ext)
+
+    def objects(self, sources: list[str], flags: list[str], depends: list[str]) -> list[str]:
+        flags = [*CXX_FLAGS, *WARNINGS, *flags]
+        compiled: list[str] = self.compiler.compile(
+            sources,
+            output_dir=self.build_temp,
+            extra_postargs={"cxx": flags} if self.use_ninja else flags,
+            depends=depends,
+        )
+        return compiled
 
 
 setup(

@@ -9,9 +9,10 @@ PyTorch's ops, so that it can be differentiated again.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mnist_ext import _library, _torch_private  # noqa: F401  (_library loads the ops)
+from mnist_ext._decision import REDUCTIONS
 from mnist_ext._torch_private import is_batched, is_compiling
 
 _ops = torch.ops.mnist_ext
@@ -142,6 +144,14 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
+FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
+_OfBias = TypeVar("_OfBias")
+
+
+def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias | None]:
+    """Return what belongs to the bias of each layer, None for a layer without one."""
+    following = iter(biases)
+    return [next(following) if layer & BIAS else None for layer in layers]
 
 
 def mlp(
@@ -169,18 +179,18 @@ class MLP(Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, layers: list[int], *params: Tensor) -> Tensor | None:
         """Keep what the backward reads: not the biases, and the first weight only for input."""
-        depth = len(layers)
+        count = len(layers)
         need_input, _, *need_params = ctx.needs_input_grad
         if not all(need_params) and (need_input or any(need_params)):
             return None  # the op makes all gradients or none
-        output, hidden = _mlp(input, params[:depth], params[depth:], layers, need_params[0])
+        output, hidden = _mlp(input, params[:count], params[count:], layers, need_params[0])
         if output is None or not need_params[0]:
             return output
         first_read = 0 if need_input else 1
         # Held, but not watched: whoever writes to them in between does not change the gradients.
-        ctx.unread = layers, params[:first_read], params[depth:]
+        ctx.unread = layers, params[:first_read], params[count:]
         kept = output if layers[-1] & RELU else None
-        ctx.save_for_backward(input, hidden, kept, *params[first_read:depth])
+        ctx.save_for_backward(input, hidden, kept, *params[first_read:count])
         return output
 
     @staticmethod
@@ -224,13 +234,12 @@ def _mlp_gradients_by_layer(
 
     It ends at the first layer of which one is wanted.
     """
-    depth = len(layers)
+    count = len(layers)
     outputs = [*inputs[1:], output]
-    number = iter(range(depth, len(want_params)))
-    biases = [next(number) if layer & BIAS else None for layer in layers]  # among the params
+    biases = by_layer(range(count, len(want_params)), layers)  # where among the params
     grads: list[Tensor | None] = [None] * (1 + len(want_params))
     grad: Any = grad_output
-    for i in reversed(range(depth)):
+    for i in reversed(range(count)):
         bias = biases[i]
         want_lower = (
             want_input
@@ -260,11 +269,10 @@ def _inputs_of_layers(
     layers: list[int],
 ) -> list[Tensor]:
     """Return what each layer was called with, connected to the params and input where recorded."""
-    next_bias = iter(biases)
     inputs = [input]
     rows, begin = input.shape[:-1], 0
-    for weight, layer in zip(weights[:-1], layers, strict=False):
-        bias = next(next_bias) if layer & BIAS else None
+    of_layers = zip(weights, by_layer(biases, layers), layers, strict=True)
+    for weight, bias, layer in itertools.islice(of_layers, len(layers) - 1):
         end = begin + rows.numel() * weight.shape[0]
         kept = hidden[begin:end].view(*rows, weight.shape[0])
         begin = end
@@ -295,19 +303,16 @@ class _WithValue(Function):
         return grad_output, None
 
 
+_Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
+
+
 def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: _Options
 ) -> Tensor:
     """Compute softmax cross-entropy against class indices or probabilities.
 
-    Shapes: see `functional.cross_entropy`. reduction: as the kernels number it.
+    Shapes: see `functional.cross_entropy`.
     """
-    options = ignore_index, label_smoothing, reduction
     if _is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         return CrossEntropy.apply(logits, target, weight, *options)
     return _cross_entropy(logits, target, weight, *options)[0]
@@ -324,22 +329,15 @@ class CrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: int,
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
     ) -> Tensor:
         """Form the gradient along with the loss, or keep what the backward makes it from."""
-        options = ignore_index, label_smoothing, reduction
-        needs = ctx.needs_input_grad
+        need_logits, need_target, *_ = ctx.needs_input_grad
         ctx.options, ctx.gradient = options, None
         ctx.is_scaled = (
-            needs[0]
-            and not needs[1]
-            and reduction != 0
+            need_logits
+            and not need_target
+            and options[2] != REDUCTIONS["none"]
             # bfloat16 would be rounded twice where grad_output is not 1; float16 would underflow
             # before grad_output, a loss scale, can prevent it.
             and logits.dtype.itemsize > 2

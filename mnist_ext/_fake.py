@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mnist_ext import _flops, _library  # noqa: F401  (_library loads the ops)
+from mnist_ext._decision import REDUCTIONS
+from mnist_ext._torch_private import check, check_value
 
 _flops.register()
 
@@ -17,8 +20,8 @@ def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, allow_tf32: bool = False
 ) -> Tensor:
     _flops.register()
-    torch._check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
-    torch._check(
+    check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
+    check(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],
         lambda: (
             f"mnist_ext.linear: input: expected its last dimension to be in_features of weight "
@@ -50,15 +53,9 @@ def _(
 
 @torch.library.register_fake("mnist_ext::mlp")
 def _(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    layers: list[int],
-    keep_hidden: bool,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], layers: list[int], keep_hidden: bool
 ) -> tuple[Tensor, Tensor]:
-    torch._check(
-        0 < len(weights) == len(layers), lambda: "mnist_ext.mlp: weights: expected one per layer"
-    )
+    check(0 < len(weights) == len(layers), lambda: "mnist_ext.mlp: weights: expected one per layer")
     features = [weight.shape[0] for weight in weights]
     output = input.new_empty((*input.shape[:-1], features[-1]))
     rows = math.prod(input.shape[:-1]) if keep_hidden else 0
@@ -81,12 +78,10 @@ def _(
 
 
 def _positions(logits: Tensor, target: Tensor) -> torch.Size:
-    torch._check(
-        logits.dim() >= 1, lambda: "mnist_ext.cross_entropy: logits: expected [C] or [N, C, ...]"
-    )
+    check(logits.dim() >= 1, lambda: "mnist_ext.cross_entropy: logits: expected [C] or [N, C, ...]")
     positions = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
     expected = logits.shape if target.is_floating_point() else positions
-    torch._check_value(
+    check_value(
         target.shape == expected,
         lambda: (
             f"mnist_ext.cross_entropy: target: expected shape {list(expected)}, "
@@ -105,65 +100,30 @@ def _gradient(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy")
-def _(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     positions = _positions(logits, target)
-    loss = logits.new_empty(positions if reduction == 0 else ())
+    loss = logits.new_empty(positions if options[-1] == REDUCTIONS["none"] else ())
     dtype = torch.float32 if logits.dtype.itemsize == 2 else logits.dtype
-    return (
-        loss,
-        logits.new_empty((2, *positions), dtype=dtype),
-        logits.new_empty((), dtype=dtype),
-    )
+    statistics = logits.new_empty((2, *positions), dtype=dtype)
+    return loss, statistics, logits.new_empty((), dtype=dtype)
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy_with_gradient")
-def _(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-) -> tuple[Tensor, Tensor]:
+def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     _positions(logits, target)
     return logits.new_empty(()), _gradient(logits, target)
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy_gradient_")
-def _(
-    gradient: Tensor,
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-) -> None:
+def _(gradient: Tensor, grad_output: Tensor, logits: Tensor, target: Tensor, *_: Any) -> None:
     _positions(logits, target)
 
 
 @torch.library.register_fake("mnist_ext::cross_entropy_backward")
 def _(
-    grad_output: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    stats: Tensor,
-    total_weight: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
-    need_logits: bool,
-    need_target: bool,
+    grad_output: Tensor, logits: Tensor, target: Tensor, *options: Any
 ) -> tuple[Tensor | None, Tensor | None]:
+    need_logits, need_target = options[-2:]
     return (
         _gradient(logits, target) if need_logits else None,
         _gradient(logits, target) if need_target else None,

@@ -1,10 +1,14 @@
-"""What is asked of PyTorch beyond its public API, and why; looked up once, as every call asks.
+"""Every private name of PyTorch's that this library uses, and why.
 
-A torch that no longer has one of these names fails here, on import, and says which.
+What is called is looked up once, on import: a torch that no longer has it fails here, and says
+which. ``tests/test_torch_private.py`` asks for each name, and finds those that are not listed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,42 +17,142 @@ from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Who must be shown PyTorch's own ops. The public questions cost several times as much, or do not
-# exist (the lengths of the stacks of modes).
-are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_tracing_state: Callable[[], Any] = torch._C._get_tracing_state
-_stack_of_function_modes = torch.overrides._get_current_function_mode_stack
+_OBSERVERS = "who must be shown PyTorch's own ops; a public question is slower or does not exist"
+_HOOKS = "hooks, of which nothing public tells whether there are any"
+_CONTENTS = "what is registered in a module, without a generator at each call"
 
-# One question for all devices; is_autocast_enabled(device) takes three times as long.
-is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# Those of Module, Tensor and Optimizer, and of what a call returns, are attributes of objects.
+NAMES = {
+    "torch._C._are_functorch_transforms_active": _OBSERVERS,
+    "torch._C._len_torch_function_stack": _OBSERVERS,
+    "torch._C._len_torch_dispatch_stack": _OBSERVERS,
+    "torch._C._get_tracing_state": _OBSERVERS,
+    "torch.overrides._get_current_function_mode_stack": _OBSERVERS,
+    "torch.autograd.forward_ad._current_level": _OBSERVERS,
+    "torch.utils._device.DeviceContext": "set_default_device is a mode too, of no concern to an op",
+    "torch._C._functorch.is_legacy_batchedtensor": "the vmap of is_grads_batched=True",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "hooks such as those of checkpointing",
+    "torch._C._will_engine_execute_node": "what autograd.grad asks for (pytorch#174017)",
+    "torch._C._is_any_autocast_enabled": "all devices, in a third of the time",
+    "torch._C._set_grad_enabled": "a fifth of what no_grad() costs",
+    "torch._C._get_fp32_precision_getter": "allow_tf32 raises where the newer one was set",
+    "torch.autograd._profiler_enabled": "where the symbol at::hasCallbacks is not to be found",
+    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "whether oneDNN has this CPU's own instructions",
+    "torch.ops.mkldnn._is_mkldnn_fp16_supported": "whether oneDNN has this CPU's own instructions",
+    "torch.nn._reduction.legacy_get_string": "size_average and reduce, with PyTorch's warning",
+    "torch._check": "an error of shapes that torch.compile understands",
+    "torch._check_value": "the same, a ValueError",
+    "torch.compiler.assume_constant_result()._dynamo_marked_constant": (
+        "the function imports the compiler, which takes seconds"
+    ),
+    "torch.nn.modules.module._global_forward_hooks": _HOOKS,
+    "torch.nn.modules.module._global_forward_pre_hooks": _HOOKS,
+    "torch.nn.modules.module._global_backward_hooks": _HOOKS,
+    "torch.nn.modules.module._global_backward_pre_hooks": _HOOKS,
+    "torch.nn.Module._forward_hooks": _HOOKS,
+    "torch.nn.Module._forward_pre_hooks": _HOOKS,
+    "torch.nn.Module._backward_hooks": _HOOKS,
+    "torch.nn.Module._backward_pre_hooks": _HOOKS,
+    "torch.nn.Module._modules": _CONTENTS,
+    "torch.nn.Module._parameters": _CONTENTS,
+    "torch.nn.Module._buffers": _CONTENTS,
+    "torch.nn.Module._call_impl": "tools replace it to see each call of a module",
+    "torch.nn.Module._compiled_call_impl": "what module.compile() leaves behind",
+    "torch.Tensor._backward_hooks": _HOOKS,
+    "torch.Tensor._post_accumulate_grad_hooks": _HOOKS,
+    "torch.optim.optimizer._global_optimizer_pre_hooks": _HOOKS,
+    "torch.optim.optimizer._global_optimizer_post_hooks": _HOOKS,
+    "torch.optim.Optimizer._optimizer_step_pre_hooks": _HOOKS,
+    "torch.optim.Optimizer._optimizer_step_post_hooks": _HOOKS,
+    "torch.optim.Optimizer._opt_called": "a scheduler warns where no step has set it",
+    "torch.optim.Optimizer.step._wrapped_by_lr_sched": "the wrapper of a scheduler",
+}
 
-# The node of a graph that torch.autograd.grad(..., is_grads_batched=True) runs under vmap.
-is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
-# Hooks for all saved tensors, such as those of checkpointing and save_on_cpu.
-_saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+def find(name: str) -> Any:
+    """Look up one of NAMES that is no attribute of an object.
 
-# Whether a backward will run a node of the graph: needs_input_grad tells what requires a gradient,
-# not what torch.autograd.grad was asked for (pytorch#174017).
-_will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
+    Raises:
+        ImportError: this torch has none; the message names it.
+    """
+    try:
+        owner, _, attribute = name.rpartition(".")
+        modules = sys.modules  # torch.optim hides some of its modules
+        holder = modules.get(owner) or functools.reduce(getattr, owner.split(".")[1:], torch)
+        return getattr(holder, attribute)
+    except AttributeError as error:
+        raise ImportError(
+            f"mnist_ext: torch {torch.__version__} has no {name}, which it takes for: {NAMES[name]}"
+        ) from error
 
-# torch.backends.cuda.matmul.fp32_precision, in a form that can be read whichever of the older
-# allow_tf32 and this was set.
-fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+
+are_transforms_active: Callable[[], bool] = find("torch._C._are_functorch_transforms_active")
+_function_modes: Callable[[], int] = find("torch._C._len_torch_function_stack")
+_dispatch_modes: Callable[[], int] = find("torch._C._len_torch_dispatch_stack")
+_tracing_state: Callable[[], Any] = find("torch._C._get_tracing_state")
+_stack_of_function_modes = find("torch.overrides._get_current_function_mode_stack")
+is_any_autocast_enabled: Callable[[], bool] = find("torch._C._is_any_autocast_enabled")
+is_batched: Callable[[torch.Tensor], bool] = find("torch._C._functorch.is_legacy_batchedtensor")
+_saved_tensors_hooks = find("torch._C._autograd._top_saved_tensors_default_hooks")
+_will_execute: Callable[[Any], bool] = find("torch._C._will_engine_execute_node")
+set_grad_enabled: Callable[[bool], None] = find("torch._C._set_grad_enabled")
+fp32_precision: Callable[[str, str], str] = find("torch._C._get_fp32_precision_getter")
+has_bfloat16_instructions: Callable[[], bool] = find("torch.ops.mkldnn._is_mkldnn_bf16_supported")
+has_float16_instructions: Callable[[], bool] = find("torch.ops.mkldnn._is_mkldnn_fp16_supported")
+reduction_of_legacy: Callable[..., Any] = find("torch.nn._reduction.legacy_get_string")
+check: Callable[..., None] = find("torch._check")
+check_value: Callable[..., None] = find("torch._check_value")
 
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
+MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+hooks_of_all_modules = [find(f"torch.nn.modules.module._global{hooks}") for hooks in MODULE_HOOKS]
+hooks_of_all_optimizers = [
+    find(f"torch.optim.optimizer._global_optimizer_{when}_hooks") for when in ("pre", "post")
+]
+
+
+def hooks_of_optimizer(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the dicts of hooks of its step, its own and those of all optimizers."""
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return [*own, *hooks_of_all_optimizers]
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Return whether hooks are registered for tensor's gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def is_step_replaced(step: Any) -> bool:
+    """Return whether step, an optimizer's own attribute or None, is not PyTorch's."""
+    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+
+
+def count_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers see that the optimizer's step was done."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _find_has_callbacks() -> Callable[[], bool]:
+    """Return PyTorch's own test of whether a profiler or observer of any kind or thread is on."""
+    try:
+        has_callbacks = ctypes.PyDLL(torch._C.__file__)._ZN2at12hasCallbacksEv
+    except (AttributeError, OSError):  # this one sees those of this thread
+        return find("torch.autograd._profiler_enabled")
+    has_callbacks.restype = ctypes.c_bool
+    return has_callbacks
+
+
+has_callbacks = _find_has_callbacks()
+
 
 def constant_when_compiled(function: _Function) -> _Function:
-    """As ``torch.compiler.assume_constant_result``, which takes seconds to import the compiler."""
+    """As ``torch.compiler.assume_constant_result``."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def _is_default_device(mode: Any) -> bool:
-    # torch.set_default_device is a mode, too, of no concern to an op whose tensors exist.
     from torch.utils._device import DeviceContext
 
     return type(mode) is DeviceContext

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Linear as _TorchLinear
-from torch.nn import Module as _AnyModule
 from torch.nn import ReLU as _ReLU
 from torch.nn.utils.parametrize import is_parametrized
 
 from mnist_ext import _flops, functional
-from mnist_ext._autograd import BIAS, RELU
-from mnist_ext._torch_private import is_compiling, observer
+from mnist_ext._autograd import BIAS, FLAGS, RELU
+from mnist_ext._decision import against_looking_ahead, is_patched, is_watched
 
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
@@ -53,7 +49,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``; see `functional.linear`."""
-        if self.activation == "none" and _is_patched():
+        if self.activation == "none" and is_patched():
             return super().forward(input)
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
 
@@ -76,13 +72,7 @@ class Sequential(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Call one module after the other."""
-        if (
-            type(input) is not Tensor  # tracing by torch.fx, among others, shall see each module
-            or is_compiling()
-            or any(_GLOBAL_HOOKS)
-            or observer() is not None
-            or _is_patched()
-        ):
+        if against_looking_ahead(input) is not None:
             return super().forward(input)
         weights: list[Tensor] = []  # of layers that wait for what comes behind them
         biases: list[Tensor] = []
@@ -93,24 +83,24 @@ class Sequential(torch.nn.Sequential):
             if (
                 kind is Linear
                 and len(module._parameters) == 2
-                and module.activation in _FLAGS
-                and not _is_watched(module)
+                and module.activation in FLAGS
+                and not is_watched(module)
             ):
                 params = module._parameters
                 weights.append(params["weight"])
-                layers.append(_FLAGS[module.activation])
+                layers.append(FLAGS[module.activation])
                 if (bias := params["bias"]) is not None:
                     biases.append(bias)
                     layers[-1] |= BIAS
                 continue
             if layers:
-                if kind in _FUSED and not _is_watched(module):
+                if kind in _FUSED and not is_watched(module):
                     if kind is _ReLU:
                         layers[-1] |= RELU
                     continue
                 input = functional.linears(input, weights, biases, layers, together=True)
                 weights, biases, layers = [], [], []
-            if kind is torch.nn.Flatten and not _is_watched(module):
+            if kind is torch.nn.Flatten and not is_watched(module):
                 input = input.flatten(module.start_dim, module.end_dim)
             else:
                 input = module(input)
@@ -119,41 +109,7 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-# Looked up once: every call asks them.
-_FLAGS = {"none": 0, "relu": RELU}
 _FUSED = frozenset((_ReLU, torch.nn.Identity))  # into the Linear before them
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-_hooks_of = operator.itemgetter(*[f"_{hooks}" for hooks in _HOOKS])
-_GLOBAL_HOOKS = [getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS]
-
-
-def _patchable() -> tuple[object, ...]:
-    # What tools replace for all layers at once, to see or to change each of them.
-    return (
-        _AnyModule.__call__,
-        _AnyModule._call_impl,
-        _TorchLinear.forward,
-        _ReLU.forward,
-        F.linear,
-        F.relu,
-        F.cross_entropy,
-    )
-
-
-_UNPATCHED = _patchable()
-
-
-def _is_patched() -> bool:
-    return not is_compiling() and _patchable() != _UNPATCHED
-
-
-def _is_watched(module: torch.nn.Module) -> bool:
-    attributes = module.__dict__
-    return (
-        any(_hooks_of(attributes))
-        or "forward" in attributes
-        or "_compiled_call_impl" in attributes  # module.compile()
-    )
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -161,7 +117,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Logits ``[N, C]`` and targets ``[N]`` to a loss; see `functional.cross_entropy`."""
-        if _is_patched():
+        if is_patched():
             return super().forward(input, target)
         return functional.cross_entropy(
             input,

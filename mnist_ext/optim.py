@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as _torchs
 from torch.optim.sgd import sgd as _torchs_sgd
 
 from mnist_ext import _library  # noqa: F401  (loads the ops)
+from mnist_ext._torch_private import (
+    has_callbacks,
+    hooks_of_all_optimizers,
+    is_compiling,
+    set_grad_enabled,
+)
 
 _sgd_step = torch.ops.mnist_ext.sgd_step.default
-_set_grad_enabled = torch._C._set_grad_enabled
-_is_compiling = torch.compiler.is_dynamo_compiling
-
-
-def _find_has_callbacks() -> Callable[[], bool]:
-    """Return PyTorch's own test of whether a profiler or observer of any kind or thread is on."""
-    try:
-        has_callbacks = ctypes.PyDLL(torch._C.__file__)._ZN2at12hasCallbacksEv
-    except (AttributeError, OSError):  # it is private; this one sees those of this thread
-        return torch.autograd._profiler_enabled
-    has_callbacks.restype = ctypes.c_bool
-    return has_callbacks
-
-
-_has_callbacks = _find_has_callbacks()
 _PLAIN = {Tensor, torch.nn.Parameter}
 _OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
 
@@ -75,14 +64,13 @@ class SGD(torch.optim.SGD):
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
-            or _torchs._global_optimizer_pre_hooks
-            or _torchs._global_optimizer_post_hooks
-            or _is_compiling()
-            or _has_callbacks()
+            or any(hooks_of_all_optimizers)
+            or is_compiling()
+            or has_callbacks()
         )
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if _is_compiling() or any(map(_is_torchs, self.param_groups)):
+        if is_compiling() or any(map(_is_torchs, self.param_groups)):
             step: Any = torch.optim.SGD.step
             if getattr(step, "hooked", False):  # the hooks have been called
                 step = step.__wrapped__
@@ -92,12 +80,12 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         recording = torch.is_grad_enabled()
-        _set_grad_enabled(False)  # a fifth of what no_grad() costs
+        set_grad_enabled(False)
         try:
             for group in self.param_groups:
                 self._step_group(group)
         finally:
-            _set_grad_enabled(recording)
+            set_grad_enabled(recording)
         return loss
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)

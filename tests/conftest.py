@@ -10,7 +10,7 @@ import torch
 from run_folders import isolate, train_digits
 
 import mnist_ext
-from mnist_ext import _C, functional
+from mnist_ext import _C, _decision
 
 
 def pytest_report_header() -> str:
@@ -70,7 +70,7 @@ def emulator():
 @pytest.fixture(autouse=True)
 def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels in dtypes too for which PyTorch's own op is the faster one on this CPU."""
-    monkeypatch.setattr(functional, "_LINEAR_DTYPES", functional._DTYPES)
+    monkeypatch.setattr(_decision, "LINEAR_DTYPES", _decision.DTYPES)
 
 
 @pytest.fixture(autouse=True)

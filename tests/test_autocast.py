@@ -7,7 +7,7 @@ from accuracy import assert_as_accurate
 from op_cases import FEW, FLOATS, with_gradients
 
 import mnist_ext
-from mnist_ext import functional
+from mnist_ext import _decision, functional
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -181,7 +181,7 @@ def test_compiled(inside):
 
 def test_linear_runs_pytorchs_op_where_that_is_the_faster_one(monkeypatch):
     """As without autocast: on the CPU where oneDNN has instructions for the dtype."""
-    monkeypatch.setattr(functional, "_LINEAR_DTYPES", (F32, F64))
+    monkeypatch.setattr(_decision, "LINEAR_DTYPES", (F32, F64))
     tensors = [t.requires_grad_() for t in layer(F32, F32)]
     value = under_autocast(functional.linear, "cpu", torch.bfloat16)(*tensors)
     assert value.dtype == torch.bfloat16

@@ -157,5 +157,5 @@ def test_what_pip_is_asked_for(monkeypatch, tmp_path):
 )
 def test_gpus_that_the_kernels_run_on(capability, architectures, expected):
     """Others get PyTorch's ops."""
-    functional = pytest.importorskip("mnist_ext.functional")
-    assert functional._is_built_for(capability, architectures) == expected
+    decision = pytest.importorskip("mnist_ext._decision")
+    assert decision.is_built_for(capability, architectures) == expected

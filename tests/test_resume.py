@@ -96,7 +96,7 @@ def test_interrupted_and_resumed(monkeypatch, capsys, impl, scheduler, moment):
     argv = [*DIGITS, "--recipe", "best", "--epochs", "4", "--log-interval", "7"]
     argv += ["--scheduler", scheduler, *SETTINGS[impl]]
     if impl == "one-call":  # few steps to a native call, as on a slow machine
-        monkeypatch.setattr("mnist_ext.train_step._SECONDS_PER_CALL", 1e-9)
+        monkeypatch.setattr("mnist_ext.train_step.epoch._SECONDS_PER_CALL", 1e-9)
     assert cli.main([*argv, "--name", "whole"]) == 0
     with a_signal(**moment):
         assert cli.main([*argv, "--name", "parts"]) == 130

@@ -2,9 +2,9 @@
 // one.
 #pragma once
 
-#include "../sgd.h"
-#include "memory.h"
-#include "parallel.h"
+#include "../api/backend.h"
+#include "simd/elements.h"
+#include "threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -71,10 +71,10 @@ void sgd_range(const SgdTensor<T>& t, const SgdOptions& options, Range range) {
 }
 
 template <class T>
-void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, int threads) {
+void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, const Launch& launch) {
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += tensors[i].size;
-  parallel(threads_for(static_cast<double>(total), kSgdGrain, threads), [&](int thread, int threads_used) {
+  parallel(threads_for(static_cast<double>(total), kSgdGrain, launch.threads), [&](int thread, int threads_used) {
     const Range share = split(total, Register<T>::width, thread, threads_used);
     int64_t begin = 0;  // of the tensor, among all elements
     for (int64_t i = 0; i < count; ++i) {

@@ -1,10 +1,9 @@
-// The arguments of the cross_entropy ops, whatever the device: checked, and in the kernels' terms.
+// The arguments of the cross_entropy ops, checked and in the kernels' terms.
 #pragma once
 
 #include <optional>
 #include <string>
 
-#include "../kernels/cross_entropy.h"
 #include "tensors.h"
 
 namespace mnist_ext::ops {
@@ -39,8 +38,7 @@ inline void check_probabilities(const char* op, const Tensor& logits, const Tens
 }
 
 inline void check_indices(const char* op, const Tensor& logits, const Tensor& target) {
-  const ScalarType dtype = target.scalar_type();
-  check(dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Byte, op,
+  check(has_class_indices(target), op,
         ": target: expected class indices of dtype int64, int32 or uint8, or probabilities of the shape and dtype of "
         "logits, ",
         Shape(logits), " ", DtypeName(logits), ", got ", Shape(target), " ", DtypeName(target));
@@ -218,20 +216,12 @@ struct Operands {
             .positions = layout.positions,
             .logits = logits.as<T>(),
             .kind = indices ? TargetKind::indices : TargetKind::probabilities,
-            .target = {indices ? indices->const_data_ptr() : nullptr, index_type()},
+            .target = indices ? class_indices(*indices) : ClassIndices{},
             .probabilities = probabilities ? probabilities->template as<T>() : ClassScores<const T>{},
             .weight = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr,
             .ignore_index = ignore_index,
             .label_smoothing = label_smoothing,
             .reduction = reduction};
-  }
-
-  ClassIndices::Type index_type() const {
-    switch (indices ? indices->scalar_type() : ScalarType::Long) {
-      case ScalarType::Int: return ClassIndices::Type::int32;
-      case ScalarType::Byte: return ClassIndices::Type::uint8;
-      default: return ClassIndices::Type::int64;
-    }
   }
 
   // Raises for the position that a kernel found, if it found one.
@@ -244,8 +234,8 @@ struct Operands {
       rest /= indices->size(dim);
     }
     fail<std::out_of_range>(op, ": target: expected class indices in [0, ", layout.classes,
-                            ") or ignore_index = ", ignore_index, ", got ",
-                            ClassIndices{indices->const_data_ptr(), index_type()}[bad_position], " at [", index, "]");
+                            ") or ignore_index = ", ignore_index, ", got ", class_indices(*indices)[bad_position],
+                            " at [", index, "]");
   }
 };
 
@@ -284,15 +274,14 @@ struct BackwardOperands {
   CrossEntropyBackward<T> arguments() const {
     using A = ComputeType<T>;
     const A* position_max = static_cast<const A*>(stats.const_data_ptr());
-    const auto out = [](const Tensor& t) { return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
     return {.problem = operands.problem<T>(),
             .grad_output = static_cast<const T*>(grad_output.const_data_ptr()),
             .grad_output_stride = grad_output_stride,
             .position_max = position_max,
             .position_log_sum = position_max + stats.numel() / 2,
             .total_weight = static_cast<const A*>(total_weight.const_data_ptr()),
-            .grad_logits = out(grad_logits),
-            .grad_probabilities = out(grad_target)};
+            .grad_logits = data_of<T>(grad_logits),
+            .grad_probabilities = data_of<T>(grad_target)};
   }
 };
 

@@ -1,11 +1,14 @@
-// The schemas of every op. mnist_ext/_autograd.py gives them gradients and mnist_ext/_fake.py their shapes under
-// torch.compile.
+// The schemas of every op, and their kernels, which are the same source for both devices. mnist_ext/_autograd.py gives
+// them gradients and mnist_ext/_fake.py their shapes under torch.compile.
 #pragma once
+
+#include <torch/csrc/stable/library.h>
 
 namespace mnist_ext::ops {
 
-template <class Library>
-void define_ops(Library& m) {
+using Library = torch::stable::detail::StableLibrary;
+
+inline void define_ops(Library& m) {
   // relu(input @ weight.T + bias), or without relu. allow_tf32: products of float32 on CUDA may round their factors to
   // TF32; the CPU has no such thing.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu, bool allow_tf32=False) -> Tensor");
@@ -19,14 +22,16 @@ void define_ops(Library& m) {
   // The layers of a multilayer perceptron, one after the other, as `linear` computes each: (output, hidden: the outputs
   // of all layers but the last, in one tensor; without keep_hidden empty). weights: of each layer; biases: of each that
   // has one; layers: 1 (has a bias) + 2 (ReLU). Both are undefined (None) where the tensors are none that the kernels
-  // take: of float32 or float64, dense, on the CPU, of sizes that fit together.
-  m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] layers, bool keep_hidden) -> (Tensor, Tensor)");
+  // take: of float32 or float64, dense, on the CPU or on one CUDA device, of sizes that fit together.
+  m.def(
+      "mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] layers, bool keep_hidden, bool allow_tf32=False) -> "
+      "(Tensor, Tensor)");
 
   // The gradients of input, if need_input, of each of weights and of each of biases. hidden, output: what `mlp`
   // returned; output only where the last layer has a ReLU.
   m.def(
       "mlp_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor? output, Tensor[] weights, "
-      "Tensor[] biases, int[] layers, bool need_input) -> Tensor[]");
+      "Tensor[] biases, int[] layers, bool need_input, bool allow_tf32=False) -> Tensor[]");
 
   // (loss, stats: each position's maximum and log-sum-exp above it, total_weight: what the mean divides by).
   // logits [C], [N, C] or [N, C, d1, ...]; target: class indices (int64, int32, uint8) of that shape without C, or
@@ -41,8 +46,8 @@ void define_ops(Library& m) {
       "cross_entropy_with_gradient(Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
       "float label_smoothing, int reduction) -> (Tensor, Tensor)");
 
-  // CUDA only: makes the gradient that `cross_entropy_with_gradient` returned that of grad_output, unless that is 1,
-  // for which it is already. The device decides, so that the host does not wait.
+  // Makes the gradient that `cross_entropy_with_gradient` returned that of grad_output, unless that is 1, for which it
+  // is already. The device decides, so that the host does not wait.
   m.def(
       "cross_entropy_gradient_(Tensor(a!) gradient, Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, "
       "int ignore_index, float label_smoothing, int reduction) -> ()");
@@ -62,21 +67,41 @@ void define_ops(Library& m) {
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
 
   // Steps of SGD on a multilayer perceptron; returns their losses [steps]. The examples are those that `order` names,
-  // or all, batch_size to a step. params: the weight of each layer, followed by its bias where it has one;
-  // momentum_buffers: none at all, or one for each (empty for those without). layers: 1 (has a bias) + 2 (ReLU).
-  // groups: for each parameter its group, -1 if it is frozen, and 1 if its buffer holds nothing yet, else 0. options:
-  // momentum, dampening, weight_decay, nesterov, maximize of each group. lr: of each step, of each group. A number of
-  // uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. captured: on CUDA, 0 or a number from
-  // new_captured_step, for a caller whose steps are alike. A wrong call changes nothing.
+  // or all, batch_size to a step; 0: all in one step, whose loss is a scalar. A number of uint8 images counts as
+  // number * scale + shift. What follows has one element for each layer: its parameters; their momentum buffers, None
+  // where a group has no momentum; whether it has a ReLU; the group of each parameter, -1 if it is frozen; whether its
+  // buffer holds nothing yet. momentum to maximize: of each group. lr: of each step, of each group. reduction: 1 mean,
+  // 2 sum. graph: 0, or from new_step_graph, for a caller whose steps are alike. A wrong call changes nothing.
   m.def(
-      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, Tensor(a!)[] params, "
-      "Tensor(b!)[] momentum_buffers, int[] layers, int[] groups, float[] options, float[] lr, float scale, "
-      "float shift, Tensor? class_weight, int ignore_index, float label_smoothing, int reduction, int captured=0) "
-      "-> Tensor");
+      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, float scale, float shift, *, "
+      "Tensor(a!)[] weights, Tensor(b!)?[] biases, Tensor(c!)?[] weight_momentum_buffers, "
+      "Tensor(d!)?[] bias_momentum_buffers, bool[] relu, int[] weight_groups, int[] bias_groups, "
+      "bool[] weight_first_step, bool[] bias_first_step, float[] momentum, float[] dampening, float[] weight_decay, "
+      "bool[] nesterov, bool[] maximize, float[] lr, Tensor? class_weight, int ignore_index, float label_smoothing, "
+      "int reduction, int graph=0) -> Tensor");
 
-  // CUDA only: where the CUDA graph of a step, and the memory it works in, stay between calls. Hold until freed.
-  m.def("new_captured_step() -> int");
-  m.def("free_captured_step(int number) -> ()");
+  // Where the CUDA graph of a step on like's device, and the memory it works in, stay between calls: a handle, valid
+  // until it is freed; 0 on the CPU, which has no graphs.
+  m.def("new_step_graph(Tensor like) -> int");
+  m.def("free_step_graph(Tensor like, int graph) -> ()");
 }
+
+// Registers the kernels of one of the libraries, for the device that is its own.
+void implement_linear(Library& m);
+void implement_mlp(Library& m);
+void implement_cross_entropy(Library& m);
+void implement_sgd_step(Library& m);
+void implement_train_steps(Library& m);
+
+inline void implement_ops(Library& m) {
+  implement_linear(m);
+  implement_mlp(m);
+  implement_cross_entropy(m);
+  implement_sgd_step(m);
+  implement_train_steps(m);
+}
+
+// For tensors that neither library takes.
+void implement_mlp_of_other_tensors(Library& m);
 
 }  // namespace mnist_ext::ops

@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels/dtypes.h"
+#include "../api/backend.h"
 #include "huge_pages.h"
 
 namespace mnist_ext::ops {
@@ -77,6 +77,18 @@ inline void check_floating(const char* op, const char* argument, const Tensor& t
   check(is_floating(t), op, ": ", argument, ": expected float32, float64, bfloat16 or float16, got ", DtypeName(t));
 }
 
+inline bool has_class_indices(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Byte;
+}
+
+inline ClassIndices class_indices(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return {t.const_data_ptr(), dtype == ScalarType::Long  ? ClassIndices::Type::int64
+                              : dtype == ScalarType::Int ? ClassIndices::Type::int32
+                                                         : ClassIndices::Type::uint8};
+}
+
 inline bool on_same_device(const Tensor& a, const Tensor& b) {
   if (a.is_cpu()) return b.is_cpu();
   return a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
@@ -107,7 +119,13 @@ void check_like(const char* op, const char* argument, const Tensor& t, const cha
   check_device<Error>(op, argument, t, other_argument, other);
 }
 
-// Calls body with an element of the kernels' type for the tensor's dtype, one of the four that is_floating() allows.
+// Calls body with an element of the kernels' type for the tensor's dtype, which is float32 or float64.
+template <class Body>
+void dispatch_float_or_double(const Tensor& t, const Body& body) {
+  t.scalar_type() == ScalarType::Float ? body(float{}) : body(double{});
+}
+
+// The same for all that is_floating() allows.
 template <class Body>
 void dispatch_floating(const Tensor& t, const Body& body) {
   switch (t.scalar_type()) {
@@ -139,26 +157,31 @@ inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int6
   return stride;
 }
 
-// A tensor [..., columns] as a matrix [rows, columns] with one stride for each, one of which is 1.
+// A tensor [..., columns] as a matrix [rows, columns] with one stride for each.
 struct Matrix {
-  Tensor tensor;  // the tensor itself, or a contiguous copy where its strides cannot be expressed
+  Tensor tensor;  // the tensor itself, or a contiguous copy where the kernels do not take its strides
   int64_t rows, columns, row_stride, column_stride = 1;
 
   template <class T>
-  const T* data() const {
-    return static_cast<const T*>(tensor.const_data_ptr());
+  MatrixView<T> view() const {
+    return {static_cast<const T*>(tensor.const_data_ptr()), row_stride, column_stride};
   }
 };
 
-// Row-major, or column-major too.
-inline Matrix as_matrix(const Tensor& t, bool column_major_too = false) {
+enum class Strides { row_major, one_of_them_1 };
+
+// At any strides where the kernels take them, else at those that they do.
+inline Matrix as_matrix(const Tensor& t, Strides strides) {
   const int64_t dims = t.dim(), columns = t.size(dims - 1);
   int64_t rows = 1;
   for (int64_t i = 0; i < dims - 1; ++i) rows *= t.size(i);
   const bool unit_columns = columns <= 1 || t.stride(dims - 1) == 1;
   const std::optional<int64_t> stride = merged_stride(t, 0, dims - 1);
   if (rows == 0 || (unit_columns && stride)) return {t, rows, columns, stride.value_or(columns)};
-  if (column_major_too && (rows == 1 || stride == 1)) return {t, rows, columns, 1, t.stride(dims - 1)};
+  const bool column_major = rows == 1 || stride == 1;
+  if ((strides == Strides::one_of_them_1 && column_major) || (stride && kernel_table().any_strides)) {
+    return {t, rows, columns, rows == 1 ? 1 : *stride, t.stride(dims - 1)};
+  }
   return {made_contiguous(t), rows, columns, columns};
 }
 
@@ -211,15 +234,9 @@ inline Tensor empty(Device device, int32_t dtype, std::initializer_list<int64_t>
   return empty(device, dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
-// On the CPU.
-inline Tensor empty(int32_t dtype, const int64_t* sizes, int64_t dims) {
-  return empty({aoti_torch_device_type_cpu(), 0}, dtype, sizes, dims);
+template <class T>
+T* data_of(const Tensor& t) {  // null for an undefined tensor: not wanted
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
-
-inline Tensor empty(int32_t dtype, std::initializer_list<int64_t> sizes) {
-  return empty(dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
-}
-
-inline int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 }  // namespace mnist_ext::ops

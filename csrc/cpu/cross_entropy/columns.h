@@ -1,10 +1,10 @@
-// Softmax cross-entropy where the positions lie side by side ([N, C, height, width]): a vector holds one class of
+// Softmax cross-entropy where the positions are contiguous ([N, C, height, width]): a vector holds one class of
 // neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed.
 #pragma once
 
-#include "cross_entropy_parts.h"
-#include "log.h"
-#include "scratch.h"
+#include "../simd/log.h"
+#include "../threads/scratch.h"
+#include "terms.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -48,7 +48,7 @@ struct Strip {
   int64_t size;      // how many positions
 };
 
-// The sum over classes of f(class): four chains side by side in each block, which round less than one.
+// The sum over classes of f(class): four independent chains in each block, which round less than one.
 template <class T, class F>
 MNIST_EXT_INLINE Register<T> class_sum(int64_t classes, const F& f) {
   using V = Register<T>;
@@ -132,12 +132,11 @@ struct ColumnTile {
 
 // One vector of positions. exponentials: exp(logit - max) to be kept there; or data null. Returns 1 / their sum.
 template <class T, class S>
-Register<T> forward_vector(const CrossEntropyForward<T>& x, const ColumnCoefficients<T, S>& coefficients,
-                           ColumnTile<const ComputeType<T>> logits, ColumnTile<ComputeType<T>> exponentials,
-                           int64_t position) {
+Register<T> forward_vector(const CrossEntropyProblem<T>& p, const PositionResults<T>& results,
+                           const ColumnCoefficients<T, S>& coefficients, ColumnTile<const ComputeType<T>> logits,
+                           ColumnTile<ComputeType<T>> exponentials, int64_t position) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
   const Coefficients<T>& q = coefficients.q;
   const int lanes = coefficients.lanes;
   const bool indexed = p.kind == TargetKind::indices;
@@ -166,9 +165,9 @@ Register<T> forward_vector(const CrossEntropyForward<T>& x, const ColumnCoeffici
     log_sum = where_positive(targets.counts, log_sum);
     loss = where_positive(targets.counts, loss);
   }
-  store(x.position_max + position, max, lanes);
-  store(x.position_log_sum + position, log_sum, lanes);
-  store(x.position_loss + position, loss, lanes);
+  store(results.max + position, max, lanes);
+  store(results.log_sum + position, log_sum, lanes);
+  store(results.loss + position, loss, lanes);
   return V::broadcast(A(1)) / sum;
 }
 
@@ -181,11 +180,11 @@ struct RecomputedColumn {
   int lanes;
   V max, log_sum;
 
-  RecomputedColumn(const CrossEntropyBackward<T>& x, StripScores<const S> strip, int64_t position, int n)
+  RecomputedColumn(const CrossEntropyBackward<T>& args, StripScores<const S> strip, int64_t position, int n)
       : logits(strip),
         lanes(n),
-        max(load(x.position_max + position, n)),
-        log_sum(load(x.position_log_sum + position, n)) {}
+        max(load(args.position_max + position, n)),
+        log_sum(load(args.position_log_sum + position, n)) {}
 
   MNIST_EXT_INLINE V operator()(int64_t c) const {
     return exp((load(logits.data + c * logits.class_stride, lanes) - max) - log_sum);
@@ -203,16 +202,16 @@ struct KeptColumn {
 
 // By value, here and below: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
-MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                                 const GradientScale<T>& scales, int64_t position, int lanes,
+MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work, int64_t position, int lanes,
                                                  Softmax softmax, StripScores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
+  const CrossEntropyProblem<T>& p = work.problem;
+  const Coefficients<T>& q = work.q;
   const int64_t classes = p.classes;
   const bool smoothed = q.smoothed;
   const VectorOfTargets<T> targets(p, position, lanes);
-  const V scale = scales.vector(position, lanes);
+  const V scale = work.scales.vector(position, lanes);
   const V of_target = scale * V::broadcast(q.target) * targets.weight(q, classes);
   const V of_all = smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
   for (int64_t c = 0; c < classes; ++c) {
@@ -231,13 +230,13 @@ MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyBackward<T>& 
 }
 
 template <class T, class S, class Softmax>
-MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                                       const GradientScale<T>& scales, int64_t position, int lanes,
+MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyWork<T>& work, int64_t position, int lanes,
                                                        Softmax softmax, StripTensors<S> at) {
   using V = Register<T>;
-  const int64_t classes = x.problem.classes;
+  const Coefficients<T>& q = work.q;
+  const int64_t classes = work.problem.classes;
   const ColumnCoefficients<T, S> coefficients{q, at.probabilities, lanes};
-  const V scale = scales.vector(position, lanes);
+  const V scale = work.scales.vector(position, lanes);
   if (at.grad_logits.data) {
     const V of_all = scale * class_sum<T>(classes, coefficients);
     for (int64_t c = 0; c < classes; ++c) {
@@ -246,7 +245,8 @@ MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyBackwar
     }
   }
   if (at.grad_probabilities.data) {
-    const V max = load(x.position_max + position, lanes), log_sum = load(x.position_log_sum + position, lanes);
+    const V max = load(work.backward->position_max + position, lanes);
+    const V log_sum = load(work.backward->position_log_sum + position, lanes);
     const V factor = V{} - scale * V::broadcast(q.target);
     for (int64_t c = 0; c < classes; ++c) {
       const V log_p = (load(at.logits.data + c * at.logits.class_stride, lanes) - max) - log_sum;
@@ -256,32 +256,21 @@ MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyBackwar
   }
 }
 
-// What to do with strips, for either op: forward if `forward` is given, then gradients if `backward` is.
-template <class T>
-struct StripWork {
-  const CrossEntropyForward<T>* forward;
-  const CrossEntropyBackward<T>* backward;
-  const CrossEntropyProblem<T>& problem;
-  const Coefficients<T>& q;
-  const GradientScale<T>& scales;
-};
-
 // One vector of positions; inlined, so that `lanes` is a constant for all but the last. widened: the logits, for the
 // forward; kept: room for exponentials, for both.
 template <class T, class S>
-MNIST_EXT_INLINE void do_vector(const StripWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
+MNIST_EXT_INLINE void do_vector(const CrossEntropyWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
                                 ColumnTile<const ComputeType<T>> widened, ColumnTile<ComputeType<T>> kept) {
   const auto backward = [&](const auto& softmax) __attribute__((always_inline)) {
-    const CrossEntropyBackward<T>& x = *work.backward;
     if (work.problem.kind == TargetKind::indices) {
-      backward_vector_of_indices(x, work.q, work.scales, position, lanes, softmax, at.grad_logits);
+      backward_vector_of_indices(work, position, lanes, softmax, at.grad_logits);
     } else {
-      backward_vector_of_probabilities(x, work.q, work.scales, position, lanes, softmax, at);
+      backward_vector_of_probabilities(work, position, lanes, softmax, at);
     }
   };
   if (work.forward) {
     const ColumnCoefficients<T, S> coefficients{work.q, at.probabilities, lanes};
-    const auto inverse_sum = forward_vector(*work.forward, coefficients, widened, kept, position);
+    const auto inverse_sum = forward_vector(work.problem, *work.forward, coefficients, widened, kept, position);
     if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
   } else {
     backward(RecomputedColumn<T, S>(*work.backward, at.logits, position, lanes));
@@ -289,7 +278,7 @@ MNIST_EXT_INLINE void do_vector(const StripWork<T>& work, int64_t position, int 
 }
 
 template <class T>
-void do_strip(const StripWork<T>& work, const Strip& strip, const StripTensors<T>& at) {
+void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const StripTensors<T>& at) {
   using A = ComputeType<T>;
   constexpr int64_t vector = Register<T>::width;
   const int64_t classes = work.problem.classes, width = strip_width<T>(classes);
@@ -312,9 +301,9 @@ void do_strip(const StripWork<T>& work, const Strip& strip, const StripTensors<T
   });
 }
 
-// This thread's share of positions that lie side by side.
+// This thread's share of contiguous positions.
 template <class T>
-void do_columns(const StripWork<T>& work, int thread, int threads) {
+void do_columns(const CrossEntropyWork<T>& work, int thread, int threads) {
   const CrossEntropyProblem<T>& p = work.problem;
   const int64_t width = strip_width<T>(p.classes), strips = (p.positions + width - 1) / width;
   const Range share = split(p.batch * strips, 1, thread, threads);

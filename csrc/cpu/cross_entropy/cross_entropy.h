@@ -2,9 +2,10 @@
 // still in the cache.
 #pragma once
 
-#include "cross_entropy_columns.h"
-#include "cross_entropy_rows.h"
-#include "cross_entropy_short_rows.h"
+#include "../../api/backend.h"
+#include "columns.h"
+#include "rows.h"
+#include "short_rows.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -15,9 +16,9 @@ int64_t rows_together(const CrossEntropyProblem<T>& p) {
   return together ? Register<T>::width : 1;
 }
 
-// This thread's share: forward, backward, or one after the other for each part of it.
+// A thread's share: forward, backward, or one after the other for each part of it.
 template <class T>
-void cross_entropy_part(const StripWork<T>& work, int thread, int count) {
+void cross_entropy_share(const CrossEntropyWork<T>& work, int thread, int count) {
   const CrossEntropyProblem<T>& p = work.problem;
   if (p.positions != 1) {
     do_columns(work, thread, count);
@@ -25,50 +26,105 @@ void cross_entropy_part(const StripWork<T>& work, int thread, int count) {
     do_short_rows(work, thread, count);
   } else {
     const Range rows = split(p.batch, 1, thread, count);
-    for (int64_t row = rows.begin; row < rows.end; ++row) do_row(work.forward, work.backward, work.q, work.scales, row);
+    for (int64_t row = rows.begin; row < rows.end; ++row) do_row(work, row);
   }
 }
 
-// Forward, backward, or both; either may be null.
 template <class T>
-void cross_entropy(const CrossEntropyProblem<T>& p, const CrossEntropyForward<T>* forward,
-                   const CrossEntropyBackward<T>* backward, int threads) {
-  const Coefficients<T> q(p);
-  const GradientScale<T> scales(backward);
-  const StripWork<T> work = {forward, backward, p, q, scales};
+int cross_entropy_threads(const CrossEntropyProblem<T>& p, const Launch& launch) {
   const double logits =
       static_cast<double>(p.batch) * static_cast<double>(p.classes) * static_cast<double>(p.positions);
-  parallel(threads_for(logits, kCrossEntropyGrain, threads),
-           [&](int thread, int count) { cross_entropy_part(work, thread, count); });
+  return threads_for(logits, kCrossEntropyGrain, launch.threads);
 }
 
+// A forward, with the gradient where that is wanted, by threads that each call share().
 template <class T>
-int64_t cross_entropy_forward(const CrossEntropyForward<T>& x, int threads) {
+class ForwardPass {
+ public:
   using A = ComputeType<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
-  const Targets targets = check_targets(p);
+
+  ForwardPass(const CrossEntropyForward<T>& args, void* workspace, double total_weight)
+      : args_(args),
+        results_(results(args, static_cast<A*>(workspace))),
+        total_weight_(total_weight),
+        divisor_(static_cast<A>(total_weight)),
+        backward_{.problem = args.problem,
+                  .grad_output = args.grad_output ? args.grad_output : &one_,
+                  .grad_output_stride = 0,
+                  .position_max = results_.max,
+                  .position_log_sum = results_.log_sum,
+                  .total_weight = &divisor_,
+                  .grad_logits = args.grad_logits,
+                  .grad_probabilities = nullptr},
+        q_(args.problem),
+        scales_(args.grad_logits ? &backward_ : nullptr) {}
+  ForwardPass(const ForwardPass&) = delete;
+  ForwardPass& operator=(const ForwardPass&) = delete;
+
+  void share(int thread, int count) const {
+    cross_entropy_share<T>({args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_}, thread,
+                           count);
+  }
+
+  // When all have done their share.
+  void reduce() const {
+    if (args_.total_weight) *args_.total_weight = divisor_;
+    if (args_.loss) reduce_losses(args_, results_.loss, total_weight_);
+  }
+
+  static int64_t workspace_bytes(const CrossEntropyForward<T>& args) {
+    return 3 * args.problem.batch * args.problem.positions * static_cast<int64_t>(sizeof(A));
+  }
+
+ private:
+  static T one() {
+    T number;
+    store_one(&number, A(1));
+    return number;
+  }
+
+  static PositionResults<T> results(const CrossEntropyForward<T>& args, A* workspace) {
+    const int64_t n = args.problem.batch * args.problem.positions;
+    PositionResults<T> results = {workspace, workspace + n, workspace + 2 * n};
+    if constexpr (!is_half<T>) {
+      if (args.problem.reduction == Reduction::none && args.loss) results.loss = args.loss;
+    }
+    if (args.position_max) results.max = args.position_max;
+    if (args.position_log_sum) results.log_sum = args.position_log_sum;
+    return results;
+  }
+
+  const CrossEntropyForward<T>& args_;
+  const PositionResults<T> results_;
+  const double total_weight_;
+  const A divisor_;
+  const T one_ = one();
+  const CrossEntropyBackward<T> backward_;
+  const Coefficients<T> q_;
+  const GradientScale<T> scales_;
+};
+
+template <class T>
+int64_t cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, const Launch& launch) {
+  const Targets targets = check_targets(args.problem);
   if (targets.first_bad >= 0) return targets.first_bad;
-  *x.total_weight = static_cast<A>(targets.total_weight);
-  T one;
-  store_one(&one, A(1));
-  const CrossEntropyBackward<T> backward = {.problem = p,
-                                            .grad_output = &one,
-                                            .grad_output_stride = 0,
-                                            .position_max = x.position_max,
-                                            .position_log_sum = x.position_log_sum,
-                                            .total_weight = x.total_weight,
-                                            .grad_logits = x.grad_logits,
-                                            .grad_probabilities = nullptr};
-  cross_entropy(p, &x, x.grad_logits ? &backward : nullptr, threads);
-  reduce_losses(x, targets.total_weight);
+  if (args.unless_one && load_one(args.grad_output) == ComputeType<T>(1)) return -1;
+  const ForwardPass<T> pass(args, workspace, targets.total_weight);
+  parallel(cross_entropy_threads(args.problem, launch), [&](int thread, int count) { pass.share(thread, count); });
+  pass.reduce();
   return -1;
 }
 
 template <class T>
-int64_t cross_entropy_backward(const CrossEntropyBackward<T>& x, int threads) {
-  const Targets targets = check_targets(x.problem);
+int64_t cross_entropy_backward(const CrossEntropyBackward<T>& args, const Launch& launch) {
+  const Targets targets = check_targets(args.problem);
   if (targets.first_bad >= 0) return targets.first_bad;
-  if (x.grad_logits || x.grad_probabilities) cross_entropy<T>(x.problem, nullptr, &x, threads);
+  if (!args.grad_logits && !args.grad_probabilities) return -1;
+  const Coefficients<T> q(args.problem);
+  const GradientScale<T> scales(&args);
+  parallel(cross_entropy_threads(args.problem, launch), [&](int thread, int count) {
+    cross_entropy_share<T>({args.problem, q, nullptr, &args, scales}, thread, count);
+  });
   return -1;
 }
 

@@ -1,8 +1,8 @@
-// Softmax cross-entropy where the classes of a position lie side by side: a position is a row, read in vectors.
+// Softmax cross-entropy where the classes of a position are contiguous: a position is a row, read in vectors.
 #pragma once
 
-#include "cross_entropy_parts.h"
-#include "scratch.h"
+#include "../threads/scratch.h"
+#include "terms.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -144,15 +144,16 @@ struct RowCoefficients {
 
 // exponentials: to be kept there; or null.
 template <class T>
-RowSum<ComputeType<T>> forward_row(const CrossEntropyForward<T>& x, const Coefficients<T>& q, int64_t i,
-                                   ComputeType<T>* exponentials) {
+RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, int64_t i, ComputeType<T>* exponentials) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
+  const CrossEntropyProblem<T>& p = work.problem;
+  const Coefficients<T>& q = work.q;
+  const PositionResults<T>& results = *work.forward;
   const bool indexed = p.kind == TargetKind::indices;
   const int64_t t = indexed ? p.target[i] : 0;
   if (indexed && t == p.ignore_index) {
-    x.position_loss[i] = x.position_max[i] = x.position_log_sum[i] = A(0);
+    results.loss[i] = results.max[i] = results.log_sum[i] = A(0);
     return {};
   }
   const T* row = p.logits.data + i * p.logits.batch_stride;
@@ -170,25 +171,26 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyForward<T>& x, const Coeffi
     const A target_loss = -((load_one(row + t) - lse.max) - lse.log_sum) * q.weight_of(t);
     loss = q.smoothed ? q.target * target_loss + loss : target_loss;
   }
-  x.position_max[i] = lse.max;
-  x.position_log_sum[i] = lse.log_sum;
-  x.position_loss[i] = loss;
+  results.max[i] = lse.max;
+  results.log_sum[i] = lse.log_sum;
+  results.loss[i] = loss;
   return lse;
 }
 
 template <class T, class Softmax>
-void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<T>& q, const GradientScale<T>& scales,
-                           int64_t i, const Softmax& softmax) {
+void backward_row_of_index(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
-  T* grad = x.grad_logits + i * p.classes;
+  const CrossEntropyProblem<T>& p = work.problem;
+  const CrossEntropyBackward<T>& args = *work.backward;
+  const Coefficients<T>& q = work.q;
+  T* grad = args.grad_logits + i * p.classes;
   const int64_t t = p.target[i];
   if (t == p.ignore_index) {
     std::memset(grad, 0, p.classes * sizeof(T));
     return;
   }
-  const A scale = scales[i];
+  const A scale = work.scales[i];
   const A of_target = scale * q.target * q.weight_of(t);
   const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
   const A p_target = softmax.at(t);
@@ -208,16 +210,17 @@ void backward_row_of_index(const CrossEntropyBackward<T>& x, const Coefficients<
 }
 
 template <class T, class Softmax>
-void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coefficients<T>& q,
-                                   const GradientScale<T>& scales, int64_t i, const Softmax& softmax) {
+void backward_row_of_probabilities(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const CrossEntropyProblem<T>& p = x.problem;
+  const CrossEntropyProblem<T>& p = work.problem;
+  const CrossEntropyBackward<T>& args = *work.backward;
+  const Coefficients<T>& q = work.q;
   const T* row = p.logits.data + i * p.logits.batch_stride;
   const RowCoefficients<T> coefficients{q, p.probabilities.data + i * p.probabilities.batch_stride};
-  const A scale = scales[i];
-  if (x.grad_logits) {
-    T* grad = x.grad_logits + i * p.classes;
+  const A scale = work.scales[i];
+  if (args.grad_logits) {
+    T* grad = args.grad_logits + i * p.classes;
     const auto scaled_softmax =
         softmax.times(V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients))));
     const V scale_vector = V::broadcast(scale);
@@ -225,9 +228,9 @@ void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coeff
       store(grad + c, scaled_softmax(c, lanes) - uncontracted(scale_vector * coefficients(c, lanes)), lanes);
     });
   }
-  if (x.grad_probabilities) {
-    T* grad = x.grad_probabilities + i * p.classes;
-    const V max = V::broadcast(x.position_max[i]), log_sum = V::broadcast(x.position_log_sum[i]);
+  if (args.grad_probabilities) {
+    T* grad = args.grad_probabilities + i * p.classes;
+    const V max = V::broadcast(args.position_max[i]), log_sum = V::broadcast(args.position_log_sum[i]);
     const V factor = V::broadcast(-scale * q.target);
     for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
       const V log_p = (load(row + c, lanes) - max) - log_sum;
@@ -237,37 +240,34 @@ void backward_row_of_probabilities(const CrossEntropyBackward<T>& x, const Coeff
 }
 
 template <class T, class Softmax>
-void backward_row(const CrossEntropyBackward<T>& x, const Coefficients<T>& q, const GradientScale<T>& scales, int64_t i,
-                  const Softmax& softmax) {
-  if (x.problem.kind == TargetKind::indices) {
-    backward_row_of_index(x, q, scales, i, softmax);
+void backward_row(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
+  if (work.problem.kind == TargetKind::indices) {
+    backward_row_of_index(work, i, softmax);
   } else {
-    backward_row_of_probabilities(x, q, scales, i, softmax);
+    backward_row_of_probabilities(work, i, softmax);
   }
 }
 
-// Forward, backward, or both; either may be null.
 template <class T>
-void do_row(const CrossEntropyForward<T>* forward, const CrossEntropyBackward<T>* backward, const Coefficients<T>& q,
-            const GradientScale<T>& scales, int64_t i) {
+void do_row(const CrossEntropyWork<T>& work, int64_t i) {
   using V = Register<T>;
+  const CrossEntropyBackward<T>* backward = work.backward;
   if (!backward) {
-    forward_row<T>(*forward, q, i, nullptr);
-  } else if (!forward) {
-    const ClassScores<const T>& logits = backward->problem.logits;
-    backward_row(*backward, q, scales, i,
-                 RecomputedSoftmax<T>{logits.data + i * logits.batch_stride, V::broadcast(backward->position_max[i]),
-                                      V::broadcast(backward->position_log_sum[i])});
+    forward_row(work, i, nullptr);
+  } else if (!work.forward) {
+    const ClassScores<const T>& logits = work.problem.logits;
+    const V max = V::broadcast(backward->position_max[i]), log_sum = V::broadcast(backward->position_log_sum[i]);
+    backward_row(work, i, RecomputedSoftmax<T>{logits.data + i * logits.batch_stride, max, log_sum});
   } else {
-    const int64_t classes = backward->problem.classes;
+    const int64_t classes = work.problem.classes;
     ComputeType<T>* exponentials;
     if constexpr (is_half<T>) {
       exponentials = static_cast<float*>(scratch(Scratch::exponentials, classes * sizeof(float)));
     } else {
       exponentials = backward->grad_logits + i * classes;  // which takes their place
     }
-    const auto lse = forward_row(*forward, q, i, exponentials);
-    backward_row(*backward, q, scales, i, KeptSoftmax<T>{exponentials, V::broadcast(lse.inverse_sum)});
+    const auto lse = forward_row<T>(work, i, exponentials);
+    backward_row(work, i, KeptSoftmax<T>{exponentials, V::broadcast(lse.inverse_sum)});
   }
 }
 

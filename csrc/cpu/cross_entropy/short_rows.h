@@ -2,8 +2,8 @@
 // and sums over classes are sums of vectors; then as columns.
 #pragma once
 
-#include "cross_entropy_columns.h"
-#include "transpose.h"
+#include "../simd/transpose.h"
+#include "columns.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -39,7 +39,7 @@ void transpose_out(const ComputeType<T>* tile, int64_t rows, int64_t classes, T*
 
 // This thread's share of the rows.
 template <class T>
-void do_short_rows(const StripWork<T>& work, int thread, int threads) {
+void do_short_rows(const CrossEntropyWork<T>& work, int thread, int threads) {
   using A = ComputeType<T>;
   constexpr int64_t width = Register<T>::width;
   const CrossEntropyProblem<T>& p = work.problem;

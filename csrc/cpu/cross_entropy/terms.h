@@ -4,14 +4,20 @@
 #include <cmath>
 #include <limits>
 
-#include "../cross_entropy.h"
-#include "exp.h"
-#include "memory.h"
-#include "parallel.h"
+#include "../../api/cross_entropy.h"
+#include "../simd/elements.h"
+#include "../simd/exp.h"
+#include "../threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
 inline constexpr double kCrossEntropyGrain = 16384;  // logits that are worth a thread of their own
+
+// Where the forward writes what it finds for each position: [batch, positions], 0 where ignored.
+template <class T>
+struct PositionResults {
+  ComputeType<T>*loss, *max, *log_sum;
+};
 
 // The coefficients q of the contract, apart from the class weights' vectors.
 template <class T>
@@ -104,15 +110,15 @@ double pairwise_sum(const A* x, int64_t n) {
 
 // From the positions' losses to what the caller asked for.
 template <class T>
-void reduce_losses(const CrossEntropyForward<T>& x, double total_weight) {
+void reduce_losses(const CrossEntropyForward<T>& args, const ComputeType<T>* position_loss, double total_weight) {
   using A = ComputeType<T>;
-  const int64_t n = x.problem.batch * x.problem.positions;
-  if (x.problem.reduction != Reduction::none) {
-    const double sum = pairwise_sum(x.position_loss, n);
-    store_one(x.loss, static_cast<A>(x.problem.reduction == Reduction::mean ? sum / total_weight : sum));
-  } else if (x.loss) {
+  const int64_t n = args.problem.batch * args.problem.positions;
+  if (args.problem.reduction != Reduction::none) {
+    const double sum = pairwise_sum(position_loss, n);
+    store_one(args.loss, static_cast<A>(args.problem.reduction == Reduction::mean ? sum / total_weight : sum));
+  } else if constexpr (is_half<T>) {  // else the positions' losses are what the caller asked for
     for_each_vector<T>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      store(x.loss + i, load(x.position_loss + i, lanes), lanes);
+      store(args.loss + i, load(position_loss + i, lanes), lanes);
     });
   }
 }
@@ -126,15 +132,15 @@ struct GradientScale {
   int64_t stride = 0;
   A of_all = 0;
 
-  explicit GradientScale(const CrossEntropyBackward<T>* x) {
-    if (!x) return;
-    switch (x->problem.reduction) {
+  explicit GradientScale(const CrossEntropyBackward<T>* args) {
+    if (!args) return;
+    switch (args->problem.reduction) {
       case Reduction::none:
-        each = x->grad_output;
-        stride = x->grad_output_stride;
+        each = args->grad_output;
+        stride = args->grad_output_stride;
         break;
-      case Reduction::mean: of_all = load_one(x->grad_output) / *x->total_weight; break;
-      case Reduction::sum: of_all = load_one(x->grad_output); break;
+      case Reduction::mean: of_all = load_one(args->grad_output) / *args->total_weight; break;
+      case Reduction::sum: of_all = load_one(args->grad_output); break;
     }
   }
 
@@ -145,6 +151,16 @@ struct GradientScale {
     for (int i = 0; each && i < lanes; ++i) scale.raw[i] = (*this)[position + i];
     return scale;
   }
+};
+
+// What to do with positions: forward if `forward` is given, then gradients if `backward` is.
+template <class T>
+struct CrossEntropyWork {
+  const CrossEntropyProblem<T>& problem;
+  const Coefficients<T>& q;
+  const PositionResults<T>* forward;
+  const CrossEntropyBackward<T>* backward;
+  const GradientScale<T>& scales;
 };
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,6 +1,7 @@
 // The kernels for CPUs with AVX2 and FMA.
 #define MNIST_EXT_ISA avx2
-#include "all_kernels.h"
+#include "dispatch.h"
+#include "table.h"
 
 namespace mnist_ext {
 

@@ -1,6 +1,7 @@
 // The kernels for CPUs with AVX-512 F, DQ, BW and VL.
 #define MNIST_EXT_ISA avx512
-#include "all_kernels.h"
+#include "dispatch.h"
+#include "table.h"
 
 namespace mnist_ext {
 

@@ -1,6 +1,7 @@
 // The kernels for any CPU of this architecture (SSE2 on x86-64, NEON on AArch64).
 #define MNIST_EXT_ISA baseline
-#include "all_kernels.h"
+#include "dispatch.h"
+#include "table.h"
 
 namespace mnist_ext {
 

@@ -1,15 +1,12 @@
-// The kernels' public entry points: pick the instruction set once, then call through its table.
-#include <cstdlib>
-#include <stdexcept>
+#include "dispatch.h"
 
-#include "isa.h"
-#include "kernel_table.h"
+#include <stdexcept>
 
 namespace mnist_ext {
 namespace {
 
 struct Isa {
-  const char* name;
+  std::string name;
   const KernelTable* kernels;
 };
 
@@ -31,6 +28,11 @@ std::vector<Isa> detect() {
 const std::vector<Isa>& available() {
   static const std::vector<Isa> isas = detect();
   return isas;
+}
+
+std::vector<Isa>& registered() {
+  static std::vector<Isa> tables;
+  return tables;
 }
 
 struct Active {
@@ -57,91 +59,24 @@ std::string active_isa_reason() { return active().reason; }
 
 void set_isa(const std::string& name, const std::string& reason) {
   std::string choices;
-  for (const Isa& isa : available()) {
-    if (name == isa.name) {
-      active() = {isa, reason};
-      return;
+  for (const std::vector<Isa>* isas : {&available(), static_cast<const std::vector<Isa>*>(&registered())}) {
+    for (const Isa& isa : *isas) {
+      if (name == isa.name) {
+        active() = {isa, reason};
+        return;
+      }
+      choices += (choices.empty() ? "" : ", ") + isa.name;
     }
-    choices += choices.empty() ? isa.name : std::string(", ") + isa.name;
   }
   throw std::invalid_argument("instruction set '" + name +
                               "' is unknown or not supported by this CPU: expected one of " + choices);
 }
 
-namespace {
-
-template <class T>
-const KernelsOf<T>& kernels() {
-  return *active().isa.kernels;
+void register_kernels(const std::string& name, const KernelTable* kernels) {
+  std::erase_if(registered(), [&](const Isa& isa) { return isa.name == name; });
+  registered().push_back({name, kernels});
 }
 
-}  // namespace
-
-template <class T>
-void linear_forward(const LinearForward<T>& args, int threads) {
-  kernels<T>().linear_forward(args, threads);
-}
-
-template <class T>
-void linear_backward(const LinearBackward<T>& args, int threads) {
-  kernels<T>().linear_backward(args, threads);
-}
-
-template <class T>
-int64_t cross_entropy_forward(const CrossEntropyForward<T>& args, int threads) {
-  return kernels<T>().cross_entropy_forward(args, threads);
-}
-
-template <class T>
-int64_t cross_entropy_backward(const CrossEntropyBackward<T>& args, int threads) {
-  return kernels<T>().cross_entropy_backward(args, threads);
-}
-
-template <class T>
-void sgd_step(const SgdTensor<T>* tensors, int64_t count, const SgdOptions& options, int threads) {
-  kernels<T>().sgd_step(tensors, count, options, threads);
-}
-
-template <class T>
-void mlp_forward(const LinearForward<T>* layers, int64_t depth, int threads) {
-  kernels<T>().mlp_forward(layers, depth, threads);
-}
-
-template <class T>
-void mlp_backward(const LinearBackward<T>* layers, int64_t depth, int threads) {
-  kernels<T>().mlp_backward(layers, depth, threads);
-}
-
-template <class T>
-int64_t train_steps(const TrainSteps<T>& args, int threads) {
-  return kernels<T>().train_steps(args, threads);
-}
-
-template void linear_forward(const LinearForward<float>&, int);
-template void linear_forward(const LinearForward<double>&, int);
-template void linear_forward(const LinearForward<BFloat16>&, int);
-template void linear_forward(const LinearForward<Float16>&, int);
-template void linear_backward(const LinearBackward<float>&, int);
-template void linear_backward(const LinearBackward<double>&, int);
-template void linear_backward(const LinearBackward<BFloat16>&, int);
-template void linear_backward(const LinearBackward<Float16>&, int);
-template int64_t cross_entropy_forward(const CrossEntropyForward<float>&, int);
-template int64_t cross_entropy_forward(const CrossEntropyForward<double>&, int);
-template int64_t cross_entropy_forward(const CrossEntropyForward<BFloat16>&, int);
-template int64_t cross_entropy_forward(const CrossEntropyForward<Float16>&, int);
-template int64_t cross_entropy_backward(const CrossEntropyBackward<float>&, int);
-template int64_t cross_entropy_backward(const CrossEntropyBackward<double>&, int);
-template int64_t cross_entropy_backward(const CrossEntropyBackward<BFloat16>&, int);
-template int64_t cross_entropy_backward(const CrossEntropyBackward<Float16>&, int);
-template void sgd_step(const SgdTensor<float>*, int64_t, const SgdOptions&, int);
-template void sgd_step(const SgdTensor<double>*, int64_t, const SgdOptions&, int);
-template void sgd_step(const SgdTensor<BFloat16>*, int64_t, const SgdOptions&, int);
-template void sgd_step(const SgdTensor<Float16>*, int64_t, const SgdOptions&, int);
-template void mlp_forward(const LinearForward<float>*, int64_t, int);
-template void mlp_forward(const LinearForward<double>*, int64_t, int);
-template void mlp_backward(const LinearBackward<float>*, int64_t, int);
-template void mlp_backward(const LinearBackward<double>*, int64_t, int);
-template int64_t train_steps(const TrainSteps<float>&, int);
-template int64_t train_steps(const TrainSteps<double>&, int);
+const KernelTable& kernel_table() { return *active().isa.kernels; }
 
 }  // namespace mnist_ext

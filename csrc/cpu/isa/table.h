@@ -1,34 +1,37 @@
 // Every kernel for one instruction set, as a table.
 #pragma once
 
-#include "cross_entropy_impl.h"
-#include "kernel_table.h"
-#include "linear_half.h"
-#include "linear_impl.h"
-#include "mlp_impl.h"
-#include "sgd_impl.h"
-#include "train_step_impl.h"
+#include "../executor.h"
+#include "../train_steps.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
 template <class T>
-constexpr KernelsOf<T> kernels_of() {
+constexpr Kernels<T> kernels_of() {
+  Kernels<T> kernels = {.run = nullptr,
+                        .workspace_bytes = workspace_bytes<T>,
+                        .cross_entropy_forward = cross_entropy_forward<T>,
+                        .cross_entropy_backward = cross_entropy_backward<T>,
+                        .cross_entropy_workspace_bytes = ForwardPass<T>::workspace_bytes,
+                        .sgd_step = sgd_step<T>,
+                        .train_steps = nullptr,
+                        .train_steps_workspace_bytes = nullptr};
   if constexpr (is_half<T>) {
-    return {linear_forward_half<T>,
-            linear_backward_half<T>,
-            cross_entropy_forward<T>,
-            cross_entropy_backward<T>,
-            sgd_step<T>,
-            nullptr,
-            nullptr,
-            nullptr};
+    kernels.run = run_program_half<T>;
   } else {
-    return {linear_forward<T>, linear_backward<T>, cross_entropy_forward<T>, cross_entropy_backward<T>,
-            sgd_step<T>,       mlp_forward<T>,     mlp_backward<T>,          train_steps<T>};
+    kernels.run = run_program<T>;
+    kernels.train_steps = cpu::train_steps;
+    kernels.train_steps_workspace_bytes = cpu::train_steps_workspace_bytes;
   }
+  return kernels;
 }
 
-inline constexpr KernelTable kTable = {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>(),
-                                       kernels_of<Float16>()};
+inline constexpr KernelTable kTable = {{kernels_of<float>()},
+                                       {kernels_of<double>()},
+                                       {kernels_of<BFloat16>()},
+                                       {kernels_of<Float16>()},
+                                       nullptr,
+                                       nullptr,
+                                       false};
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -1,96 +1,99 @@
-// C = A * B (+ bias, ReLU), as gemm.h and dot_gemm.h compute it, and how they add up long sums.
+// The part of a product that is computed at once, and how long sums are cut.
 #pragma once
 
-#include "../linear.h"
-#include "parallel.h"
-#include "scratch.h"
-#include "vec.h"
+#include "../../api/product.h"
+#include "../simd/vec.h"
+#include "../threads/parallel.h"
+#include "../threads/scratch.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
+// C = A * B^T (+ bias, ReLU), as api/product.h has it, of any part of C.
 template <class T>
-struct Product {
-  int64_t rows, columns, depth;
-  const T* a;                 // a(row, p) = a[row * a_row + p * a_depth]
-  int64_t a_row, a_depth;     // one of them is 1
-  const T* b;                 // b(p, column) = b[p * b_depth + column * b_column]
-  int64_t b_depth, b_column;  // one of them is 1
-  T* c;                       // c(row, column) = c[row * c_row + column]
-  int64_t c_row;
-  const T* bias = nullptr;  // [columns], added to every row; or
-  bool one_bias = false;    // a single one; then there is one row
-  bool relu = false;
-  const T* a_gate = nullptr;  // a(row, p) counts as 0 where a_gate(row, p) <= 0; its strides are laid out as A's
-  int64_t gate_row = 0, gate_depth = 0;
+struct Block {
+  int64_t M, N, K;
+  Operand<T> a, relu_mask, b;  // one stride of each is 1
+  T* c;
+  int64_t ldc;  // leading dimension
+  const T* bias;
+  bool one_bias = false;  // of a single row: one number, not one for each column
+  bool relu;
 
-  // Whether A is read along its columns.
-  bool a_is_transposed() const { return a_depth != 1 || (a_gate && gate_depth != 1); }
-
-  bool packs_a() const { return a_gate || a_is_transposed(); }
-
-  // Of a single column with c_row 1, without a gate.
-  Product transposed() const {
-    return {.rows = 1,
-            .columns = rows,
-            .depth = depth,
-            .a = b,
-            .a_row = b_column,
-            .a_depth = b_depth,
-            .b = a,
-            .b_depth = a_depth,
-            .b_column = a_row,
-            .c = c,
-            .c_row = rows,
-            .bias = bias,
-            .one_bias = true,
-            .relu = relu};
+  static Block whole(const Product<T>& p) {
+    return {.M = p.M,
+            .N = p.N,
+            .K = p.K,
+            .a = p.a,
+            .relu_mask = p.relu_mask,
+            .b = p.b,
+            .c = p.c,
+            .ldc = p.N,
+            .bias = p.bias,
+            .relu = p.relu};
   }
 
-  // What the given steps of the summed dimension add to that part of C.
-  Product part(Range of_rows, Range of_columns, Range of_depth) const {
-    Product p = *this;
-    p.rows = of_rows.size();
-    p.columns = of_columns.size();
-    p.depth = of_depth.size();
-    p.a += of_rows.begin * a_row + of_depth.begin * a_depth;
-    p.b += of_depth.begin * b_depth + of_columns.begin * b_column;
-    p.c += of_rows.begin * c_row + of_columns.begin;
-    if (bias && !one_bias) p.bias += of_columns.begin;
-    if (a_gate) p.a_gate += of_rows.begin * gate_row + of_depth.begin * gate_depth;
+  // Whether A is read along its columns.
+  bool a_is_transposed() const { return a.k_stride != 1 || (relu_mask.data && relu_mask.k_stride != 1); }
+
+  bool packs_a() const { return relu_mask.data || a_is_transposed(); }
+
+  // Of a single column with ldc 1, without a mask.
+  Block transposed() const {
+    Block t = *this;
+    t.M = 1;
+    t.N = M;
+    t.a = b;
+    t.b = a;
+    t.ldc = M;
+    t.one_bias = true;
+    return t;
+  }
+
+  // What the given steps of K add to that part of C.
+  Block part(Range of_m, Range of_n, Range of_k) const {
+    Block p = *this;
+    p.M = of_m.size();
+    p.N = of_n.size();
+    p.K = of_k.size();
+    p.a.data += of_m.begin * a.outer_stride + of_k.begin * a.k_stride;
+    p.b.data += of_n.begin * b.outer_stride + of_k.begin * b.k_stride;
+    p.c += of_m.begin * ldc + of_n.begin;
+    if (bias && !one_bias) p.bias += of_n.begin;
+    if (relu_mask.data) p.relu_mask.data += of_m.begin * relu_mask.outer_stride + of_k.begin * relu_mask.k_stride;
     return p;
   }
 };
 
-// Steps of the summed dimension that are added up in registers, at most, before they are added to C.
-inline constexpr int64_t kDepthBlock = 256;
+// Steps of K that are added up in registers, at most, before they are added to C.
+inline constexpr int64_t kBlockK = 256;
 // More steps than this are summed in pieces, of about as many blocks as there are pieces: in one chain, every block
 // would round the sum so far.
-inline constexpr int64_t kLongDepth = 32 * kDepthBlock;
+inline constexpr int64_t kLongK = 32 * kBlockK;
 
-inline int64_t depth_pieces(int64_t depth) {
+inline int64_t pieces_of(int64_t K) {
   int64_t pieces = 1;
-  while (depth > kLongDepth && pieces * pieces * kDepthBlock < depth) ++pieces;
+  while (K > kLongK && pieces * pieces * kBlockK < K) ++pieces;
   return pieces;
 }
 
 // Of a block of C, the sums of one piece.
-inline constexpr int64_t kPieceRows = 384;
+inline constexpr int64_t kPieceM = 384;
 template <class T>
-inline constexpr int64_t kPieceColumns = 2048 / sizeof(T);
+inline constexpr int64_t kPieceN = 2048 / sizeof(T);
 
 template <class T>
 T* piece_scratch() {
-  return static_cast<T*>(scratch(Scratch::piece, kPieceRows * kPieceColumns<T> * sizeof(T)));
+  return static_cast<T*>(scratch(Scratch::piece, kPieceM * kPieceN<T> * sizeof(T)));
 }
 
 // c += the sums of a piece, and ReLU.
 template <class T>
-void add_piece(const Product<T>& piece, T* c, int64_t c_row, bool relu) {
+void add_piece(const Block<T>& piece, T* c, int64_t ldc, bool relu) {
   using V = Vec<T>;
-  for (int64_t row = 0; row < piece.rows; ++row, c += c_row) {
-    const T* from = piece.c + row * piece.c_row;
-    for (int64_t i = 0; i < piece.columns; i += V::width) {
-      const int lanes = piece.columns - i < V::width ? static_cast<int>(piece.columns - i) : V::width;
+  for (int64_t row = 0; row < piece.M; ++row, c += ldc) {
+    const T* from = piece.c + row * piece.ldc;
+    for (int64_t i = 0; i < piece.N; i += V::width) {
+      const int lanes = piece.N - i < V::width ? static_cast<int>(piece.N - i) : V::width;
       V sum = V::load_partial(c + i, lanes) + V::load_partial(from + i, lanes);
       if (relu) sum = max(V{}, sum);  // NaN stays NaN
       sum.store_partial(c + i, lanes);
@@ -98,20 +101,20 @@ void add_piece(const Product<T>& piece, T* c, int64_t c_row, bool relu) {
   }
 }
 
-// That part of C by multiply(product), which adds block after block to C; long sums in pieces.
+// That part of C by multiply(block), which adds block after block to C; long sums in pieces.
 template <class T>
-void multiply_in_pieces(const Product<T>& g, Range rows, Range columns, void (*multiply)(const Product<T>&)) {
-  const int64_t pieces = depth_pieces(g.depth);
-  if (pieces == 1) return multiply(g.part(rows, columns, {0, g.depth}));
+void multiply_in_pieces(const Block<T>& g, Range rows, Range columns, void (*multiply)(const Block<T>&)) {
+  const int64_t pieces = pieces_of(g.K);
+  if (pieces == 1) return multiply(g.part(rows, columns, {0, g.K}));
   T* sums = piece_scratch<T>();
-  const auto block = [](Range all, int64_t begin, int64_t size) {
+  const auto some = [](Range all, int64_t begin, int64_t size) {
     return Range{begin, all.end - begin < size ? all.end : begin + size};
   };
-  for (int64_t row = rows.begin; row < rows.end; row += kPieceRows) {
-    for (int64_t column = columns.begin; column < columns.end; column += kPieceColumns<T>) {
-      const Range r = block(rows, row, kPieceRows), c = block(columns, column, kPieceColumns<T>);
+  for (int64_t row = rows.begin; row < rows.end; row += kPieceM) {
+    for (int64_t column = columns.begin; column < columns.end; column += kPieceN<T>) {
+      const Range r = some(rows, row, kPieceM), c = some(columns, column, kPieceN<T>);
       for (int64_t i = 0; i < pieces; ++i) {
-        Product<T> piece = g.part(r, c, split(g.depth, kDepthBlock, i, pieces));
+        Block<T> piece = g.part(r, c, split(g.K, kBlockK, i, pieces));
         piece.relu = false;
         if (i == 0) {
           multiply(piece);
@@ -119,10 +122,10 @@ void multiply_in_pieces(const Product<T>& g, Range rows, Range columns, void (*m
         }
         T* to = piece.c;
         piece.c = sums;
-        piece.c_row = kPieceColumns<T>;
+        piece.ldc = kPieceN<T>;
         piece.bias = nullptr;
         multiply(piece);
-        add_piece(piece, to, g.c_row, g.relu && i + 1 == pieces);
+        add_piece(piece, to, g.ldc, g.relu && i + 1 == pieces);
       }
     }
   }

@@ -13,18 +13,18 @@ namespace mnist_ext::MNIST_EXT_ISA {
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
 inline constexpr int kDotColumns = 4;  // summed together
 
-// One part of the summed dimension for one tile of C; as Tile in gemm.h.
+// One part of K for one tile of C; as Tile in gemm.h.
 template <class T>
 struct DotTile {
+  int64_t K;
   const T* a;
-  int64_t a_row;
+  int64_t a_stride;  // between rows of A
   const T* b;
-  int64_t b_column;
-  int64_t depth;
+  int64_t b_stride;  // between rows of B, which are columns of C
   T* c;
-  int64_t c_row;
-  const T* add;  // added to the sums: bias (add_row 0), C so far, or null
-  int64_t add_row;
+  int64_t ldc;
+  const T* add;  // added to the sums: bias (ldadd 0), C so far, or null
+  int64_t ldadd;
   bool relu;
 };
 
@@ -37,30 +37,30 @@ void dot_tile(const DotTile<T>& t) {
   const auto step = [&](auto load) __attribute__((always_inline)) {
     V av[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) av[r] = load(a + r * t.a_row);
+    for (int r = 0; r < R; ++r) av[r] = load(a + r * t.a_stride);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const V bv = load(b + n * t.b_column);
+      const V bv = load(b + n * t.b_stride);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][n] = fma(av[r], bv, acc[r][n]);
     }
   };
   int64_t p = 0;
-  for (; p + V::width <= t.depth; p += V::width, a += V::width, b += V::width) {
+  for (; p + V::width <= t.K; p += V::width, a += V::width, b += V::width) {
     step([](const T* q) __attribute__((always_inline)) { return V::load(q); });
   }
-  if (p < t.depth) {
-    const int rest = static_cast<int>(t.depth - p);
+  if (p < t.K) {
+    const int rest = static_cast<int>(t.K - p);
     step([rest](const T* q) __attribute__((always_inline)) { return V::load_partial(q, rest); });
   }
   Four<T> add = t.add ? Four<T>::load(t.add, N) : Four<T>{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Four<T> sum = reduce_add(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-    if (r > 0 && t.add_row != 0) add = Four<T>::load(t.add + r * t.add_row, N);
+    if (r > 0 && t.ldadd != 0) add = Four<T>::load(t.add + r * t.ldadd, N);
     if (t.add) sum.raw += add.raw;
     if (t.relu) sum.raw = sum.raw < T(0) ? T(0) : sum.raw;  // NaN stays NaN
-    sum.store(t.c + r * t.c_row, N);
+    sum.store(t.c + r * t.ldc, N);
   }
 }
 
@@ -90,37 +90,37 @@ void dot_tile(const DotTile<T>& t, int64_t rows, int64_t columns) {
 // are taken in parts, so that a good number of them fits and the columns of B are not read too often.
 inline constexpr int64_t kDotBlockBytes = 256 * 1024;
 template <class T>
-inline constexpr int64_t kDotDepth = 8192 / sizeof(T);
+inline constexpr int64_t kDotK = 8192 / sizeof(T);
 
 // Asks for the part-th of `parts` pieces of these rows.
 template <class T>
-void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t depth, int64_t part, int64_t parts) {
+void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t K, int64_t part, int64_t parts) {
   constexpr int64_t line = 64 / sizeof(T);
-  const Range share = split(depth, line, part, parts);
+  const Range share = split(K, line, part, parts);
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t p = share.begin; p < share.end; p += line) __builtin_prefetch(rows + r * stride + p);
   }
 }
 
-// All of C, which is not empty, by one part of the summed dimension.
+// All of C, which is not empty, by one part of K.
 template <class T>
-void dot_gemm_depth(const Product<T>& g, Range depth) {
+void dot_gemm_part(const Block<T>& g, Range k) {
   constexpr int64_t unit = Vec<T>::width;
-  const int64_t row_tiles = (g.rows + kDotRows - 1) / kDotRows;
-  const int64_t column_tiles = (g.columns + kDotColumns - 1) / kDotColumns;
-  const bool first = depth.begin == 0, transposed = g.a_is_transposed(), packs = g.packs_a();
-  const int64_t row_size = depth.size() < 1 ? unit : (depth.size() + unit - 1) / unit * unit;
+  const int64_t row_tiles = (g.M + kDotRows - 1) / kDotRows;
+  const int64_t column_tiles = (g.N + kDotColumns - 1) / kDotColumns;
+  const bool first = k.begin == 0, transposed = g.a_is_transposed(), packs = g.packs_a();
+  const int64_t row_size = k.size() < 1 ? unit : (k.size() + unit - 1) / unit * unit;
   const int64_t row_bytes = row_size * static_cast<int64_t>(sizeof(T));
   // Where B stays in the second-level cache, each tile of A is read from memory once, while the one before it is
   // multiplied.
-  const bool one_by_one = !transposed && g.columns * row_bytes <= kDotBlockBytes;
+  const bool one_by_one = !transposed && g.N * row_bytes <= kDotBlockBytes;
   const int64_t fitting = kDotBlockBytes / (row_bytes * kDotRows), block = one_by_one || fitting < 1 ? 1 : fitting;
   T* packed = packs ? b_block_scratch<T>() : nullptr;
-  static_assert(kDotRows * kDotDepth<T> <= kDepthBlock * kColumnBlock<T> &&
-                kDotBlockBytes <= kDepthBlock * kColumnBlock<T> * static_cast<int64_t>(sizeof(T)));
+  static_assert(kDotRows * kDotK<T> <= kBlockK * kColumnBlock<T> &&
+                kDotBlockBytes <= kBlockK * kColumnBlock<T> * static_cast<int64_t>(sizeof(T)));
 
-  const int64_t size = g.rows / row_tiles, larger = g.rows % row_tiles;
-  const auto rows_of = [&](int64_t tile) {  // split(g.rows, 1, tile, row_tiles), without its divisions
+  const int64_t size = g.M / row_tiles, larger = g.M % row_tiles;
+  const auto rows_of = [&](int64_t tile) {  // split(g.M, 1, tile, row_tiles), without its divisions
     const int64_t row = tile * size + (tile < larger ? tile : larger);
     return Range{row, row + size + (tile < larger ? 1 : 0)};
   };
@@ -128,29 +128,30 @@ void dot_gemm_depth(const Product<T>& g, Range depth) {
   for (int64_t begin = 0; begin < row_tiles; begin += block) {
     const int64_t end = row_tiles - begin < block ? row_tiles : begin + block;
     const int64_t first_row = rows_of(begin).begin;
-    if (packs) pack_a_rows(g, {first_row, rows_of(end - 1).end}, depth, packed, row_size);
+    if (packs) pack_a_rows(g, {first_row, rows_of(end - 1).end}, k, packed, row_size);
     for (int64_t j = 0; j < column_tiles; ++j) {
       if (one_by_one && end < row_tiles) {
         const Range next = rows_of(end);
-        prefetch_rows(g.a + next.begin * g.a_row + depth.begin, g.a_row, next.size(), depth.size(), j, column_tiles);
+        prefetch_rows(g.a.data + next.begin * g.a.outer_stride + k.begin, g.a.outer_stride, next.size(), k.size(), j,
+                      column_tiles);
       }
-      const int64_t column = j * kDotColumns, rest = g.columns - column;
+      const int64_t column = j * kDotColumns, rest = g.N - column;
       for (int64_t i = begin; i < end; ++i) {
         const Range rows = rows_of(i);
-        T* c = g.c + rows.begin * g.c_row + column;
-        const DotTile<T> t = {
-            .a = packs ? packed + (rows.begin - first_row) * row_size : g.a + rows.begin * g.a_row + depth.begin,
-            .a_row = packs ? row_size : g.a_row,
-            .b = g.b + column * g.b_column + depth.begin,
-            .b_column = g.b_column,
-            .depth = depth.size(),
-            .c = c,
-            .c_row = g.c_row,
-            .add = !first   ? c
-                   : g.bias ? g.bias + column
-                            : nullptr,
-            .add_row = first ? 0 : g.c_row,
-            .relu = g.relu && depth.end == g.depth};
+        T* c = g.c + rows.begin * g.ldc + column;
+        const DotTile<T> t = {.K = k.size(),
+                              .a = packs ? packed + (rows.begin - first_row) * row_size
+                                         : g.a.data + rows.begin * g.a.outer_stride + k.begin,
+                              .a_stride = packs ? row_size : g.a.outer_stride,
+                              .b = g.b.data + column * g.b.outer_stride + k.begin,
+                              .b_stride = g.b.outer_stride,
+                              .c = c,
+                              .ldc = g.ldc,
+                              .add = !first   ? c
+                                     : g.bias ? g.bias + column
+                                              : nullptr,
+                              .ldadd = first ? 0 : g.ldc,
+                              .relu = g.relu && k.end == g.K};
         dot_tile(t, rows.size(), rest < kDotColumns ? rest : kDotColumns);
       }
     }
@@ -159,9 +160,9 @@ void dot_gemm_depth(const Product<T>& g, Range depth) {
 
 // All of C, on the calling thread.
 template <class T>
-void dot_gemm(const Product<T>& g) {
-  const int64_t parts = g.depth < 1 ? 1 : (g.depth + kDotDepth<T> - 1) / kDotDepth<T>;
-  for (int64_t part = 0; part < parts; ++part) dot_gemm_depth(g, split(g.depth, Vec<T>::width, part, parts));
+void dot_gemm(const Block<T>& g) {
+  const int64_t parts = g.K < 1 ? 1 : (g.K + kDotK<T> - 1) / kDotK<T>;
+  for (int64_t part = 0; part < parts; ++part) dot_gemm_part(g, split(g.K, Vec<T>::width, part, parts));
 }
 
 // Asks for all that a product will ask for.

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "../dtypes.h"
+#include "../../api/dtypes.h"
 #include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {

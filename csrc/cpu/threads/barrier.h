@@ -4,8 +4,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include "../simd/vec.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "../simd/vec.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 

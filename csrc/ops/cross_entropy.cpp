@@ -1,11 +1,11 @@
-// The cross_entropy ops on CUDA: checks, allocation, dispatch on the dtype. Nothing here waits for the device.
-#include "../../kernels/cuda/cross_entropy.h"
+// The cross_entropy ops: checks, allocation, dispatch on the dtype.
+#include <tuple>
 
-#include "../cross_entropy_operands.h"
+#include "cross_entropy_operands.h"
 #include "device.h"
-#include "ops.h"
+#include "schemas.h"
 
-namespace mnist_ext::ops::cuda {
+namespace mnist_ext::ops {
 namespace {
 
 constexpr const char* kForward = "mnist_ext.cross_entropy";
@@ -13,42 +13,41 @@ constexpr const char* kWithGradient = "mnist_ext.cross_entropy_with_gradient";
 constexpr const char* kGradient = "mnist_ext.cross_entropy_gradient_";
 constexpr const char* kBackward = "mnist_ext.cross_entropy_backward";
 
-template <class T>
-T* data_of(const Tensor& t) {  // null for an undefined tensor: not wanted
-  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
+// What the forward kernel writes; null: not wanted.
+struct Outputs {
+  const Tensor* loss = nullptr;
+  const Tensor* stats = nullptr;  // max and log-sum-exp of each position, one after the other
+  const Tensor* total_weight = nullptr;
+  const Tensor* grad_logits = nullptr;
+};
 
-// Runs the forward kernel; undefined outputs are not wanted. stats: max and log-sum-exp, one after the other.
-void forward(const Operands& operands, const Tensor& logits, const Tensor& position_loss, const Tensor& stats,
-             const Tensor& total_weight, const Tensor& grad_logits, const Tensor& loss, const Tensor* grad_output,
-             bool unless_one) {
-  const Layout& layout = operands.layout;
-  const OnDeviceOf device(logits);
-  const int64_t bytes = mnist_ext::cuda::cross_entropy_workspace_bytes(layout.batch, layout.classes, layout.positions);
-  Tensor workspace;
-  if (bytes > 0) workspace = empty(device_of(logits), aoti_torch_dtype_uint8(), {bytes});
+// grad_output: null, or what a gradient that was formed without is made that of.
+void forward(const char* op, const Tensor& logits, const Operands& operands, const Outputs& outputs,
+             const Tensor* grad_output = nullptr) {
+  OnDevice device(logits);
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = ComputeType<T>;
-    A* position_max = data_of<A>(stats);
-    mnist_ext::cuda::cross_entropy_forward<T>(
-        {.problem = operands.problem<T>(),
-         .position_loss = data_of<A>(position_loss),
-         .position_max = position_max,
-         .position_log_sum = position_max ? position_max + layout.batch * layout.positions : nullptr,
-         .total_weight = data_of<A>(total_weight),
-         .grad_logits = data_of<T>(grad_logits),
-         .loss = data_of<T>(loss)},
-        grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr, unless_one, nullptr,
-        data_of<void>(workspace), device.stream());
+    const auto data = [](const Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
+    A* position_max = static_cast<A*>(data(outputs.stats));
+    const int64_t positions = operands.layout.batch * operands.layout.positions;
+    const CrossEntropyForward<T> args = {
+        .problem = operands.problem<T>(),
+        .position_max = position_max,
+        .position_log_sum = position_max ? position_max + positions : nullptr,
+        .total_weight = static_cast<A*>(data(outputs.total_weight)),
+        .loss = static_cast<T*>(data(outputs.loss)),
+        .grad_logits = static_cast<T*>(data(outputs.grad_logits)),
+        .grad_output = grad_output ? static_cast<const T*>(grad_output->const_data_ptr()) : nullptr,
+        .unless_one = grad_output != nullptr};
+    void* workspace = device.workspace(kernels<T>().cross_entropy_workspace_bytes(args));
+    operands.check_class(op, kernels<T>().cross_entropy_forward(args, workspace, device.launch()));
   });
 }
 
 void check_reduced(const char* op, int64_t reduction) {
   check<std::invalid_argument>(reduction != 0, op, ": reduction: expected 1 (mean) or 2 (sum), got 0");
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
                                                  const std::optional<Tensor>& weight, int64_t ignore_index,
@@ -63,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   const Tensor loss = empty(device, dtype_of(logits), stats_sizes + 1, none ? positions.dims() : 0);
   const Tensor stats = empty(device, compute_dtype_of(logits), stats_sizes, positions.dims() + 1);
   const Tensor total_weight = empty(device, compute_dtype_of(logits), {});
-  forward(operands, logits, Tensor(), stats, total_weight, Tensor(), loss, nullptr, false);
+  forward(kForward, logits, operands, {.loss = &loss, .stats = &stats, .total_weight = &total_weight});
   return {loss, stats, total_weight};
 }
 
@@ -75,13 +74,13 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
   const Tensor loss = empty(device_of(logits), dtype_of(logits), {});
   const Tensor grad_logits = operands.layout.gradient(logits);
-  forward(operands, logits, Tensor(), Tensor(), Tensor(), grad_logits, loss, nullptr, false);
+  forward(kWithGradient, logits, operands, {.loss = &loss, .grad_logits = &grad_logits});
   return {loss, grad_logits};
 }
 
-void cross_entropy_gradient_(Tensor gradient, const Tensor& grad_output, const Tensor& logits, const Tensor& target,
-                             const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing,
-                             int64_t reduction) {
+void cross_entropy_gradient_(const Tensor& gradient, const Tensor& grad_output, const Tensor& logits,
+                             const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index,
+                             double label_smoothing, int64_t reduction) {
   check_operands(kGradient, logits, target, weight, ignore_index, label_smoothing, reduction);
   check_reduced(kGradient, reduction);
   const Operands operands(logits, target, weight, ignore_index, label_smoothing, reduction);
@@ -90,7 +89,7 @@ void cross_entropy_gradient_(Tensor gradient, const Tensor& grad_output, const T
   check(operands.layout.is_gradient(gradient, logits), kGradient,
         ": gradient: expected what cross_entropy_with_gradient returned for logits ", Shape(logits), ", got ",
         Shape(gradient));
-  forward(operands, logits, Tensor(), Tensor(), Tensor(), gradient, Tensor(), &grad_output, true);
+  forward(kGradient, logits, operands, {.grad_logits = &gradient}, &grad_output);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -100,13 +99,22 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
                                                   bool need_target) {
   const BackwardOperands b(kBackward, grad_output, logits, target, weight, stats, total_weight, ignore_index,
                            label_smoothing, reduction, need_logits, need_target);
-  if (!need_logits && !need_target) return {b.grad_logits, b.grad_target};
-  const OnDeviceOf device(logits);
+  OnDevice device(logits);
   dispatch_floating(logits, [&](auto zero) {
     using T = decltype(zero);
-    mnist_ext::cuda::cross_entropy_backward<T>(b.arguments<T>(), device.stream());
+    const CrossEntropyBackward<T> args = b.arguments<T>();
+    b.operands.check_class(kBackward, kernels<T>().cross_entropy_backward(args, device.launch()));
   });
   return {b.grad_logits, b.grad_target};
 }
 
-}  // namespace mnist_ext::ops::cuda
+}  // namespace
+
+void implement_cross_entropy(Library& m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&cross_entropy_with_gradient));
+  m.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient_));
+  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
+}
+
+}  // namespace mnist_ext::ops

@@ -1,17 +1,18 @@
-// The arguments of sgd_step, whatever the device: checked, and in the kernels' terms.
-#pragma once
-
+// sgd_step: checks, and one call of the kernel for each dtype among the parameters.
 #include <vector>
 
-#include "../kernels/sgd.h"
+#include "device.h"
 #include "extents.h"
-#include "tensors.h"
+#include "schemas.h"
 
 namespace mnist_ext::ops {
+namespace {
+
+constexpr const char* kSgd = "mnist_ext.sgd_step";
 
 // Whether the elements fill one piece of memory, each place once: in some order of the dimensions, each stride is the
 // number of elements in those before it.
-inline bool is_dense(const Tensor& t) {
+bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   const auto sizes = t.sizes();
   const auto strides = t.strides();
@@ -28,7 +29,7 @@ inline bool is_dense(const Tensor& t) {
   return expected == t.numel();
 }
 
-inline bool have_same_layout(const Tensor& a, const Tensor& b) {
+bool have_same_layout(const Tensor& a, const Tensor& b) {
   if (dtype_of(a) != dtype_of(b) || !on_same_device(a, b)) return false;
   const auto sizes = a.sizes(), other_sizes = b.sizes(), strides = a.strides(), other_strides = b.strides();
   if (sizes.size() != other_sizes.size()) return false;
@@ -38,11 +39,9 @@ inline bool have_same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Calls step(tensors) for each dtype among params. Returns what the op does.
-template <class Step>
-int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                          const std::vector<Tensor>& momentum_buffers, const Step& step) {
-  constexpr const char* kSgd = "mnist_ext.sgd_step";
+int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                 const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, bool first_step) {
   const std::size_t count = params.size();
   check(grads.size() == count, kSgd, ": grads: expected one for each of ", count, " params, got ", grads.size());
   check(momentum_buffers.empty() || momentum_buffers.size() == count, kSgd, ": momentum_buffers: expected none or ",
@@ -76,6 +75,7 @@ int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<T
     add(o.buffer, true);
   }
   if (const auto found = overlapping(extents)) return found->second.number;
+  const SgdOptions options = {lr, momentum, dampening, weight_decay, nesterov, maximize, first_step};
   const auto step_of = [&](ScalarType dtype, auto zero) {
     using T = decltype(zero);
     std::vector<SgdTensor<T>> tensors;
@@ -83,7 +83,9 @@ int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<T
       if (o.dtype != dtype) continue;
       tensors.push_back({o.size, static_cast<T*>(o.param), static_cast<const T*>(o.grad), static_cast<T*>(o.buffer)});
     }
-    if (!tensors.empty()) step(tensors);
+    if (tensors.empty()) return;
+    OnDevice device(params[0]);
+    kernels<T>().sgd_step(tensors.data(), static_cast<int64_t>(tensors.size()), options, device.launch());
   };
   step_of(ScalarType::Float, float{});
   step_of(ScalarType::Double, double{});
@@ -91,5 +93,9 @@ int64_t sgd_step_by_dtype(const std::vector<Tensor>& params, const std::vector<T
   step_of(ScalarType::Half, Float16{});
   return -1;
 }
+
+}  // namespace
+
+void implement_sgd_step(Library& m) { m.impl("sgd_step", TORCH_BOX(&sgd_step)); }
 
 }  // namespace mnist_ext::ops

@@ -1,0 +1,103 @@
+// The update epilogue: C is the gradient of a parameter, which is updated tile by tile, so that C is never written.
+#pragma once
+
+#include "../sgd.h"
+#include "plan.h"
+
+namespace mnist_ext::MNIST_EXT_ISA {
+
+// param -= lr * the tile's products, or what the options make of it. t.c: the parameter's tile.
+template <class T, int R, int N, bool partial>
+void update_tile(const Tile<T>& t, T* buffer, const SgdUpdate<T>& sgd) {
+  using V = Vec<T>;
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < N; ++v) prefetch(t.c + r * t.ldc + v * V::width);
+  }
+  V acc[R][N] = {};
+  accumulate_tile<T, R, N, partial>(t, acc);
+  if (!partial && !buffer && sgd.options.weight_decay == 0 && !sgd.options.maximize) {  // in registers
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) {
+        T* p = t.c + r * t.ldc + v * V::width;
+        fma(acc[r][v], sgd.minus_lr, V::load(p)).store(p);
+      }
+    }
+    return;
+  }
+  V gradient[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) gradient[r][v] = uncontracted(acc[r][v]);
+  }
+#pragma GCC unroll 1
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 1
+    for (int v = 0; v < N; ++v) {
+      const int64_t i = r * t.ldc + v * V::width;
+      sgd(t.c + i, gradient[r][v], buffer ? buffer + i : nullptr, partial && v == N - 1 ? t.last : V::width);
+    }
+  }
+}
+
+template <class T>
+T* packed_a_scratch(int64_t rows, int64_t K) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const std::size_t bytes = static_cast<std::size_t>(tiles * K * kTileRows) * sizeof(T) + kVectorBytes;
+  return static_cast<T*>(scratch(Scratch::packed_a, bytes));
+}
+
+// Of those rows and columns of a gradient that sums over at most kBlockK examples. A column of tiles after the other:
+// its part of B stays in the first-level cache, and A, packed once, passes by. A is transposed.
+template <class T>
+void update_from_tiles(const Product<T>& p, Range m, Range n) {
+  constexpr int width = Vec<T>::width;
+  const Block<T> g = Block<T>::whole(p);
+  const SgdUpdate<T> sgd(p.update.options);
+  const int64_t row_tiles = (m.size() + kTileRows - 1) / kTileRows, tile_size = p.K * kTileRows;
+  T* packed = packed_a_scratch<T>(m.size(), p.K);
+  for (int64_t tile = 0; tile < row_tiles; ++tile) {
+    const Range rows = split(m.size(), 1, tile, row_tiles);
+    pack_a_columns<T>(g, m.begin + rows.begin, static_cast<int>(rows.size()), {0, p.K}, packed + tile * tile_size);
+  }
+  for (int64_t column = n.begin; column < n.end; column += kTileColumns<T>) {
+    const int64_t columns = n.end - column < kTileColumns<T> ? n.end - column : kTileColumns<T>;
+    const int vectors = static_cast<int>((columns + width - 1) / width);
+    for (int64_t tile = 0; tile < row_tiles; ++tile) {
+      const Range rows = split(m.size(), 1, tile, row_tiles);
+      const int64_t offset = (m.begin + rows.begin) * p.N + column;
+      const Tile<T> t = {.K = p.K,
+                         .a = packed + tile * tile_size,
+                         .a_stride = 1,
+                         .a_k_stride = kTileRows,
+                         .b = p.b.data + column,
+                         .ldb = p.b.k_stride,
+                         .c = p.update.param + offset,
+                         .ldc = p.N,
+                         .last = static_cast<int>(columns - (vectors - 1) * width),
+                         .add = nullptr,
+                         .ldadd = 0,
+                         .relu = false};
+      T* buffer = p.update.momentum_buffer ? p.update.momentum_buffer + offset : nullptr;
+      with_tile_shape<T>(static_cast<int>(rows.size()), vectors, t.last, [&](auto s) __attribute__((always_inline)) {
+        update_tile<T, s.rows, s.vectors, s.is_partial>(t, buffer, sgd);
+      });
+    }
+  }
+}
+
+// That part of C, and of the parameter it updates.
+template <class T>
+void update_part(const Product<T>& p, Range m, Range n) {
+  if (m.size() == 0 || n.size() == 0) return;
+  if (!p.c) return update_from_tiles(p, m, n);
+  product_part(Block<T>::whole(p), m, n);
+  const SgdTensor<T> tensor = {p.M * p.N, p.update.param, p.c, p.update.momentum_buffer};
+  for (int64_t row = m.begin; row < m.end; ++row) {
+    sgd_range(tensor, p.update.options, {row * p.N + n.begin, row * p.N + n.end});
+  }
+}
+
+}  // namespace mnist_ext::MNIST_EXT_ISA

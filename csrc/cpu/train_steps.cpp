@@ -1,0 +1,74 @@
+#include "train_steps.h"
+
+#include <vector>
+
+namespace mnist_ext::cpu {
+namespace {
+
+// kBlockK of product/block.h: a gradient that sums over more examples is not finished in registers.
+constexpr StepTraits kTraits = {.largest_fused_k = 256, .always_gathers = false};
+// Threads meet some six times a step, which costs nearly nothing between cores that share a cache, and more than a
+// small step between others.
+constexpr double kGrain = 1.5e6;  // multiply-adds that are worth a thread of their own
+// Steps to a program: to start and to end a parallel region takes some microseconds.
+constexpr int64_t kStepsTogether = 16;
+
+template <class T>
+BadExample first_bad_example(const TrainSteps<T>& steps) {
+  const ExampleSource<T>& source = steps.source;
+  for (int64_t i = 0; source.order && i < steps.examples; ++i) {
+    if (static_cast<uint64_t>(source.order[i]) >= static_cast<uint64_t>(source.image_count)) {
+      return {BadExample::order, i};
+    }
+  }
+  for (int64_t i = 0; i < steps.examples; ++i) {
+    const int64_t label = source.target[source.order ? source.order[i] : i];
+    if (label != steps.ignore_index && static_cast<uint64_t>(label) >= static_cast<uint64_t>(steps.classes())) {
+      return {BadExample::label, i};
+    }
+  }
+  return {};
+}
+
+template <class T>
+Program<T> program_of(const std::vector<Entry<T>>& entries) {
+  return {entries.data(), static_cast<int64_t>(entries.size()), kGrain};
+}
+
+template <class T>
+BadExample run(const TrainSteps<T>& steps, void* workspace, const Launch& launch) {
+  const BadExample bad = first_bad_example(steps);
+  if (bad.what != BadExample::none) return bad;
+  const TrainStepProgram<T> builder(steps, kTraits, workspace);
+  std::vector<Entry<T>> entries;
+  for (int64_t step = 0; step < steps.steps();) {
+    entries.clear();
+    for (int64_t i = 0; i < kStepsTogether && step < steps.steps(); ++i) builder.append(step++, entries);
+    kernels<T>().run(program_of(entries), static_cast<char*>(workspace) + builder.workspace_bytes(), launch);
+  }
+  return {};
+}
+
+template <class T>
+int64_t bytes_of(const TrainSteps<T>& steps) {
+  const TrainStepProgram<T> builder(steps, kTraits, kNowhere);
+  std::vector<Entry<T>> entries;
+  builder.append(0, entries);
+  return builder.workspace_bytes() + kernels<T>().workspace_bytes(program_of(entries));
+}
+
+}  // namespace
+
+BadExample train_steps(const TrainSteps<float>& steps, void* workspace, StepGraph*, const Launch& launch) {
+  return run(steps, workspace, launch);
+}
+
+BadExample train_steps(const TrainSteps<double>& steps, void* workspace, StepGraph*, const Launch& launch) {
+  return run(steps, workspace, launch);
+}
+
+int64_t train_steps_workspace_bytes(const TrainSteps<float>& steps) { return bytes_of(steps); }
+
+int64_t train_steps_workspace_bytes(const TrainSteps<double>& steps) { return bytes_of(steps); }
+
+}  // namespace mnist_ext::cpu

@@ -1,0 +1,222 @@
+"""Which op a call takes: one of ours, or PyTorch's own. The one place for such a rule.
+
+``functional`` asks `against_linear`, `against_mlp` and `against_cross_entropy`; ``nn.Sequential``
+asks `against_looking_ahead` and `is_watched`; ``TrainStep``, which has no other way to go, refuses
+where `is_patched` or a hook is found. ``docs/semantics.md`` lists every case.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Linear, Module, Parameter, ReLU
+
+from mnist_ext import _library
+from mnist_ext._torch_private import (
+    MODULE_HOOKS,
+    has_bfloat16_instructions,
+    has_float16_instructions,
+    hooks_of_all_modules,
+    is_any_autocast_enabled,
+    is_compiling,
+    observer,
+)
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as the kernels number them
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# For linear on the CPU without the half dtypes for which oneDNN has this CPU's own instructions:
+# its products are faster then than float32 ones.
+LINEAR_DTYPES = tuple(
+    dtype
+    for dtype in DTYPES
+    if not (dtype is torch.bfloat16 and has_bfloat16_instructions())
+    and not (dtype is torch.float16 and has_float16_instructions())
+)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_TYPES = frozenset((Tensor, Parameter))
+
+
+def is_built_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Return whether a GPU runs what was built for architectures, such as "8.0;9.0"."""
+    # A GPU runs the code of an older one of its major number; newer ones compile the last one's.
+    built = [tuple(map(int, name.split("."))) for name in architectures.split(";")]
+    return capability >= built[-1] or any(
+        major == capability[0] and minor <= capability[1] for major, minor in built
+    )
+
+
+_builds_fit: dict[torch.device, bool] = {}  # CUDA devices whose capability has been asked for
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if _library.cuda is None:
+        return False
+    if device not in _builds_fit:
+        capability = torch.cuda.get_device_capability(device)
+        _builds_fit[device] = is_built_for(capability, _library.cuda.architectures)
+    return _builds_fit[device]
+
+
+def against_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, autocast: torch.dtype | None = None
+) -> str | None:
+    """Return why this call of linear is PyTorch's, or None: our kernels do it.
+
+    What is left to the op is an error in PyTorch, too: sizes and dtypes that do not fit together.
+    """
+    if (
+        type(input) not in _TYPES
+        or type(weight) not in _TYPES
+        or not (bias is None or type(bias) in _TYPES)
+    ):
+        return "a tensor subclass"
+    if who := observer():
+        return who
+    strided = torch.strided
+    if (
+        input.layout is not strided
+        or input.is_nested
+        or weight.layout is not strided
+        or not (bias is None or bias.layout is strided)
+    ):
+        return "another layout"
+    dtype = autocast or input.dtype
+    if input.is_cpu:
+        if not weight.is_cpu or not (bias is None or bias.is_cpu):
+            return "devices that differ"
+        if dtype not in LINEAR_DTYPES:
+            return "another dtype, or one for which oneDNN has this CPU's own instructions"
+    elif (
+        dtype not in DTYPES
+        or not _runs_kernels(input.device)
+        or weight.device != input.device
+        or not (bias is None or bias.device == input.device)
+    ):
+        return "another dtype or device, or devices that differ"
+    if input.dim() == 0 or weight.dim() != 2:
+        return "a vector as weight, or no features"
+    if bias is not None and (bias.dim() != 1 or (bias.numel() == 1 and weight.size(0) != 1)):
+        return "a bias that is broadcast"
+    return None
+
+
+def against_mlp(input: Tensor, params: list[Tensor]) -> str | None:
+    """Return why layers are called one by one, or None: the op is asked for all of them at once.
+
+    The op sees dtypes, sizes and devices in a fraction of the time. That nobody observes the call
+    is for the caller to know: `observer`.
+    """
+    if type(input) not in _TYPES or not _TYPES.issuperset(map(type, params)):
+        return "a tensor subclass"
+    if not input.is_cpu:
+        return "another device"
+    if is_compiling() or is_any_autocast_enabled():
+        return "torch.compile, which fuses by itself, or autocast"
+    return None
+
+
+def against_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> str | None:
+    """Return why this call of cross_entropy is PyTorch's, or None: our kernels do it.
+
+    Sparse and nested tensors, which PyTorch does not take either, are left to the op.
+    """
+    if type(input) not in _TYPES or type(target) not in _TYPES:
+        return "a tensor subclass"
+    if who := observer():
+        return who
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        return "an ignore_index that is no integer of 64 bits"
+    if type(label_smoothing) not in (float, int) or not 0 <= label_smoothing <= 1:
+        return "label_smoothing outside [0, 1]"
+    if type(reduction) is not str or reduction not in REDUCTIONS:
+        return "an unknown reduction"
+    if not (
+        (input.is_cpu and target.is_cpu)
+        or (target.device == input.device and _runs_kernels(input.device))
+    ):
+        return "another device, or devices that differ"
+    if input.dtype not in DTYPES:
+        return "another dtype"
+    rows, *others = input.shape or (0, 0)
+    classes = others[0] if others else rows
+    if classes == 0:
+        return "no classes"
+    if target.dtype in _INDEX_DTYPES:
+        if target.shape != ((rows, *others[1:]) if others else ()):
+            return "class indices of another shape"
+    # Probabilities of another dtype are promoted, which is left to PyTorch.
+    elif target.dtype is not input.dtype or target.shape != input.shape:
+        return "probabilities of another shape or dtype"
+    if weight is not None and not _is_constant_per_class(weight, input):
+        return "a weight that is not one constant for each class"
+    return None
+
+
+def _is_constant_per_class(weight: Tensor, input: Tensor) -> bool:
+    return (
+        type(weight) in _TYPES
+        and weight.layout is torch.strided
+        and not weight.requires_grad
+        and weight.device == input.device
+        and weight.dtype is input.dtype
+        and weight.dim() == 1
+        and weight.size(0) == input.size(1 if input.dim() > 1 else 0)
+    )
+
+
+def against_looking_ahead(input: Tensor) -> str | None:
+    """Return why a Sequential calls each of its modules, or None: it may fuse what comes next."""
+    if type(input) is not Tensor:
+        return "a tensor subclass, or torch.fx, which shall see each module"
+    if is_compiling():
+        return "torch.compile, which fuses by itself"
+    if any(hooks_of_all_modules):
+        return "hooks of all modules"
+    if who := observer():
+        return who
+    return "a function of PyTorch's that was replaced" if is_patched() else None
+
+
+def _patchable() -> tuple[object, ...]:
+    # What tools replace for all layers at once, to see or to change each of them.
+    return (
+        Module.__call__,
+        Module._call_impl,
+        Linear.forward,
+        ReLU.forward,
+        F.linear,
+        F.relu,
+        F.cross_entropy,
+    )
+
+
+_UNPATCHED = _patchable()
+_hooks_of = operator.itemgetter(*MODULE_HOOKS)
+
+
+def is_patched() -> bool:
+    """Return whether somebody replaced what every layer calls."""
+    return not is_compiling() and _patchable() != _UNPATCHED
+
+
+def is_watched(module: Module) -> bool:
+    """Return whether a call of module does more than the forward of its class."""
+    attributes: dict[str, Any] = module.__dict__
+    return (
+        any(_hooks_of(attributes))
+        or "forward" in attributes
+        or "_compiled_call_impl" in attributes  # module.compile()
+    )
