@@ -222,8 +222,8 @@ def patches() -> list:
         mock.patch.object(_autograd, "_may_use_tf32", _may_use_tf32),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
         mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
-        mock.patch.object(train_step, "_new_captured_step", ops.new_captured_step.default),
-        mock.patch.object(train_step, "_free_captured_step", ops.free_captured_step.default),
+        mock.patch.object(train_step, "_new_step_graph", ops.new_step_graph.default),
+        mock.patch.object(train_step, "_free_step_graph", ops.free_step_graph.default),
         mock.patch.object(train_step, "_can_capture", return_value=True),
     ]
 

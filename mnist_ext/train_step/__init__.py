@@ -25,8 +25,8 @@ from mnist_ext.train_step.optimizer import Groups, learning_rates
 __all__ = ["Scheduler", "TrainStep"]
 
 _train_steps = torch.ops.mnist_ext.train_steps.default
-_new_captured_step = torch.ops.mnist_ext.new_captured_step.default
-_free_captured_step = torch.ops.mnist_ext.free_captured_step.default
+_new_step_graph = torch.ops.mnist_ext.new_step_graph.default
+_free_step_graph = torch.ops.mnist_ext.free_step_graph.default
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -50,12 +50,10 @@ class TrainStep:
     by itself.
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
-    A float32 model that is small enough stays in the shared memory of some multiprocessors for
-    hundreds of steps (compute capability 9.0; docs/persistent-step.md). Other steps start some ten
-    kernels each; where a step repeats the last one's sizes and tensors, but for images and labels,
-    they become one CUDA graph, which keeps up to 64 MiB of memory while this object lives. A
-    capture of the caller's own takes the kernels. On CUDA an index or label out of range that a
-    step meets ends with a device-side assertion, as in PyTorch.
+    A step starts some ten kernels; where it repeats the last one's sizes and tensors, but for
+    images and labels, they become one CUDA graph, which keeps up to 64 MiB of memory while this
+    object lives. A capture of the caller's own takes the kernels. On CUDA an index or label out of
+    range that a step meets ends with a device-side assertion, as in PyTorch.
 
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
