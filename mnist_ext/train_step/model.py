@@ -13,7 +13,7 @@ from torch import nn
 from mnist_ext import _library
 from mnist_ext import nn as _ours
 from mnist_ext._autograd import BIAS, FLAGS, RELU
-from mnist_ext._decision import is_patched
+from mnist_ext._decision import REDUCTIONS, is_patched
 from mnist_ext._torch_private import has_hooks
 from mnist_ext.functional import check_activation
 
@@ -34,29 +34,20 @@ def names_of(model: nn.Module, criterion: nn.Module) -> Names:
     return {**names, criterion: "criterion"}
 
 
-def check_criterion(criterion: nn.Module) -> None:
-    """Refuse what is no CrossEntropyLoss that makes one number."""
+def loss_arguments(criterion: Any) -> tuple[Any, ...]:
+    """Return class weights, ignore_index, label_smoothing and reduction, or refuse criterion."""
     if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
         refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
-    if criterion.reduction not in ("mean", "sum"):
-        refuse(f'criterion: expected reduction "mean" or "sum", got {criterion.reduction!r}')
-    weight = criterion.weight
+    reduction, weight = criterion.reduction, criterion.weight
+    if reduction not in ("mean", "sum"):
+        refuse(f'criterion: expected reduction "mean" or "sum", got {reduction!r}')
     if "weight" not in criterion._buffers or (weight is not None and weight.requires_grad):
         refuse("criterion: expected a weight that needs no gradient: call weight.detach()")
+    return weight, criterion.ignore_index, criterion.label_smoothing, REDUCTIONS[reduction]
 
 
 class Layers:
-    """The layers of a model, in the order in which it calls them.
-
-    Attributes:
-        flattens: whether images are flattened first.
-        linears: the Linear of each layer.
-        flags: of each layer BIAS, RELU, both or neither.
-        params: the weight of each layer, followed by its bias where it has one.
-
-    Raises:
-        ValueError: the model is refused; the message names the module and says why.
-    """
+    """The layers of a model, in the order in which it calls them, or ValueError: why not."""
 
     def __init__(self, model: nn.Module, names: Names) -> None:
         if is_patched():
@@ -64,9 +55,9 @@ class Layers:
                 "a function or forward of PyTorch's own layers was replaced, which would not run: "
                 "restore it, or train with the ordinary loop"
             )
-        self.flattens = False
-        self.linears: list[nn.Linear] = []
-        self.flags: list[int] = []
+        self.flattens = False  # the images first
+        self.linears: list[nn.Linear] = []  # one a layer
+        self.flags: list[int] = []  # of each layer BIAS, RELU, both or neither
         self._names = names
         views: list[_Call] = []  # those that name the number of features
         for call in _calls_of(model, names):
@@ -77,7 +68,7 @@ class Layers:
             refuse("model: expected at least one Linear, got none")
         self._check_features(views)
         named = self._parameters()
-        self.params = list(named.values())
+        self.params = list(named.values())  # the weight of each layer, then its bias if it has one
         _check_memory(named)
 
     def _add(self, call: _Call) -> None:

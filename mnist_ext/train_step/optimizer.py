@@ -12,14 +12,14 @@ from mnist_ext._torch_private import is_step_replaced
 from mnist_ext.train_step.model import refuse
 
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
-OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")  # as the op takes them
-_options_of = operator.itemgetter(*OPTIONS)
-FROZEN = -1  # in place of a group
+_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")  # as the op takes them
+_settings_of = operator.itemgetter(*_OPTIONS, "differentiable")
+_FROZEN = -1  # in place of a group
 
 
-def read_options(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the OPTIONS of each group: of this moment, as one may be a tensor."""
-    return [float(value) for group in optimizer.param_groups for value in _options_of(group)]
+def read_settings(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return those of each group, of this moment: one may be a tensor that is written in place."""
+    return [float(value) for group in optimizer.param_groups for value in _settings_of(group)]
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -28,16 +28,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 class Groups:
-    """The parameter groups of an optimizer, and to which of them each parameter belongs.
-
-    Attributes:
-        of_params: for each parameter its group, or FROZEN: it stays as it is.
-        options: the OPTIONS of each group, one group after the other.
-        trained: the parameters that are not frozen.
-
-    Raises:
-        ValueError: the optimizer is refused; the message says why.
-    """
+    """The parameter groups of an optimizer as the op takes them, or ValueError: why not."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
         if type(optimizer) not in _OPTIMIZERS:
@@ -56,40 +47,40 @@ class Groups:
                         f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
                         "to no layer of model: give the optimizer model.parameters()"
                     )
-        self.options = read_options(optimizer)
-        self.of_params = [
-            group_of.get(id(p), FROZEN) if p.requires_grad else FROZEN for p in params
-        ]
-        by_param = list(zip(params, self.of_params, strict=True))
-        self.trained: list[Tensor] = [p for p, group in by_param if group != FROZEN]
+        self.settings = read_settings(optimizer)
+        self.options = [float(g[name]) for g in optimizer.param_groups for name in _OPTIONS]
+        momentum = self.options[:: len(_OPTIONS)]
+        self._has_momentum = any(momentum)
+        self._optimizer = optimizer
+        self._no_buffer = torch.empty(0, device=params[0].device)
+        self.trained: list[Tensor] = []
+        self._numbers: list[int] = []  # for each parameter its group, and 1 if its buffer is new
+        self._moved: list[Tensor | None] = []  # None for a parameter without momentum
+        for param in params:
+            number = group_of.get(id(param), _FROZEN) if param.requires_grad else _FROZEN
+            self._numbers += [number, 0]
+            if number != _FROZEN:
+                self.trained.append(param)
+            self._moved.append(param if number != _FROZEN and momentum[number] else None)
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
-        self._optimizer = optimizer
-        momentum = self.options[:: len(OPTIONS)]
-        # None in place of a parameter without momentum.
-        self._moved = [p if group != FROZEN and momentum[group] else None for p, group in by_param]
-        self._has_momentum = any(momentum)
-        self._none = torch.empty(0, device=params[0].device)
 
-    def momentum_buffers(self) -> tuple[list[Tensor], list[int]]:
-        """Return the buffer of each parameter, and which of them are new and hold nothing yet.
+    def momentum_buffers(self) -> tuple[list[Tensor], list[int], list[tuple[Tensor, Tensor]]]:
+        """Return buffers, numbers of groups, and the buffers that hold nothing yet, by parameter.
 
-        The buffers are empty for parameters without momentum; there is none if no group has one.
+        There is a buffer for each parameter, empty for one without momentum; or none at all.
         """
         buffers: list[Tensor] = []
-        new: list[int] = []
+        new: list[tuple[Tensor, Tensor]] = []
         if not self._has_momentum:
-            return buffers, new
+            return buffers, self._numbers, new
+        numbers = self._numbers.copy()
         state = self._optimizer.state
         for i, param in enumerate(self._moved):
-            buffer = self._none if param is None else state[param].get("momentum_buffer")
-            if buffer is None:
+            buffer = self._no_buffer if param is None else state[param].get("momentum_buffer")
+            if param is not None and buffer is None:
                 buffer = torch.empty_like(param)
-                new.append(i)
+                new.append((param, buffer))
+                numbers[2 * i + 1] = 1
             buffers.append(buffer)
-        return buffers, new
-
-    def keep(self, buffers: list[Tensor], new: list[int]) -> None:
-        """Give the optimizer the buffers that were new, and have been written."""
-        for i in new:
-            self._optimizer.state[self._moved[i]]["momentum_buffer"] = buffers[i]
+        return buffers, numbers, new
