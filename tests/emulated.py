@@ -208,23 +208,17 @@ def error_of(function: str) -> bytes:
     return error(getattr(library(), function))
 
 
-def _may_use_tf32(_: torch.Tensor) -> bool:
-    return _autograd._is_tf32_allowed()
-
-
 def patches() -> list:
     """Make mnist_ext run its CUDA kernels on the emulator, for CPU tensors."""
     library()
     ops = torch.ops.mnist_ext_emulated
     return [
         *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in OPS),
-        mock.patch.object(_autograd, "_host_may_read", return_value=False),
-        mock.patch.object(_autograd, "_may_use_tf32", _may_use_tf32),
+        mock.patch.object(_autograd, "_has_cuda_kernels", return_value=True),
         mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
         mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
         mock.patch.object(train_step, "_new_step_graph", ops.new_step_graph.default),
         mock.patch.object(train_step, "_free_step_graph", ops.free_step_graph.default),
-        mock.patch.object(train_step, "_can_capture", return_value=True),
     ]
 
 

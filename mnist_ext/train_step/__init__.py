@@ -81,13 +81,13 @@ class TrainStep:
     ) -> None:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
         self._normalize = normalize
-        self._scale_and_shift = 1.0, 0.0  # of uint8 images
+        self._scale_and_shift = {"scale": 1.0, "shift": 0.0}  # of uint8 images
         if normalize is not None:
             mean, std = map(float, normalize)
             if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
                 refuse(f"normalize: expected a finite mean and std > 0, got {normalize}")
-            self._scale_and_shift = 1 / (255 * std), -mean / std
-        self._captured: _CapturedStep | None = None
+            self._scale_and_shift = {"scale": 1 / (255 * std), "shift": -mean / std}
+        self._graph: _StepGraph | None = None
         self.refresh()
 
     def __reduce__(self) -> Any:  # a copy parses its own model, and has a CUDA graph of its own
@@ -108,16 +108,20 @@ class TrainStep:
         check_hooks(names, self._optimizer)
         loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)
-        groups = Groups(self._optimizer, layers.params)
+        groups = Groups(self._optimizer, layers)
         guard = Guard(names, self._optimizer, layers, groups.settings)
-        if self._captured is None and _can_capture(layers.params[0]):
-            self._captured = _CapturedStep()
+        device = layers.params[0].device
+        if self._graph is None or self._graph.device != device:
+            self._graph = _StepGraph(device)
         self._layers, self._groups, self._guard = layers, groups, guard
-        self._constants = (
-            *self._scale_and_shift,
-            *loss,
-            self._captured.number if self._captured else 0,
-        )
+        self._constants = {
+            "weights": layers.weights,
+            "biases": layers.biases,
+            "relu": layers.relu,
+            **groups.arguments,
+            **self._scale_and_shift,
+            **loss,
+        }
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on one batch.
@@ -206,8 +210,8 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, lr: list[float]
     ) -> Tensor:
         """Make the steps whose learning rates are given; return their losses."""
-        layers, groups = self._layers, self._groups
-        buffers, group_numbers, new = groups.momentum_buffers()
+        groups, graph, count = self._groups, self._graph, len(self._layers.linears)
+        buffers, first_step = groups.momentum_buffers()
         recording = torch.is_grad_enabled()
         set_grad_enabled(False)
         try:
@@ -216,22 +220,21 @@ class TrainStep:
                 labels,
                 order,
                 batch_size,
-                layers.params,
-                buffers,
-                layers.flags,
-                group_numbers,
-                groups.options,
-                lr,
-                *self._constants,
+                weight_momentum_buffers=buffers[:count],
+                bias_momentum_buffers=buffers[count:],
+                weight_first_step=first_step[:count],
+                bias_first_step=first_step[count:],
+                lr=lr,
+                graph=graph.handle if graph else 0,
+                **self._constants,
             )
         except ValueError:
             self.refresh()  # says it by name if it is the model, whose tensors were replaced
             raise
         finally:
             set_grad_enabled(recording)
-        for param, buffer in new:
-            self._optimizer.state[param]["momentum_buffer"] = buffer
-        _increment_version(groups.trained + buffers)
+        groups.keep(buffers, first_step)
+        _increment_version(groups.trained + [b for b in buffers if b is not None])
         count_step(self._optimizer)
         return losses
 
@@ -268,13 +271,12 @@ class TrainStep:
             refuse(f"labels: expected a tensor on {device}, got one on {labels.device}")
 
 
-def _can_capture(param: Tensor) -> bool:
-    return param.is_cuda
-
-
-class _CapturedStep:
+class _StepGraph:
     """Where the CUDA graph of a step stays between calls; goes with its TrainStep."""
 
-    def __init__(self) -> None:
-        self.number = _new_captured_step()
-        weakref.finalize(self, _free_captured_step, self.number)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        like = torch.empty(0, device=device)
+        self.handle = _new_step_graph(like)  # 0: the device has no graphs
+        if self.handle:
+            weakref.finalize(self, _free_step_graph, like, self.handle)

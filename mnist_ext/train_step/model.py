@@ -12,7 +12,6 @@ from torch import nn
 
 from mnist_ext import _library
 from mnist_ext import nn as _ours
-from mnist_ext._autograd import BIAS, FLAGS, RELU
 from mnist_ext._decision import REDUCTIONS, is_patched
 from mnist_ext._torch_private import has_hooks
 from mnist_ext.functional import check_activation
@@ -34,8 +33,8 @@ def names_of(model: nn.Module, criterion: nn.Module) -> Names:
     return {**names, criterion: "criterion"}
 
 
-def loss_arguments(criterion: Any) -> tuple[Any, ...]:
-    """Return class weights, ignore_index, label_smoothing and reduction, or refuse criterion."""
+def loss_arguments(criterion: Any) -> dict[str, Any]:
+    """Return the op's arguments that say what the loss is, or refuse criterion."""
     if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
         refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
     reduction, weight = criterion.reduction, criterion.weight
@@ -43,7 +42,12 @@ def loss_arguments(criterion: Any) -> tuple[Any, ...]:
         refuse(f'criterion: expected reduction "mean" or "sum", got {reduction!r}')
     if "weight" not in criterion._buffers or (weight is not None and weight.requires_grad):
         refuse("criterion: expected a weight that needs no gradient: call weight.detach()")
-    return weight, criterion.ignore_index, criterion.label_smoothing, REDUCTIONS[reduction]
+    return {
+        "class_weight": weight,
+        "ignore_index": criterion.ignore_index,
+        "label_smoothing": criterion.label_smoothing,
+        "reduction": REDUCTIONS[reduction],
+    }
 
 
 class Layers:
@@ -57,7 +61,7 @@ class Layers:
             )
         self.flattens = False  # the images first
         self.linears: list[nn.Linear] = []  # one a layer
-        self.flags: list[int] = []  # of each layer BIAS, RELU, both or neither
+        self.relu: list[bool] = []  # whether a layer has one
         self._names = names
         views: list[_Call] = []  # those that name the number of features
         for call in _calls_of(model, names):
@@ -68,7 +72,9 @@ class Layers:
             refuse("model: expected at least one Linear, got none")
         self._check_features(views)
         named = self._parameters()
-        self.params = list(named.values())  # the weight of each layer, then its bias if it has one
+        self.params = list(named.values())
+        self.weights: list[Any] = [linear.weight for linear in self.linears]
+        self.biases: list[Any] = [linear.bias for linear in self.linears]  # None where it has none
         _check_memory(named)
 
     def _add(self, call: _Call) -> None:
@@ -81,11 +87,9 @@ class Layers:
             self.flattens = True
         elif isinstance(module, nn.Linear) and type(module) in _LINEARS:
             self.linears.append(module)
-            has_bias = module._parameters.get("bias") is not None
-            activation = check_activation(getattr(module, "activation", "none"))
-            self.flags.append(has_bias * BIAS | FLAGS[activation])
+            self.relu.append(check_activation(getattr(module, "activation", "none")) == "relu")
         elif type(module) is nn.ReLU and self.linears:
-            self.flags[-1] |= RELU
+            self.relu[-1] = True
         elif type(module) is not nn.Identity:
             hint = "remove it, or train with the ordinary loop"
             if nn.utils.parametrize.is_parametrized(module):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_ext import optim
 from mnist_ext._torch_private import is_step_replaced
-from mnist_ext.train_step.model import refuse
+from mnist_ext.train_step.model import Layers, refuse
 
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
-_OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")  # as the op takes them
+# As the op takes them, of each group.
+_OPTIONS = {
+    "momentum": float,
+    "dampening": float,
+    "weight_decay": float,
+    "nesterov": bool,
+    "maximize": bool,
+}
 _settings_of = operator.itemgetter(*_OPTIONS, "differentiable")
 _FROZEN = -1  # in place of a group
 
@@ -30,13 +38,13 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 class Groups:
     """The parameter groups of an optimizer as the op takes them, or ValueError: why not."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: Layers) -> None:
         if type(optimizer) not in _OPTIMIZERS:
             refuse(f"optimizer: expected torch.optim.SGD, got {type(optimizer).__name__}")
         if is_step_replaced(optimizer.__dict__.get("step")):
             refuse("optimizer: its step was replaced: restore it")
         group_of: dict[int, int] = {}
-        known = {id(p) for p in params}
+        known = {id(p) for p in layers.params}
         for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
                 refuse(f"optimizer: group {number} is differentiable: leave that off")
@@ -48,39 +56,48 @@ class Groups:
                         "to no layer of model: give the optimizer model.parameters()"
                     )
         self.settings = read_settings(optimizer)
-        self.options = [float(g[name]) for g in optimizer.param_groups for name in _OPTIONS]
-        momentum = self.options[:: len(_OPTIONS)]
-        self._has_momentum = any(momentum)
         self._optimizer = optimizer
-        self._no_buffer = torch.empty(0, device=params[0].device)
-        self.trained: list[Tensor] = []
-        self._numbers: list[int] = []  # for each parameter its group, and 1 if its buffer is new
-        self._moved: list[Tensor | None] = []  # None for a parameter without momentum
-        for param in params:
-            number = group_of.get(id(param), _FROZEN) if param.requires_grad else _FROZEN
-            self._numbers += [number, 0]
-            if number != _FROZEN:
-                self.trained.append(param)
-            self._moved.append(param if number != _FROZEN and momentum[number] else None)
+        params = [*layers.weights, *layers.biases]
+        numbers = [
+            _FROZEN if p is None or not p.requires_grad else group_of.get(id(p), _FROZEN)
+            for p in params
+        ]
+        grouped = list(zip(params, numbers, strict=True))
+        self.trained: list[Tensor] = [p for p, number in grouped if number != _FROZEN]
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
+        options = {
+            name: [kind(group[name]) for group in optimizer.param_groups]
+            for name, kind in _OPTIONS.items()
+        }
+        layer_count = len(layers.weights)
+        self.arguments: dict[str, Any] = {  # of the op
+            **options,
+            "weight_groups": numbers[:layer_count],
+            "bias_groups": numbers[layer_count:],
+        }
+        momentum = options["momentum"]
+        # None for a parameter without momentum.
+        self._moved: list[Any] = [
+            p if number != _FROZEN and momentum[number] else None for p, number in grouped
+        ]
 
-    def momentum_buffers(self) -> tuple[list[Tensor], list[int], list[tuple[Tensor, Tensor]]]:
-        """Return buffers, numbers of groups, and the buffers that hold nothing yet, by parameter.
+    def momentum_buffers(self) -> tuple[list[Tensor | None], list[bool]]:
+        """Return the buffers of the weights, then of the biases; whether they hold nothing yet.
 
-        There is a buffer for each parameter, empty for one without momentum; or none at all.
+        None stands for that of a parameter without momentum.
         """
-        buffers: list[Tensor] = []
-        new: list[tuple[Tensor, Tensor]] = []
-        if not self._has_momentum:
-            return buffers, self._numbers, new
-        numbers = self._numbers.copy()
+        buffers: list[Tensor | None] = []
+        first_step: list[bool] = []
         state = self._optimizer.state
-        for i, param in enumerate(self._moved):
-            buffer = self._no_buffer if param is None else state[param].get("momentum_buffer")
-            if param is not None and buffer is None:
-                buffer = torch.empty_like(param)
-                new.append((param, buffer))
-                numbers[2 * i + 1] = 1
-            buffers.append(buffer)
-        return buffers, numbers, new
+        for param in self._moved:
+            buffer = None if param is None else state[param].get("momentum_buffer")
+            first_step.append(param is not None and buffer is None)
+            buffers.append(torch.empty_like(param) if first_step[-1] else buffer)
+        return buffers, first_step
+
+    def keep(self, buffers: list[Tensor | None], first_step: list[bool]) -> None:
+        """Give the optimizer the buffers that were new, and have been written."""
+        for param, buffer, is_new in zip(self._moved, buffers, first_step, strict=True):
+            if is_new:
+                self._optimizer.state[param]["momentum_buffer"] = buffer
