@@ -182,40 +182,7 @@ def error_of(function: str) -> bytes:
     """Call one of tests/emulator/mistakes.cpp; return what it throws, or nothing."""
     error = library().emulator_error_of
     error.restype = ctypes.c_char_p
-<<<<<<< HEAD
     return error(getattr(library(), function)) or b""
-=======
-    return error(getattr(library(), function))
-
-
-def patches() -> list:
-    """Make mnist_ext run its CUDA kernels on the emulator, for CPU tensors."""
-    library()
-    ops = torch.ops.mnist_ext_emulated
-    return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in OPS),
-        mock.patch.object(_autograd, "_has_cuda_kernels", return_value=True),
-        mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
-        mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
-        mock.patch.object(train_step, "_new_step_graph", ops.new_step_graph.default),
-        mock.patch.object(train_step, "_free_step_graph", ops.free_step_graph.default),
-    ]
-
-
-# For a fixture: the emulated kernels, or those on a GPU, for tensors made without a device.
-KERNELS = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
-
-
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test on request.param, one of KERNELS."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulator")
-        yield request.param
-        return
-    torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
->>>>>>> ops
 
 
 if __name__ == "__main__":
