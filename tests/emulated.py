@@ -3,14 +3,18 @@
 `python tests/emulated.py` builds them, and says how long that took.
 """
 
+import contextlib
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils import cpp_extension
+
+from mnist_ext import _C, _autograd
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
@@ -63,6 +67,20 @@ def refuse_graphs(refuse: bool = True) -> None:
     library().emulator_refuse_graphs(refuse)
 
 
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Send CPU tensors to the emulated CUDA kernels, through the same ops."""
+    before, reason = _C.active_isa(), _C.active_isa_reason()
+    _C.register_kernels("emulated cuda", table_address())
+    _C.set_isa("emulated cuda")
+    try:
+        with mock.patch.object(_autograd, "_has_cuda_kernels", return_value=True):
+            yield
+    finally:
+        _C.set_isa(before, reason)
+        reset()
+
+
 def reset() -> None:
     """Undo what the three above have chosen."""
     set_seed(0)
@@ -111,6 +129,7 @@ class Product(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("relu", ctypes.c_int64),
         ("allow_tf32", ctypes.c_int64),
+        ("c_mask", ctypes.c_void_p),
         ("c", ctypes.c_void_p),
         ("row_sums", ctypes.c_void_p),
     )
@@ -128,7 +147,7 @@ def _product(a, b, mask, bias, relu, tf32, c, sums) -> tuple[bytes, ctypes.Struc
         *(pointer(a), pair(*a.stride())),
         *(pointer(mask), pair(*(mask.stride() if mask is not None else (0, 0)))),
         *(pointer(b), pair(*b.stride())),
-        *(pointer(bias), relu, tf32, pointer(c), pointer(sums)),
+        *(pointer(bias), relu, tf32, None, pointer(c), pointer(sums)),
     )
     return str(a.dtype).removeprefix("torch.").encode(), product
 
@@ -142,6 +161,7 @@ def product(
     relu=False,
     row_sums=False,
     c=True,
+    c_mask=None,
     a_strides=None,
 ):
     """Make a [M, K] times b [N, K]^T by this main loop; a_strides: instead of those of a.
@@ -158,6 +178,7 @@ def product(
     whole_sums, sums = guarded(len(a))
     wanted = (made if c else None, sums if row_sums else None)
     dtype, arguments = _product(a, b, mask, bias, relu, True, *wanted)
+    arguments.c_mask = pointer(c_mask)
     arguments.a_strides = (ctypes.c_int64 * 2)(*(a_strides or a.stride()))
     function = library().emulator_product
     function.restype = ctypes.c_char_p

@@ -54,9 +54,9 @@ def round_to_tf32_(x):
     return x.copy_(rounded_to_tf32(x.contiguous()))
 
 
-def assert_product(main_loop, a, b, mask=None, bias=None, relu=False, row_sums=False):
+def assert_product(main_loop, a, b, mask=None, bias=None, relu=False, row_sums=False, c_mask=None):
     """Compare with float64: rounded once to the dtype, after sums in its compute type."""
-    c, sums = emulated.product(main_loop, a, b, mask, bias, relu, row_sums)
+    c, sums = emulated.product(main_loop, a, b, mask, bias, relu, row_sums, c_mask=c_mask)
     if mask is not None:
         a = torch.where(mask <= 0, 0, a)
     eps, eps_of_sums = torch.finfo(a.dtype).eps, 1e-15 if a.dtype == torch.float64 else 1e-6
@@ -69,6 +69,8 @@ def assert_product(main_loop, a, b, mask=None, bias=None, relu=False, row_sums=F
     bound = eps * truth.abs() + eps_of_sums * (a.abs() @ b.abs().T + 1)
     if relu:
         truth = truth.relu()
+    if c_mask is not None:
+        truth = torch.where(c_mask <= 0, 0, truth)
     assert ((c.double() - truth).abs() <= bound).all()
     if row_sums:
         assert ((sums.double() - true_sums).abs() <= of_sums).all()
@@ -76,7 +78,7 @@ def assert_product(main_loop, a, b, mask=None, bias=None, relu=False, row_sums=F
 
 
 def check(main_loop, dtype, M, N, K, layout, case, fragments=True):
-    """Walk through what a product may have besides: a ReLU mask, a bias, a ReLU, row sums."""
+    """Walk through what a product may have besides: masks of A and C, a bias, a ReLU, row sums."""
     emulated.set_seed(case)
     a, b = operand(M, K, layout[0], dtype), operand(N, K, layout[1], dtype)
     if main_loop == "wgmma" and dtype == torch.float32:
@@ -85,7 +87,8 @@ def check(main_loop, dtype, M, N, K, layout, case, fragments=True):
     mask = operand(M, K, layout[0], dtype) if fragments and case % 2 else None
     bias = torch.randn(N).to(dtype) if case // 2 % 2 else None
     row_sums = fragments and (mask is None or case // 4 % 2 == 1)
-    assert_product(main_loop, a, b, mask, bias, case // 8 % 2 == 1, row_sums)
+    c_mask = torch.randn(M, N).to(dtype) if case % 3 == 0 else None
+    assert_product(main_loop, a, b, mask, bias, case // 8 % 2 == 1, row_sums, c_mask)
 
 
 # M, N, K, multiprocessors, and the tile and splits that simt takes for float32: each of its tiles,
@@ -330,7 +333,8 @@ def test_wgmma_result_that_is_not_aligned():
     """333 columns: rows of the result begin anywhere, while B's rows may still be copied."""
     a = operand(136, 136, "k", torch.bfloat16)
     b = operand(333, 136, "k", torch.bfloat16)
-    assert_product("wgmma", a, b, bias=torch.randn(333).bfloat16(), relu=True)
+    bias, c_mask = torch.randn(333).bfloat16(), torch.randn(136, 333).bfloat16()
+    assert_product("wgmma", a, b, bias=bias, relu=True, c_mask=c_mask)
 
 
 @pytest.mark.parametrize(

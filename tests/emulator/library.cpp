@@ -27,6 +27,7 @@ struct AnyProduct {
   int64_t b_strides[2];
   const void* bias;
   int64_t relu, allow_tf32;
+  const void* c_mask;
   void* c;
   void* row_sums;
 };
@@ -42,6 +43,7 @@ Product<T> typed(const AnyProduct& p) {
           .bias = static_cast<const T*>(p.bias),
           .relu = p.relu != 0,
           .allow_tf32 = p.allow_tf32 != 0,
+          .c_mask = static_cast<const T*>(p.c_mask),
           .c = static_cast<T*>(p.c),
           .row_sums = static_cast<T*>(p.row_sums)};
 }

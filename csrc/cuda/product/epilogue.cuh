@@ -9,6 +9,21 @@ namespace mnist_ext::cuda {
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The elements of `a`, in a word or a vector, whose element of the ReLU mask is not <= 0, and 0 for the others.
+template <class T, class Words>
+__device__ Words behind_mask(Words a, const Words& mask) {
+  constexpr int kSize = sizeof(Words) / sizeof(T);
+  T elements[kSize], masks[kSize];
+  memcpy(elements, &a, sizeof a);
+  memcpy(masks, &mask, sizeof mask);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    if (widen(masks[i]) <= 0) elements[i] = T{};
+  }
+  memcpy(&a, elements, sizeof a);
+  return a;
+}
+
 template <class T>
 struct Epilogue {
   using S = ComputeType<T>;
@@ -16,7 +31,8 @@ struct Epilogue {
   int64_t M, N;
   const T* bias;  // or null
   bool relu;
-  bool aligned;  // whether every row of c begins at a multiple of 16 bytes
+  const T* c_mask;  // as c: where it is <= 0, C is 0; or null
+  bool aligned;     // whether every row of c, and of its mask, begins at a multiple of 16 bytes
   T* c;
   T* row_sums;  // or null
   // Where K is split:
@@ -50,7 +66,9 @@ Epilogue<T> epilogue_of(const Product<T>& p, int splits, void* workspace) {
           .N = p.c ? p.N : 0,
           .bias = p.bias,
           .relu = p.relu,
-          .aligned = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.N % kPack<T> == 0,
+          .c_mask = p.c_mask,
+          .aligned = elements_past_alignment(p.c) == 0 && elements_past_alignment(p.c_mask) == 0 &&
+                     p.N % kPack<T> == 0,
           .c = p.c,
           .row_sums = p.row_sums,
           .splits = splits,
@@ -87,6 +105,13 @@ __device__ void store_finished(const Epilogue<T>& epilogue, int64_t row, int64_t
 #pragma unroll
   for (int i = 0; i < N; ++i) finals.at[i] = finished(epilogue, sums.at[i], bias.at[i]);
   T* place = epilogue.c + row * epilogue.N + column;
+  if (epilogue.c_mask) {
+    const T* mask = epilogue.c_mask + (place - epilogue.c);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (column + i < epilogue.N && widen(mask[i]) <= 0) finals.at[i] = 0;
+    }
+  }
   if (column + N <= epilogue.N) return store_pack_global(place, finals, epilogue.aligned);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -149,21 +174,6 @@ void reduce_splits(const Epilogue<T>& epilogue, cudaStream_t stream) {
   const int64_t threads = vectors + (epilogue.row_sums ? epilogue.M : 0);
   launch("product reduce_splits", reduce_splits_kernel<T>,
          Shape{static_cast<unsigned>(ceil_div(threads, kReduceThreads)), kReduceThreads}, stream, epilogue);
-}
-
-// The elements of `a`, in a word or a vector, whose element of the ReLU mask is not <= 0, and 0 for the others.
-template <class T, class Words>
-__device__ Words behind_mask(Words a, const Words& mask) {
-  constexpr int kSize = sizeof(Words) / sizeof(T);
-  T elements[kSize], masks[kSize];
-  memcpy(elements, &a, sizeof a);
-  memcpy(masks, &mask, sizeof mask);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    if (widen(masks[i]) <= 0) elements[i] = T{};
-  }
-  memcpy(&a, elements, sizeof a);
-  return a;
 }
 
 // Of the tensor cores' fragments, as mma and wgmma have them alike: lane 4 r + c of a warp holds parts of rows r and
@@ -249,12 +259,17 @@ __device__ void store_half_fragments(const Epilogue<Half>& epilogue, const float
       const int64_t i = row + lane / 4 + 8 * half, j = column + 8 * (four + lane % 4);
       if (i >= epilogue.M || j >= epilogue.N) continue;
       Half* place = epilogue.c + i * epilogue.N + j;
+      const Half* mask = epilogue.c_mask ? epilogue.c_mask + (place - epilogue.c) : nullptr;
       if (epilogue.aligned) {
-        store_words_global(place, uint4{word[0], word[1], word[2], word[3]});
+        uint4 words = {word[0], word[1], word[2], word[3]};
+        if (mask) words = behind_mask<Half>(words, load_vector<uint4>(mask));
+        store_words_global(place, words);
       } else {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-          if (j + k < epilogue.N) place[k].bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
+          const bool closed = mask && j + k < epilogue.N && widen(mask[k]) <= 0;
+          const auto bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
+          if (j + k < epilogue.N) place[k].bits = closed ? uint16_t{0} : bits;
         }
       }
     }
