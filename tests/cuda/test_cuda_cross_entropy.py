@@ -1,51 +1,14 @@
-"""The CUDA kernels: on the emulator of tests/emulator everywhere, and on a GPU where there is one.
+"""The kernels of cross-entropy that are CUDA's: one for each shape, on the emulator and on a GPU.
 
-First the tests of the CPU kernels once more, imported: their fixture `isa` is another one here.
+The tests of the op run on them too.
 """
-
-import copy
-import itertools
 
 import emulated
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import CROSS_ENTROPY, FLOATS
-from test_cross_entropy import (  # noqa: F401
-    test_any_strides,
-    test_blocks_of_minus_infinity_before_the_first_finite_logit,
-    test_exp_over_its_whole_range,
-    test_extreme_logits_as_pytorch,
-    test_float32_error_within_twice_pytorchs,
-    test_float64_agrees,
-    test_gradient_of_the_target_survives_as_p_approaches_one,
-    test_ignore_index,
-    test_ignored_rows_are_not_read,
-    test_loss_scale_comes_before_the_rounding,
-    test_nan_in_a_block_without_a_finite_logit,
-    test_nothing_to_count,
-    test_total_weight_of_zero,
-)
-from test_optim import test_same_bits  # noqa: F401
-from test_semantics import test_int32_and_uint8_targets  # noqa: F401
-from test_semantics import test_values_and_gradients as values_and_gradients
 
-import mnist_ext
-from mnist_ext import _autograd, functional
-
-
-@pytest.fixture(params=emulated.KERNELS)
-def isa(request):
-    """Run the test on CUDA kernels instead of on each instruction set."""
-    yield from emulated.kernels(request)
-
-
-# Every case in one dtype after the other: on the emulator all in all take minutes.
-@pytest.mark.parametrize(
-    ("case", "dtype"), zip(CROSS_ENTROPY, itertools.cycle(FLOATS[::-1]), strict=False), ids=str
-)
-def test_cross_entropy_values_and_gradients(isa, case, dtype):
-    values_and_gradients(isa, case, dtype)
+from mnist_ext import functional
 
 
 # One for each kernel: one block for everything, with as many rows as threads and with more; several
@@ -103,37 +66,20 @@ class TestEveryKernel:
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_accurate(self, isa, shape, dtype):
-        assert_accurate(*make(shape, dtype))
+    def test_accurate(self, device, shape, dtype):
+        assert_accurate(*(t.to(device) for t in make(shape, dtype)))
 
     def test_accurate_on_a_device_without_clusters(self, emulator, shape):
         """And with too little shared memory for the longest rows, which are read twice."""
         emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
         assert_accurate(*make(shape))
 
-    def test_logits_at_any_address(self, isa, shape):
-        logits, target = make(shape)
-        moved = torch.empty(logits.numel() + 1)[1:].view(shape)
+    def test_logits_at_any_address(self, device, shape):
+        logits, target = (t.to(device) for t in make(shape))
+        moved = torch.empty(logits.numel() + 1, device=device)[1:].view(shape)
         moved.copy_(logits)
         assert moved.data_ptr() % 16 != 0
         assert_accurate(moved, target)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradient_for_a_grad_output(isa, dtype):
-    """Of 1 as it is; of any other rounded once; a second backward gives the same bits."""
-    logits, target = make((300, 20), dtype)
-    leaf = logits.requires_grad_()
-    loss = functional.cross_entropy(leaf, target, reduction="sum")
-    halves = [torch.autograd.grad(loss * 0.7, leaf, retain_graph=True)[0] for _ in range(2)]
-    assert torch.equal(*halves)
-    leaf = logits.detach().double().requires_grad_()
-    scale = torch.tensor(0.7).to(dtype).double()
-    (truth,) = torch.autograd.grad(
-        F.cross_entropy(leaf, target, reduction="sum"), leaf, grad_outputs=scale
-    )
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(halves[0].double(), truth, rtol=0.6 * eps + 1e-6, atol=1e-6)
 
 
 def test_gradient_at_any_address(emulator):
@@ -141,8 +87,8 @@ def test_gradient_at_any_address(emulator):
     logits, target = make((300, 9))
     moved = torch.empty(logits.numel() + 1)[1:].view(300, 9)
     assert moved.data_ptr() % 16 != 0
-    options = None, -100, 0.0, 2
-    _autograd._cross_entropy_gradient_(moved, torch.tensor(0.5), logits, target, *options)
+    arguments = torch.tensor(0.5), logits, target, None, -100, 0.0, 2
+    torch.ops.mnist_ext.cross_entropy_gradient_(moved, *arguments)
     leaf = logits.double().requires_grad_()
     F.cross_entropy(leaf, target, reduction="sum").backward(torch.tensor(0.5).double())
     torch.testing.assert_close(moved.double(), leaf.grad, rtol=1e-5, atol=1e-6)
@@ -169,66 +115,6 @@ def test_bad_target_ends_the_kernel(emulator, shape, bad, capfd):
         functional.cross_entropy(logits, target)
     # What the device prints, as its assertion cannot say more.
     assert f"got {bad} at position {target.numel() - 1}" in capfd.readouterr().out
-
-
-class TestEmulator:
-    """That it notices what it says it notices."""
-
-    def test_a_missing_barrier(self):
-        results = set()
-        for seed in range(5):
-            emulated.set_seed(seed)
-            results.add(emulated.library().emulator_sum_of_neighbours(0))
-        emulated.set_seed(0)
-        assert len(results) > 1
-        assert emulated.library().emulator_sum_of_neighbours(1) == 64 * 63 // 2
-
-    def test_a_barrier_that_some_threads_never_reach(self):
-        assert b"barrier" in emulated.error_of("emulator_deadlock")
-
-    def test_a_write_beyond_shared_memory(self):
-        assert b"beyond its 64 bytes" in emulated.error_of("emulator_overflow")
-
-    def test_an_access_that_is_not_aligned(self):
-        assert b"not aligned" in emulated.error_of("emulator_misaligned")
-
-    def test_a_copy_that_is_not_waited_for(self):
-        sum_of_copies = emulated.library().emulator_sum_of_copies
-        assert sum_of_copies(True, False) == 64 * 63 // 2
-        assert sum_of_copies(False, False) == -64
-
-    def test_a_missing_barrier_behind_a_copy(self):
-        results = set()
-        for seed in range(5):
-            emulated.set_seed(seed)
-            results.add(emulated.library().emulator_sum_of_copies(True, True))
-        emulated.set_seed(0)
-        assert len(results) > 1
-
-    def test_a_copy_that_cannot_be(self):
-        assert b"not aligned" in emulated.error_of("emulator_misaligned_copy")
-        assert b"beyond shared memory" in emulated.error_of("emulator_copy_beyond")
-
-    def test_a_cluster_that_does_not_wait(self):
-        waited, not_waited = set(), set()
-        for seed in range(5):
-            emulated.set_seed(seed)
-            waited.add(emulated.library().emulator_sum_of_cluster(1))
-            not_waited.add(emulated.library().emulator_sum_of_cluster(0))
-        emulated.set_seed(0)
-        assert waited == {4 * (0 + 1 + 2 + 3)}
-        assert not_waited != waited
-
-    def test_a_block_far_behind_the_others(self):
-        """They have hundreds of waits to do before they would get in its way."""
-        waited, not_waited = set(), set()
-        for seed in range(5):
-            emulated.set_seed(seed)
-            waited.add(emulated.library().emulator_sum_before_overtaking(1))
-            not_waited.add(emulated.library().emulator_sum_before_overtaking(0))
-        emulated.set_seed(0)
-        assert waited == {4 * 32}
-        assert not_waited != waited
 
 
 # What only a device can show.
@@ -303,23 +189,3 @@ def test_more_than_two_to_the_31_logits_on_gpu():
     loss = functional.cross_entropy(logits, target, reduction="none")
     expected = F.cross_entropy(logits[-4:].float(), target[-4:], reduction="none")
     torch.testing.assert_close(loss[-4:].float(), expected, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.gpu
-def test_sgd_in_a_training_loop_on_gpu():
-    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
-    models = [model.cuda(), copy.deepcopy(model)]
-    optimizers = [
-        mnist_ext.optim.SGD(models[0].parameters(), lr=0.1, momentum=0.9),
-        torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9),
-    ]
-    input, target = torch.randn(50, 20, device="cuda"), torch.arange(50, device="cuda") % 5
-    for _ in range(20):
-        for each, optimizer, op in zip(
-            models, optimizers, (functional.cross_entropy, F.cross_entropy), strict=True
-        ):
-            optimizer.zero_grad()
-            op(each(input), target).backward()
-            optimizer.step()
-    for ours, torchs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-5)

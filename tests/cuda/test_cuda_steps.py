@@ -1,37 +1,48 @@
-"""TrainStep's steps as a CUDA graph: on the emulator of tests/emulator everywhere, and on a GPU.
+"""TrainStep on CUDA: its kernels one by one, and as a CUDA graph; on the emulator and on a GPU.
 
-The truth here are the same kernels launched one by one, which test_cuda_train_step.py compares with
-the ordinary loop: the bits have to be the same.
+That the numbers are the ordinary loop's is shown by the tests of TrainStep, which run on these
+kernels too. The truth here are the same kernels launched one by one: the bits have to be the same.
 """
 
+import contextlib
 import copy
 import gc
 import threading
+from unittest import mock
 
 import emulated
 import pytest
 import torch
-from test_cuda_train_step import launches_of, small, trainer
 from torch import nn
 
-from mnist_ext import TrainStep, _library, train_step
+from mnist_ext import TrainStep, train_step
 from mnist_ext.models import mlp
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+def trainer(model, loss=None, sgd=None, **options):
+    """Return a TrainStep and what it consists of."""
+    criterion = nn.CrossEntropyLoss(**(loss or {}))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(params, **{"lr": 0.05, **(sgd or {})})
+    return TrainStep(model, criterion, optimizer, **options), (model, criterion, optimizer)
 
 
-@pytest.fixture(params=["cpu", GPU])
-def device(request):
-    """Yield where to put tensors; those on the CPU go to the emulated kernels."""
-    if request.param == "cpu":
-        request.getfixturevalue("emulator")
-    yield request.param
-    set_graphs(request.param, True)
+def small(hidden=(12, 9), features=20, classes=5, activation="relu"):
+    torch.manual_seed(0)
+    return mlp(hidden, activation, features, classes)
 
 
-def set_graphs(device, enabled):
-    """Let steps be made as a graph, or by launches alone."""
-    (emulated if device == "cpu" else _library.cuda).set_train_step_graphs(enabled)
+def without_graphs(really=True):
+    """Let a TrainStep that is made here launch kernels alone."""
+    if not really:
+        return contextlib.nullcontext()
+    return mock.patch.object(train_step, "_new_step_graph", return_value=0)
+
+
+def launches_of(call):
+    before = emulated.launches()
+    call()
+    return emulated.launches() - before
 
 
 def graphs_since(device, before=0):
@@ -53,8 +64,8 @@ def by_launches_and_as_graph(device, model, use, **options):
     """Have two equal trainers used; return what came of them, and how many graphs started."""
     trainers, results = [], []
     for as_graph in (False, True):
-        set_graphs(device, as_graph)
-        trainers.append(trainer(copy.deepcopy(model).to(device), **options))
+        with without_graphs(not as_graph):
+            trainers.append(trainer(copy.deepcopy(model).to(device), **options))
         before = graphs_since(device)
         results.append(use(*trainers[-1]))
     assert_same(*trainers)
@@ -128,12 +139,12 @@ class TestManyStepsOfACall:
         images, labels = data(device, 30, 3)
         results = []
         for graphs in (False, True):
-            set_graphs(device, graphs)
             torch.manual_seed(0)
             model = mlp((2,) * 8, "none", 3, 5).to(device)
             params = list(model.parameters())[:groups]
             optimizer = torch.optim.SGD([{"params": [p]} for p in params])
-            step = TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+            with without_graphs(not graphs):
+                step = TrainStep(model, nn.CrossEntropyLoss(), optimizer)
             rates = [0.3 / (1 + i % 37) for i in range(30 * groups)]
             before = graphs_since(device)
             results.append((model, step._run(images, labels, None, 1, rates)))
@@ -296,22 +307,17 @@ def test_new_momentum_buffers_where_the_old_ones_were(device, monkeypatch):
 
 
 def test_a_driver_that_makes_no_graphs(emulator):
-    emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
     images, labels = data("cpu")
-    emulated.refuse_graphs(True)
-    try:
+    emulated.refuse_graphs()
 
-        def use(step, _):
-            return [step._run(images, labels, None, 6, [0.1] * 7) for _ in range(2)]
+    def use(step, _):
+        return [step._run(images, labels, None, 6, [0.1] * 7) for _ in range(2)]
 
-        _, graphs = by_launches_and_as_graph("cpu", small(), use)
-    finally:
-        emulated.refuse_graphs(False)
+    _, graphs = by_launches_and_as_graph("cpu", small(), use)
     assert graphs == 0
 
 
 def test_a_capture_of_the_callers_own_takes_the_kernels(emulator):
-    emulated.set_device(compute_capability_major=8, shared_kilobytes=99)
     images, labels = data("cpu", 6)
     step, (model, _, _) = trainer(small())
     kernels = launches_of(lambda: step(images, labels))
@@ -324,16 +330,75 @@ def test_a_capture_of_the_callers_own_takes_the_kernels(emulator):
         assert torch.equal(param, old)
 
 
+@pytest.mark.parametrize("hidden", [(), (33,), (33, 9)])
+def test_results_do_not_depend_on_the_order_of_threads(emulator, hidden):
+    """A barrier that is missing shows here; several steps to a launch, for those between steps."""
+    images = torch.randint(0, 256, (40, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 5, (40,))
+    order = torch.arange(39, -1, -1)
+    results = []
+    for seed in (1, 2, 3, 4):
+        emulated.set_seed(seed)
+        step, (model, _, _) = trainer(
+            small(hidden, 16), sgd={"momentum": 0.9}, normalize=(0.1, 0.3)
+        )
+        losses = step._run(images, labels, order, 9, [0.05] * 5)
+        results.append([losses, *(p.detach().clone() for p in model.parameters())])
+    for tensors in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(tensors, results[0], strict=True))
+
+
+def test_the_readmes_model(emulator):
+    """At its real size, a batch of 64: 11 kernels, and 2 that add up split-K parts."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (64,))
+    model = mlp((128, 64), "relu")
+    truth = copy.deepcopy(model).double()
+    step, _ = trainer(model, sgd={"momentum": 0.9}, normalize=(0.13, 0.3))
+    losses = []
+    assert launches_of(lambda: losses.append(step(images, labels))) == 13
+    pixels = (images[:, None] / 255 - 0.13).double() / 0.3
+    expected = nn.functional.cross_entropy(truth(pixels), labels)
+    expected.backward()
+    torch.optim.SGD(truth.parameters(), lr=0.05).step()
+    torch.testing.assert_close(losses[0].double(), expected, rtol=1e-6, atol=0)
+    for ours, true in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**40])
+def test_a_bad_label_ends_the_kernel(emulator, bad, capfd):
+    images, labels = data("cpu", 12)
+    labels[7] = bad
+    step, (model, _, _) = trainer(small())
+    before = copy.deepcopy(model)
+    with pytest.raises(IndexError):
+        step(images, labels)
+    assert f"expected indices in [0, 5), got {bad} at position 7" in capfd.readouterr().out
+    for ours, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, old)
+
+
+def test_a_bad_index_ends_the_kernel(emulator, capfd):
+    images, labels = data("cpu", 12)
+    step, _ = trainer(small())
+    with pytest.raises(IndexError):
+        step._run(images, labels, torch.tensor([0, 12]), 2, [0.1])
+    assert "order: expected indices in [0, 12), got 12 at position 1" in capfd.readouterr().out
+
+
 class TestLifetime:
     def test_it_goes_with_its_train_step(self, device):
         images, labels = data(device, 6)
         step, _ = trainer(small().to(device))
         step(images, labels)
-        number = step._captured.number
-        del step
+        graph = step._graph
+        handle = graph.handle
+        del step, graph
         gc.collect()
-        with pytest.raises(ValueError, match=f"captured: expected 0 or a number .*, got {number}"):
-            train_step._free_captured_step(number)
+        with pytest.raises(ValueError, match=f"expected 0 or a handle .*, got {handle}"):
+            train_step._free_step_graph(torch.empty(0, device=device), handle)
 
     def test_a_copy_has_its_own(self, device):
         images, labels = data(device, 6)
@@ -341,7 +406,7 @@ class TestLifetime:
         for _ in range(3):
             step(images, labels)
         other = copy.deepcopy(step)
-        assert other._captured.number != step._captured.number
+        assert other._graph.handle != step._graph.handle
         for _ in range(3):
             assert torch.equal(step(images, labels), other(images, labels))
 
@@ -468,3 +533,15 @@ class TestOnGpu:
         for _ in range(3):
             step(images, labels)
         assert torch.cuda.memory_allocated() == before
+
+    @pytest.mark.parametrize("size", [64, 4096])
+    def test_losses_of_the_cpu(self, size):
+        pixels = torch.randint(0, 256, (4 * size, 28, 28), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (4 * size,))
+        model = mlp((128, 64), "relu")
+        losses = []
+        for device in ("cpu", "cuda"):
+            step, _ = trainer(copy.deepcopy(model).to(device), normalize=(0.13, 0.3))
+            x, y = pixels.to(device), labels.to(device)
+            losses.append([step(*b).item() for b in zip(x.split(size), y.split(size), strict=True)])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
