@@ -40,9 +40,7 @@ class PendingUpdates {
 
   void add(const ParameterUpdate<T>& update, int64_t size, const T* gradient) {
     if (!update.param) return;
-    const auto is_alike = [&](const Alike& alike) {
-      return alike.options == update.options && alike.lr == update.lr;
-    };
+    const auto is_alike = [&](const Alike& alike) { return alike.options == update.options && alike.lr == update.lr; };
     auto alike = std::find_if(pending_.begin(), pending_.end(), is_alike);
     if (alike == pending_.end()) alike = pending_.insert(alike, {update.options, update.lr, {}});
     alike->tensors.push_back({size, update.param, gradient, update.momentum_buffer});

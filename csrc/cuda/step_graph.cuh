@@ -50,8 +50,8 @@ class CapturedStep : public StepGraph {
   CapturedStep(const CapturedStep&) = delete;
   CapturedStep& operator=(const CapturedStep&) = delete;
 
-  // Holds what start(stream) starts from now on, in place of what it held; nothing of it runs. Where the driver refuses,
-  // or start throws, it holds nothing and is refused. Waits for nothing.
+  // Holds what start(stream) starts from now on, in place of what it held; nothing of it runs. Where the driver
+  // refuses, or start throws, it holds nothing and is refused. Waits for nothing.
   template <class Start>
   void capture(const Known& fixed, const Start& start) {
     reset();

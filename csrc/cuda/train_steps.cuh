@@ -102,9 +102,8 @@ class StepRunner {
 
   bool has_new_buffers() const {
     const auto is_new = [](const TrainedParameter<T>& p) { return p.momentum_buffer && p.first_step; };
-    return std::any_of(steps_.layers.begin(), steps_.layers.end(), [&](const TrainedLayer<T>& layer) {
-      return is_new(layer.weight) || is_new(layer.bias);
-    });
+    return std::any_of(steps_.layers.begin(), steps_.layers.end(),
+                       [&](const TrainedLayer<T>& layer) { return is_new(layer.weight) || is_new(layer.bias); });
   }
 
   const TrainSteps<T>& steps_;

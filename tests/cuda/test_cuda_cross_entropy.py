@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from mnist_ext import functional
 
-
 # One for each kernel: one block for everything, with as many rows as threads and with more; several
 # blocks of a thread per row, with and without padding; a warp, a block, a cluster per row, with
 # rows that do not begin at multiples of 16 bytes; positions side by side.

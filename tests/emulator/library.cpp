@@ -1,4 +1,6 @@
 // All of csrc/cuda as ordinary C++ on the emulator: its table of kernels, and what tests ask for beside it.
+#include "library.h"
+
 #include <array>
 #include <string>
 
@@ -10,7 +12,6 @@
 #include "../../csrc/cuda/instantiate/tensor_cores_float16.cu"
 #include "../../csrc/cuda/instantiate/tensor_cores_tf32.cu"
 #include "../../csrc/cuda/table.cu"
-#include "library.h"
 
 namespace {
 
@@ -120,9 +121,8 @@ EXPORTED int emulator_end_capture() {
 
 // Null, or what the kernels threw.
 EXPORTED const char* emulator_product(const char* dtype, int main_loop, const AnyProduct* product) {
-  return emulated::error_of([&] {
-    with_dtype(dtype, *product, [&](const auto& p) { make(p, static_cast<cuda::MainLoop>(main_loop)); });
-  });
+  return emulated::error_of(
+      [&] { with_dtype(dtype, *product, [&](const auto& p) { make(p, static_cast<cuda::MainLoop>(main_loop)); }); });
 }
 
 // {main loop, tile, splits}, as the table chooses them.

@@ -176,15 +176,15 @@ bool run_train_steps(int64_t features, int64_t batch_size) {
   const DeviceArray<float> biases[] = {DeviceArray<float>(zeros(kHidden)), DeviceArray<float>(zeros(kClasses))};
   const DeviceArray<float> buffer(zeros(kClasses));
   const std::vector<TrainedLayer<float>> layers = {{.in_features = features,
-                                                   .out_features = kHidden,
-                                                   .weight = {weights[0].get(), nullptr, 0, false},
-                                                   .bias = {biases[0].get(), nullptr, 0, false},
-                                                   .relu = true},
-                                                  {.in_features = kHidden,
-                                                   .out_features = kClasses,
-                                                   .weight = {weights[1].get(), nullptr, 0, false},
-                                                   .bias = {biases[1].get(), buffer.get(), 1, true},
-                                                   .relu = false}};
+                                                    .out_features = kHidden,
+                                                    .weight = {weights[0].get(), nullptr, 0, false},
+                                                    .bias = {biases[0].get(), nullptr, 0, false},
+                                                    .relu = true},
+                                                   {.in_features = kHidden,
+                                                    .out_features = kClasses,
+                                                    .weight = {weights[1].get(), nullptr, 0, false},
+                                                    .bias = {biases[1].get(), buffer.get(), 1, true},
+                                                    .relu = false}};
   const DeviceArray<uint8_t> pixels(std::vector<uint8_t>(static_cast<size_t>(kImages * features), 100));
   const DeviceArray<int64_t> labels(std::vector<int64_t>(kImages, 3));
   TrainSteps<float> steps = {.layers = layers,

@@ -24,8 +24,8 @@ struct Work {
   A *position_max, *position_log_sum;
   A* total_weight;        // written by a forward
   const A* mean_divisor;  // read for the gradient of a mean; null: the one block counts by itself
-  T* loss;               // null: not wanted
-  T* const* loss_place;  // null, or in device memory: instead of loss
+  T* loss;                // null: not wanted
+  T* const* loss_place;   // null, or in device memory: instead of loss
   T *grad_logits, *grad_probabilities;
   const T* grad_output;  // null: 1
   int64_t grad_output_stride;

@@ -1,6 +1,6 @@
-// Which kernel of softmax cross-entropy runs for which shape, with how many threads. Loss and gradient come in one pass:
-// the row stays in shared memory (of one block, or of a cluster of blocks) between the sum of its exponentials and its
-// gradient. Rows that are too long for that are read twice.
+// Which kernel of softmax cross-entropy runs for which shape, with how many threads. Loss and gradient come in one
+// pass: the row stays in shared memory (of one block, or of a cluster of blocks) between the sum of its exponentials
+// and its gradient. Rows that are too long for that are read twice.
 //
 // Sums of a row: in T's compute type over 16 bytes, then in double (float for a warp's rows); over positions in double,
 // in an order that is fixed by the shape. No atomics but the counter that tells the last block.

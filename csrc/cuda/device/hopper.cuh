@@ -230,13 +230,13 @@ __device__ void wgmma_wait_group() {
 #define MNIST_EXT_D16(i) MNIST_EXT_D4(i), MNIST_EXT_D4(i + 1), MNIST_EXT_D4(i + 2), MNIST_EXT_D4(i + 3)
 #define MNIST_EXT_D64(i) MNIST_EXT_D16(i), MNIST_EXT_D16(i + 4), MNIST_EXT_D16(i + 8), MNIST_EXT_D16(i + 12)
 #define MNIST_EXT_D128 MNIST_EXT_D64(0), MNIST_EXT_D64(16)
-#define MNIST_EXT_0_TO_63                                                              \
+#define MNIST_EXT_0_TO_63                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MNIST_EXT_0_TO_127                                                                         \
-  MNIST_EXT_0_TO_63                                                                                \
+#define MNIST_EXT_0_TO_127                                                                       \
+  MNIST_EXT_0_TO_63                                                                              \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "           \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
@@ -295,7 +295,8 @@ template <Major kMajorB>
 __device__ void wgmma_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_63
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
       : MNIST_EXT_D64(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
 }
@@ -303,14 +304,16 @@ template <Major kMajorB>
 __device__ void wgmma_m64n128k16_f16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" MNIST_EXT_0_TO_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" MNIST_EXT_0_TO_63
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
       : MNIST_EXT_D64(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
 }
 __device__ inline void wgmma_m64n128k8_tf32(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_63
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
       : MNIST_EXT_D64(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
@@ -318,7 +321,8 @@ template <Major kMajorB>
 __device__ void wgmma_m64n256k16_bf16(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_127
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
       : MNIST_EXT_D128
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
 }
@@ -326,14 +330,16 @@ template <Major kMajorB>
 __device__ void wgmma_m64n256k16_f16(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" MNIST_EXT_0_TO_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" MNIST_EXT_0_TO_127
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
       : MNIST_EXT_D128
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
 }
 __device__ inline void wgmma_m64n256k8_tf32(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_127 "}, {%128, %129, %130, %131}, %132, p, 1, 1;\n}"
+      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_127
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1;\n}"
       : MNIST_EXT_D128
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
@@ -345,11 +351,11 @@ __device__ inline void wgmma_m64n256k8_tf32(float (&d)[32][4], const uint32_t (&
 #undef MNIST_EXT_0_TO_127
 #endif
 
-// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 32 bytes of K: 16 elements of a half dtype, or
-// 8 floats, of which the instruction drops what TF32 has no bits for, and which must lie along K. Four warps together.
-// a: a descriptor, with K as its major index; or fragments, of which each warp holds 16 rows as for mma. Lane 4 r + c of
-// warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and r + 8 (d[j][2], d[j][3]).
-// Nothing of d, a and b may be touched until wgmma_wait_group.
+// d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 32 bytes of K: 16 elements of a half dtype,
+// or 8 floats, of which the instruction drops what TF32 has no bits for, and which must lie along K. Four warps
+// together. a: a descriptor, with K as its major index; or fragments, of which each warp holds 16 rows as for mma. Lane
+// 4 r + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and r + 8 (d[j][2],
+// d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group.
 template <class T, Major kMajorB, int kTiles, class A>
 __device__ void wgmma(float (&d)[kTiles][4], const A& a, uint64_t b, bool add) {
   static_assert(kTiles == 16 || kTiles == 32);

@@ -67,8 +67,7 @@ Epilogue<T> epilogue_of(const Product<T>& p, int splits, void* workspace) {
           .bias = p.bias,
           .relu = p.relu,
           .c_mask = p.c_mask,
-          .aligned = elements_past_alignment(p.c) == 0 && elements_past_alignment(p.c_mask) == 0 &&
-                     p.N % kPack<T> == 0,
+          .aligned = elements_past_alignment(p.c) == 0 && elements_past_alignment(p.c_mask) == 0 && p.N % kPack<T> == 0,
           .c = p.c,
           .row_sums = p.row_sums,
           .splits = splits,

@@ -124,9 +124,8 @@ struct MmaKernel {
     const TileShare share = share_of(work.tiling, static_cast<int>(blockIdx.x));
     const int warp = threadIdx.x / kWarp, warp_row = warp / 2 * kWarpSide, warp_column = warp % 2 * kWarpSide;
     const int summed_half = work.epilogue.row_sums && share.column == 0 ? warp % 2 : -1;
-    Ring::for_each_step(work, share, shared_memory(), [&](const char* a, const char* b) {
-      add_step(a, b, warp_row, warp_column, summed_half);
-    });
+    Ring::for_each_step(work, share, shared_memory(),
+                        [&](const char* a, const char* b) { add_step(a, b, warp_row, warp_column, summed_half); });
     const int64_t row = int64_t{share.row} * kSide + warp_row, column = int64_t{share.column} * kSide + warp_column;
 #pragma unroll
     for (int i = 0; i < kFragmentsA; ++i) {

@@ -46,8 +46,8 @@ inline Tiling tiling_of(int64_t row_tiles, int64_t column_tiles, int64_t K, int6
 // so many blocks to a multiprocessor either, K is split.
 inline Plan plan_for_tensor_cores(MainLoop main_loop, int64_t M, int64_t N, int64_t K, const TileSize (&tiles)[2],
                                   int64_t step_k, int blocks_per_multiprocessor) {
-  constexpr int64_t kMinSteps = 8;      // of a split
-  constexpr int64_t kFewRowTiles = 8;   // of which a cluster would waste too much if they are odd
+  constexpr int64_t kMinSteps = 8;     // of a split
+  constexpr int64_t kFewRowTiles = 8;  // of which a cluster would waste too much if they are odd
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const bool large = ceil_div(M, tiles[1].M) * ceil_div(N, tiles[1].N) >= multiprocessors;
   const TileSize tile = tiles[large];
@@ -80,7 +80,9 @@ inline constexpr SimtCost kSimtCosts[] = {simt_cost<SmallTile>(0.5, 450), simt_c
 
 // Of those tiles that are compiled for T.
 template <class T>
-inline constexpr int kSimtTilesOf = sizeof(T) == 2 ? 1 : sizeof(T) == 4 ? 3 : 2;
+inline constexpr int kSimtTilesOf = sizeof(T) == 2   ? 1
+                                    : sizeof(T) == 4 ? 3
+                                                     : 2;
 
 // Half dtypes have one layout.
 template <class T>
@@ -229,10 +231,10 @@ void launch_simt(const Product<T>& product, const Plan& plan, const Epilogue<T>&
   const auto start = [&]<class Tile, Major kMajorA, Major kMajorB>() {
     const TiledWork<T> work = tiled_work(product, plan, epilogue, kMajorA, kMajorB);
     const bool masked = product.relu_mask.data != nullptr, sums_rows = product.row_sums != nullptr;
-    launch("product simt", product_simt_kernel<T, Tile, kMajorA, kMajorB>,
-           Shape{blocks_of(plan), kTileThreads, 1,
-                 SimtKernel<T, Tile, kMajorA, kMajorB>::shared_bytes(masked, sums_rows)},
-           stream, work);
+    launch(
+        "product simt", product_simt_kernel<T, Tile, kMajorA, kMajorB>,
+        Shape{blocks_of(plan), kTileThreads, 1, SimtKernel<T, Tile, kMajorA, kMajorB>::shared_bytes(masked, sums_rows)},
+        stream, work);
   };
   if constexpr (sizeof(T) == 2) {
     start.template operator()<SmallTile, Major::k, Major::k>();

@@ -54,9 +54,9 @@ void with_majors(Major a, Major b, const F& f) {
   b == Major::k ? f.template operator()<Major::k, Major::k>() : f.template operator()<Major::k, Major::outer>();
 }
 
-inline constexpr int kChunk = 16;          // bytes of one copy
-inline constexpr int kStepBytes = 64;      // of K, in each step
-inline constexpr int kTileThreads = 128;   // of a block
+inline constexpr int kChunk = 16;         // bytes of one copy
+inline constexpr int kStepBytes = 64;     // of K, in each step
+inline constexpr int kTileThreads = 128;  // of a block
 
 // An operand in global memory.
 template <class T>
@@ -150,8 +150,8 @@ class TileLoader {
   // Of this thread's chunk.
   __device__ int size(int pass, int k_left) const {
     const int beyond = rows_beyond(pass);
-    const int left = kByK ? (beyond < outer_left_ ? k_left - element() : 0)
-                          : (row() + beyond < k_left ? outer_left_ : 0);
+    const int left =
+        kByK ? (beyond < outer_left_ ? k_left - element() : 0) : (row() + beyond < k_left ? outer_left_ : 0);
     return left < 0 ? 0 : left < kChunkSize ? left : kChunkSize;
   }
 

@@ -18,8 +18,8 @@ inline constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaConsumers);
 inline constexpr int kWgmmaRows = 64 * kWgmmaConsumers;  // of a tile of the result
 template <class T>
 inline constexpr int kWgmmaK = kSwizzleBytes / sizeof(T);  // of a stage
-inline constexpr int kWgmmaSteps = kSwizzleBytes / 32;         // by wgmma, each 32 bytes of K
-inline constexpr int kBoxBytes = 64 * kSwizzleBytes;           // of 64 rows
+inline constexpr int kWgmmaSteps = kSwizzleBytes / 32;     // by wgmma, each 32 bytes of K
+inline constexpr int kBoxBytes = 64 * kSwizzleBytes;       // of 64 rows
 inline constexpr int kRingBytes = 192 << 10;
 inline constexpr int kSwizzleAlignment = 1024;
 
@@ -85,8 +85,8 @@ struct WgmmaKernel {
 
   // `outer` rows of an operand from `first` on, kK of K.
   template <Major kMajor>
-  __device__ static void copy_operand(char* to, const TensorMap& map, int first, int outer, int k,
-                                      Barrier& barrier, unsigned blocks) {
+  __device__ static void copy_operand(char* to, const TensorMap& map, int first, int outer, int k, Barrier& barrier,
+                                      unsigned blocks) {
     if constexpr (kMajor == Major::k) {
       copy_box(to, map, k, first, barrier, blocks);
     } else {
@@ -348,7 +348,6 @@ void transpose(const T* from, int64_t rows, int64_t columns, int64_t from_stride
   launch("transpose", transpose_kernel<T>, shape, stream, from, rows, columns, from_stride, to, to_stride);
 }
 
-
 // Whether the device has these instructions, and this library code for them: plain sm_90's has none.
 template <class T>
 bool has_wgmma() {
@@ -372,7 +371,7 @@ TensorMap boxes_of(const Operand<T>& operand, int64_t outer, int64_t K, int box,
   const bool by_k = major_of(operand) == Major::k;
   const int64_t stride = (by_k ? operand.outer_stride : operand.k_stride) * static_cast<int64_t>(sizeof(T));
   return by_k ? tensor_map(operand.data, K, outer, stride, box, in_tf32)
-                  : tensor_map(operand.data, outer, K, stride, kWgmmaK<T>, in_tf32);
+              : tensor_map(operand.data, outer, K, stride, kWgmmaK<T>, in_tf32);
 }
 
 template <class T>
