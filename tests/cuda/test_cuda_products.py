@@ -175,7 +175,7 @@ def test_simt_has_the_same_bits_in_every_layout(shape, plan, dtype):
 @pytest.mark.parametrize(("main_loop", "dtype"), MAIN_LOOPS[:6], ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 class TestOperandsAnywhere:
-    """Copies of 16 bytes, of 4 or 8 bytes, and element by element, in tiles of either major index."""
+    """Copies of 16 bytes, of 4 or 8, and element by element, in tiles of either major index."""
 
     @pytest.mark.parametrize(
         ("past_alignment", "pitch"), [(8, 144), (2, 142), (1, 141)], ids=["16", "4", "2"]
@@ -327,6 +327,42 @@ def test_main_loop_of_float32():
     assert chosen(128, "k", "k") == "mma"
     emulated.set_device(7)
     assert chosen(128, "k", "k") == "simt"
+
+
+@pytest.fixture
+def matmul():
+    """Give torch's settings of products, and put them back."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("strict", "tf32"),
+    [
+        (lambda m: setattr(m, "allow_tf32", False), lambda m: setattr(m, "allow_tf32", True)),
+        (
+            lambda m: setattr(m, "fp32_precision", "ieee"),
+            lambda m: setattr(m, "fp32_precision", "tf32"),
+        ),
+        (
+            lambda _: torch.set_float32_matmul_precision("highest"),
+            lambda _: torch.set_float32_matmul_precision("high"),
+        ),
+    ],
+    ids=["allow_tf32", "fp32_precision", "set_float32_matmul_precision"],
+)
+def test_tf32_setting_of_the_moment(emulator, matmul, strict, tf32):
+    """It reaches the kernels, in forward and backward: TF32 has no bits for 2**-12."""
+    exact = 1 + 2**-12
+    input = torch.full((2, 3), exact, requires_grad=True)
+    for first, second in ((strict, tf32), (tf32, strict)):
+        first(matmul)
+        output = functional.linear(input, torch.ones(4, 3))
+        second(matmul)
+        (gradient,) = torch.autograd.grad(output, input, torch.full((2, 4), exact))
+        assert (output == 3 * (1 if first is tf32 else exact)).all()
+        assert (gradient == 4 * (1 if second is tf32 else exact)).all()
 
 
 def test_wgmma_result_that_is_not_aligned():

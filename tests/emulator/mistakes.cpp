@@ -1,5 +1,5 @@
 // Kernels with mistakes that the emulator has to notice; tests/cuda/test_emulator.py calls them.
-#include "../../csrc/cuda/device/async_copy.cuh"
+#include "../../csrc/cuda/device/device.cuh"
 #include "library.h"
 
 namespace {

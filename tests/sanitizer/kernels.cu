@@ -10,10 +10,9 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/instantiate/bfloat16.cu"
-#include "../../csrc/cuda/instantiate/float16.cu"
 #include "../../csrc/cuda/instantiate/float32.cu"
 #include "../../csrc/cuda/instantiate/float64.cu"
+#include "../../csrc/cuda/instantiate/half.cu"
 #include "../../csrc/cuda/instantiate/tensor_cores_bfloat16.cu"
 #include "../../csrc/cuda/instantiate/tensor_cores_float16.cu"
 #include "../../csrc/cuda/instantiate/tensor_cores_tf32.cu"

@@ -11,8 +11,7 @@
 namespace mnist_ext::cuda {
 
 // Threads of a block, at most.
-inline constexpr unsigned kCountThreads = 256, kShortRowsThreads = 256, kWarpRowsThreads = 256, kBlockRowsThreads = 512,
-                          kClusterThreads = 512, kColumnsThreads = 256;
+inline constexpr unsigned kCountThreads = 256, kShortRowsThreads = 256, kColumnsThreads = 256;
 
 // Everything that a kernel is given.
 template <class T>
@@ -390,30 +389,30 @@ __device__ ComputeType<T> scale_of_all(const Work<T>& work, char* scratch) {
   return (of_all ? widen(*work.grad_output) : A(1)) / divisor;
 }
 
-template <bool kPlain, class T, class Group>
-__device__ Position<T, Group, kPlain> position_of_row(const Work<T>& work, const Group& group, int64_t row,
-                                                      ComputeType<T> scale, T* stash) {
+// Position s of batch b. kColumns: classes need not be contiguous; else there is one position to a row.
+template <bool kPlain, bool kColumns, class T, class Group>
+__device__ Position<T, Group, kPlain> position_at(const Work<T>& work, const Group& group, int64_t b, int64_t s,
+                                                  ComputeType<T> scale, T* stash) {
   const CrossEntropyProblem<T>& p = work.problem;
-  const T* logits = p.logits.data + row * p.logits.batch_stride;
+  const T* logits = p.logits.data + b * p.logits.batch_stride + s;
   const Range classes = group.share(p.classes);
+  const int64_t positions = kColumns ? p.positions : 1, class_stride = kColumns ? p.logits.class_stride : 1;
+  const int64_t index = b * positions + s, out = b * p.classes * positions + s;
   if (p.reduction == Reduction::none && work.grad_output) {
-    scale = widen(work.grad_output[row * work.grad_output_stride]);
+    scale = widen(work.grad_output[index * work.grad_output_stride]);
   }
-  Position<T, Group, kPlain> position{.work = work,
-                                      .p = p,
-                                      .group = group,
-                                      .index = row,
-                                      .logits = {logits + classes.begin, 1, classes},
-                                      .all_logits = logits,
-                                      .probabilities = p.probabilities.data + row * p.probabilities.batch_stride,
-                                      .grad_logits = nullptr,
-                                      .grad_probabilities = nullptr,
-                                      .out_stride = 1,
-                                      .stash = stash,
-                                      .scale = scale};
-  if (work.grad_logits) position.grad_logits = work.grad_logits + row * p.classes;
-  if (work.grad_probabilities) position.grad_probabilities = work.grad_probabilities + row * p.classes;
-  return position;
+  return {.work = work,
+          .p = p,
+          .group = group,
+          .index = index,
+          .logits = {logits + classes.begin * class_stride, class_stride, classes},
+          .all_logits = logits,
+          .probabilities = p.probabilities.data + b * p.probabilities.batch_stride + s,
+          .grad_logits = work.grad_logits ? work.grad_logits + out : nullptr,
+          .grad_probabilities = work.grad_probabilities ? work.grad_probabilities + out : nullptr,
+          .out_stride = positions,
+          .stash = stash,
+          .scale = scale};
 }
 
 // One launch of its own, where the mean's divisor must be known before the first gradient.
@@ -456,7 +455,8 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < rows) {
-      auto position = position_of_row<kPlain>(work, OneThread{}, first + threadIdx.x, scale, static_cast<T*>(nullptr));
+      const OneThread thread;
+      auto position = position_at<kPlain, false>(work, thread, first + threadIdx.x, 0, scale, static_cast<T*>(nullptr));
       T* row = tile + threadIdx.x * pitch;
       position.logits.data = position.all_logits = row;
       if (gradient) position.grad_logits = row;  // each element takes the place of its logit
@@ -474,52 +474,21 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
   finish_forward(work, sums, scratch);
 }
 
-// stash_bytes: shared memory for one row's logits and the alignment before them; 0: rows are read again.
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kWarpRowsThreads, kPlain ? 4 : 1)
-    warp_rows_kernel(const Work<T> work, int stash_bytes) {
+// A group of threads for each row. stash_bytes: shared memory for the row's logits, or a block's share of them, and the
+// alignment before them; 0: rows are read again.
+template <class T, class Group, bool kPlain>
+__global__ void __launch_bounds__(Group::kMaxThreads, kPlain ? 1024 / Group::kMaxThreads : 1)
+    rows_kernel(const Work<T> work, int stash_bytes) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
+  const Group group = Group::in(scratch);
   const ComputeType<T> scale = scale_of_all(work, scratch);
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
-  T* stash = stash_bytes ? reinterpret_cast<T*>(scratch + OneBlock::kScratchBytes + warp * stash_bytes) : nullptr;
+  char* const stashes = scratch + Group::kScratchBytes + group.index_in_block() * stash_bytes;
+  T* stash = stash_bytes ? reinterpret_cast<T*>(stashes) : nullptr;
   Sums<T> sums;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * warps + warp; row < work.problem.batch;
-       row += static_cast<int64_t>(gridDim.x) * warps) {
-    position_of_row<kPlain>(work, OneWarp{}, row, scale, stash).run(sums);
-    __syncwarp();  // before the next row takes the stash
-  }
-  finish_forward(work, sums, scratch);
-}
-
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kBlockRowsThreads, kPlain ? 2 : 1)
-    block_rows_kernel(const Work<T> work, int stash_bytes) {
-  if (work.has_nothing_to_do()) return;
-  char* scratch = shared_memory();
-  const OneBlock block{scratch};
-  const ComputeType<T> scale = scale_of_all(work, scratch);
-  T* stash = stash_bytes ? reinterpret_cast<T*>(scratch + OneBlock::kScratchBytes) : nullptr;
-  Sums<T> sums;
-  for (int64_t row = blockIdx.x; row < work.problem.batch; row += gridDim.x) {
-    position_of_row<kPlain>(work, block, row, scale, stash).run(sums);
-    __syncthreads();  // before the next row takes the stash
-  }
-  finish_forward(work, sums, scratch);
-}
-
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kClusterThreads, kPlain ? 2 : 1)
-    cluster_rows_kernel(const Work<T> work, int stash_bytes) {
-  if (work.has_nothing_to_do()) return;
-  char* scratch = shared_memory();
-  const OneCluster cluster{scratch};
-  const ComputeType<T> scale = scale_of_all(work, scratch);
-  T* stash = stash_bytes ? reinterpret_cast<T*>(scratch + 2 * OneBlock::kScratchBytes) : nullptr;
-  Sums<T> sums;
-  for (int64_t row = blockIdx.x / cluster_size(); row < work.problem.batch; row += gridDim.x / cluster_size()) {
-    position_of_row<kPlain>(work, cluster, row, scale, stash).run(sums);
-    __syncthreads();  // before the next row takes the stash
+  for (int64_t row = group.index(); row < work.problem.batch; row += group.count()) {
+    position_at<kPlain, false>(work, group, row, 0, scale, stash).run(sums);
+    group.sync();  // before the next row takes the stash
   }
   finish_forward(work, sums, scratch);
 }
@@ -535,26 +504,8 @@ __global__ void __launch_bounds__(kColumnsThreads, kPlain ? 4 : 1) columns_kerne
   Sums<T> sums;
   const int64_t n = p.batch * p.positions, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    const int64_t b = i / p.positions, s = i % p.positions;
-    const T* logits = p.logits.data + b * p.logits.batch_stride + s;
-    const bool none = p.reduction == Reduction::none && work.grad_output;
-    Position<T, OneThread, kPlain> position{
-        .work = work,
-        .p = p,
-        .group = thread,
-        .index = i,
-        .logits = {logits, p.logits.class_stride, {0, p.classes}},
-        .all_logits = logits,
-        .probabilities = p.probabilities.data + b * p.probabilities.batch_stride + s,
-        .grad_logits = nullptr,
-        .grad_probabilities = nullptr,
-        .out_stride = p.positions,
-        .stash = nullptr,
-        .scale = none ? widen(work.grad_output[i * work.grad_output_stride]) : scale};
-    const int64_t out = b * p.classes * p.positions + s;
-    if (work.grad_logits) position.grad_logits = work.grad_logits + out;
-    if (work.grad_probabilities) position.grad_probabilities = work.grad_probabilities + out;
-    position.run(sums);
+    position_at<kPlain, true>(work, thread, i / p.positions, i % p.positions, scale, static_cast<T*>(nullptr))
+        .run(sums);
   }
   finish_forward(work, sums, scratch);
 }

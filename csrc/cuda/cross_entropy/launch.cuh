@@ -57,48 +57,48 @@ void launch_short_rows(const Work<T>& work, bool one_block, cudaStream_t stream)
          work, pitch);
 }
 
-template <class T>
-void launch_warp_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
-  const bool plain = is_plain(work.problem);
-  const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kWarps = 4, kStashesBytes = 40 << 10;
-  int64_t warps = kWarps;
-  if (one_block) warps = kWarpRowsThreads / kWarp;
-  int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
-  if (stash_bytes * warps > kStashesBytes) stash_bytes = 0;
-  const Shape shape = {blocks_for(rows, warps, one_block), static_cast<unsigned>(warps * kWarp), 1,
-                       OneBlock::kScratchBytes + warps * stash_bytes};
-  launch("cross_entropy warp_rows", (plain ? warp_rows_kernel<T, true> : warp_rows_kernel<T, false>), shape, stream,
+// stash_bytes: of each group of a block; 0: rows are read again.
+template <class Group, class T>
+void launch_rows(const char* name, const Work<T>& work, unsigned blocks, unsigned threads, unsigned cluster,
+                 int64_t stash_bytes, cudaStream_t stream) {
+  const int64_t groups = std::is_same_v<Group, OneWarp> ? threads / kWarp : 1;
+  const Shape shape = {blocks, threads, cluster, Group::kScratchBytes + groups * stash_bytes};
+  launch(name, (is_plain(work.problem) ? rows_kernel<T, Group, true> : rows_kernel<T, Group, false>), shape, stream,
          work, static_cast<int>(stash_bytes));
 }
 
 template <class T>
-void launch_long_rows(const Work<T>& work, bool one_block, bool read_twice, cudaStream_t stream) {
-  const bool plain = is_plain(work.problem);
-  const int64_t rows = work.problem.batch, row_bytes = work.problem.classes * static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kClusterScratchBytes = 2 * OneBlock::kScratchBytes;
+void launch_warp_rows(const Work<T>& work, bool one_block, int64_t row_bytes, bool read_twice, cudaStream_t stream) {
+  constexpr int64_t kWarps = 4, kStashesBytes = 40 << 10;
+  const int64_t warps = one_block ? OneWarp::kMaxThreads / kWarp : kWarps;
+  const int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
+  launch_rows<OneWarp>("cross_entropy warp_rows", work, blocks_for(work.problem.batch, warps, one_block),
+                       static_cast<unsigned>(warps * kWarp), 1, stash_bytes * warps > kStashesBytes ? 0 : stash_bytes,
+                       stream);
+}
+
+template <class T>
+void launch_long_rows(const Work<T>& work, bool one_block, int64_t row_bytes, bool read_twice, cudaStream_t stream) {
   constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kClusterScratchBytes;
+  const int64_t rows = work.problem.batch;
+  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - OneCluster::kScratchBytes;
+  const auto stash_for = [&](int64_t bytes) {
+    const int64_t stash_bytes = read_twice ? with_room_for_alignment(bytes) : 0;
+    return stash_bytes > room ? 0 : stash_bytes;
+  };
   if (row_bytes > kBlockRowBytes && !one_block && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
     unsigned cluster = 2;
     while (cluster < kMaxCluster && row_bytes > cluster * kBlockRowBytes) cluster *= 2;
     // A share is rounded up to 128 elements.
     const int64_t share = (row_bytes + cluster - 1) / cluster + 128 * static_cast<int64_t>(sizeof(T));
-    int64_t stash_bytes = read_twice ? with_room_for_alignment(share) : 0;
-    if (stash_bytes > room) stash_bytes = 0;
     const int64_t clusters = rows < kMaxBlocks / cluster ? rows : kMaxBlocks / cluster;
-    const Shape shape = {static_cast<unsigned>((clusters < 1 ? 1 : clusters) * cluster), kClusterThreads, cluster,
-                         kClusterScratchBytes + stash_bytes};
-    launch("cross_entropy cluster_rows", (plain ? cluster_rows_kernel<T, true> : cluster_rows_kernel<T, false>), shape,
-           stream, work, static_cast<int>(stash_bytes));
-    return;
+    return launch_rows<OneCluster>("cross_entropy cluster_rows", work,
+                                   static_cast<unsigned>((clusters < 1 ? 1 : clusters) * cluster),
+                                   OneCluster::kMaxThreads, cluster, stash_for(share), stream);
   }
-  int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
-  if (stash_bytes > room) stash_bytes = 0;
-  const unsigned threads = row_bytes <= 16 << 10 ? kBlockRowsThreads / 2 : kBlockRowsThreads;
-  const Shape shape = {blocks_for(rows, 1, one_block), threads, 1, OneBlock::kScratchBytes + stash_bytes};
-  launch("cross_entropy block_rows", (plain ? block_rows_kernel<T, true> : block_rows_kernel<T, false>), shape, stream,
-         work, static_cast<int>(stash_bytes));
+  const unsigned threads = row_bytes <= 16 << 10 ? OneBlock::kMaxThreads / 2 : OneBlock::kMaxThreads;
+  launch_rows<OneBlock>("cross_entropy block_rows", work, blocks_for(rows, 1, one_block), threads, 1,
+                        stash_for(row_bytes), stream);
 }
 
 template <class T>
@@ -106,16 +106,17 @@ void launch_cross_entropy(const Work<T>& work, bool one_block, cudaStream_t stre
   const CrossEntropyProblem<T>& p = work.problem;
   const bool plain = is_plain(p);
   const bool read_twice = work.forward && (work.grad_logits || !plain);
+  const int64_t row_bytes = p.classes * static_cast<int64_t>(sizeof(T));
   if (p.positions != 1) {
     const unsigned threads = kColumnsThreads;
     const Shape shape = {blocks_for(p.batch * p.positions, threads, one_block), threads, 1, OneBlock::kScratchBytes};
     launch("cross_entropy columns", (plain ? columns_kernel<T, true> : columns_kernel<T, false>), shape, stream, work);
   } else if (p.kind == TargetKind::indices && p.classes <= kShortRowClasses) {
     launch_short_rows(work, one_block, stream);
-  } else if (p.classes * static_cast<int64_t>(sizeof(T)) <= kWarpRowBytes) {
-    launch_warp_rows(work, one_block, read_twice, stream);
+  } else if (row_bytes <= kWarpRowBytes) {
+    launch_warp_rows(work, one_block, row_bytes, read_twice, stream);
   } else {
-    launch_long_rows(work, one_block, read_twice, stream);
+    launch_long_rows(work, one_block, row_bytes, read_twice, stream);
   }
 }
 
@@ -133,18 +134,13 @@ void cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, 
                   .position_max = args.position_max,
                   .position_log_sum = args.position_log_sum,
                   .total_weight = args.total_weight,
-                  .mean_divisor = nullptr,
                   .loss = args.loss,
                   .loss_place = args.loss_place,
                   .grad_logits = args.grad_logits,
-                  .grad_probabilities = nullptr,
                   .grad_output = args.grad_output,
-                  .grad_output_stride = 0,
                   .unless_one = args.unless_one,
                   .every = smoothing_of_each(p),
-                  .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
-                  .partial_sums = nullptr,
-                  .counter = nullptr};
+                  .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing)};
   if (one_block) return launch_cross_entropy(work, true, stream);
 
   // The counter of each launch, then what the mean divides by.
@@ -171,19 +167,13 @@ void cross_entropy_backward(const CrossEntropyBackward<T>& args, cudaStream_t st
                            .forward = false,
                            .position_max = const_cast<ComputeType<T>*>(args.position_max),
                            .position_log_sum = const_cast<ComputeType<T>*>(args.position_log_sum),
-                           .total_weight = nullptr,
                            .mean_divisor = args.total_weight,
-                           .loss = nullptr,
-                           .loss_place = nullptr,
                            .grad_logits = args.grad_logits,
                            .grad_probabilities = args.grad_probabilities,
                            .grad_output = args.grad_output,
                            .grad_output_stride = args.grad_output_stride,
-                           .unless_one = false,
                            .every = smoothing_of_each(p),
-                           .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing),
-                           .partial_sums = nullptr,
-                           .counter = nullptr},
+                           .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing)},
                           one_block_is_enough(p), stream);
 }
 

@@ -1,5 +1,5 @@
-// Groups of threads that work on one row together: what each one's share is, and sums and maxima over all of them.
-// Every thread of a group gets the same bits, whatever order the threads ran in.
+// Groups of threads that work on one row together: which of the grid's groups it is, what each one's share is, and sums
+// and maxima over all of them. Every thread of a group gets the same bits, whatever order the threads ran in.
 #pragma once
 
 #include "device.cuh"
@@ -50,6 +50,13 @@ struct OneThread {
 
 struct OneWarp {
   static constexpr bool kAlone = false;
+  static constexpr unsigned kMaxThreads = 256;  // of a block of such groups
+  static constexpr int kScratchBytes = kWarp * sizeof(double);
+
+  __device__ static OneWarp in(char*) { return {}; }
+  __device__ int index_in_block() const { return threadIdx.x / kWarp; }
+  __device__ int64_t index() const { return int64_t{blockIdx.x} * (blockDim.x / kWarp) + index_in_block(); }
+  __device__ int64_t count() const { return int64_t{gridDim.x} * (blockDim.x / kWarp); }
 
   __device__ int rank() const { return threadIdx.x % kWarp; }
   __device__ int size() const { return kWarp; }
@@ -64,9 +71,15 @@ struct OneWarp {
 
 struct OneBlock {
   static constexpr bool kAlone = false;
+  static constexpr unsigned kMaxThreads = 512;
   static constexpr int kScratchBytes = kWarp * sizeof(double);
 
   char* scratch;  // shared, kScratchBytes
+
+  __device__ static OneBlock in(char* scratch) { return {scratch}; }
+  __device__ int index_in_block() const { return 0; }
+  __device__ int64_t index() const { return blockIdx.x; }
+  __device__ int64_t count() const { return gridDim.x; }
 
   __device__ int rank() const { return threadIdx.x; }
   __device__ int size() const { return blockDim.x; }
@@ -90,9 +103,15 @@ struct OneBlock {
 // The blocks of a cluster: each has its share of the row in its own shared memory.
 struct OneCluster {
   static constexpr bool kAlone = false;
-  static constexpr int kScratchBytes = OneBlock::kScratchBytes + sizeof(double);
+  static constexpr unsigned kMaxThreads = 512;
+  static constexpr int kScratchBytes = 2 * OneBlock::kScratchBytes;
 
   char* scratch;  // shared, kScratchBytes
+
+  __device__ static OneCluster in(char* scratch) { return {scratch}; }
+  __device__ int index_in_block() const { return 0; }
+  __device__ int64_t index() const { return blockIdx.x / cluster_size(); }
+  __device__ int64_t count() const { return gridDim.x / cluster_size(); }
 
   __device__ OneBlock block() const { return {scratch}; }
   __device__ int rank() const { return threadIdx.x; }  // within the block, which walks over its share alone

@@ -2,7 +2,6 @@
 // and mma: several steps of K are under way while one is multiplied.
 #pragma once
 
-#include "../device/async_copy.cuh"
 #include "../device/tensor_cores.cuh"
 #include "epilogue.cuh"
 

@@ -1,8 +1,0 @@
-// The kernels of float16, but for the products of tensor cores.
-#include "../train_steps.cuh"
-
-namespace mnist_ext::cuda {
-
-Kernels<Float16> float16_kernels() { return kernels_of<Float16>(); }
-
-}  // namespace mnist_ext::cuda
