@@ -20,10 +20,10 @@ arithmetic.
 """
 
 import argparse
-import contextlib
 import copy as copying
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gpu_linear
@@ -34,7 +34,7 @@ from provenance import describe, fields
 from table import Table
 
 import mnist_ext
-from mnist_ext import _library, functional
+from mnist_ext import functional
 from mnist_ext.models import mlp
 from mnist_ext.timing import take_turns
 
@@ -223,21 +223,13 @@ def eager_step(model: torch.nn.Module, compiled: bool = False) -> Step:
     return step
 
 
-def one_call(model: torch.nn.Module) -> mnist_ext.TrainStep:
+def one_call(model: torch.nn.Module, graphs: bool = True) -> mnist_ext.TrainStep:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     criterion = torch.nn.CrossEntropyLoss()
-    return mnist_ext.TrainStep(model, criterion, optimizer, normalize=NORMALIZE)
-
-
-@contextlib.contextmanager
-def graphs_of(contestant: str) -> Iterator[None]:
-    """Keep TrainStep from making CUDA graphs where the contestant's name says so."""
-    set_graphs = _library.cuda.set_train_step_graphs
-    set_graphs(not contestant.endswith("launches"))
-    try:
-        yield
-    finally:
-        set_graphs(True)
+    step = mnist_ext.TrainStep(model, criterion, optimizer, normalize=NORMALIZE)
+    if not graphs:
+        step._graph.handle = 0
+    return step
 
 
 def training_step(table: Table, batch_size: int) -> None:
@@ -267,43 +259,37 @@ def training_step(table: Table, batch_size: int) -> None:
             captured(eager_step(graph_models[0]), graph_models[0], images[0], labels[0]),
             images,
         ),
-        **{name: (one_call(copying.deepcopy(model)), pixels) for name in ("ours", "ours launches")},
+        "ours": (one_call(copying.deepcopy(model)), pixels),
+        "ours launches": (one_call(copying.deepcopy(model), graphs=False), pixels),
         "graph of ours": (
             captured(one_call(graph_models[1]), graph_models[1], pixels[0], labels[0]),
             pixels,
         ),
     }
     for name, (step, x) in steps.items():
-        with graphs_of(name):
-            found = [float(step(x[i % number], labels[i % number])) for i in range(CHECKED_STEPS)]
+        found = [float(step(x[i % number], labels[i % number])) for i in range(CHECKED_STEPS)]
         if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, expected, strict=True)):
             raise SystemExit(f"{name} is wrong at batch {batch_size}: losses {found}")
-    names = ("ours epoch", "epoch launches")
-    epochs = {name: one_call(copying.deepcopy(model)) for name in names}
+    epochs = {
+        "ours epoch": one_call(copying.deepcopy(model)),
+        "epoch launches": one_call(copying.deepcopy(model), graphs=False),
+    }
     for name, epoch in epochs.items():
-        with graphs_of(name):
-            mean = run_epoch(epoch, CHECKED_STEPS)
+        mean = run_epoch(epoch, CHECKED_STEPS)
         if not math.isclose(mean, sum(expected) / CHECKED_STEPS, rel_tol=1e-3):
             raise SystemExit(f"{name} is wrong at batch {batch_size}: mean loss {mean}")
 
-    def timed(name: str, step: Step, x: torch.Tensor) -> Callable[[], None]:
+    def timed(step: Step, x: torch.Tensor) -> Callable[[], None]:
         def run() -> None:
-            with graphs_of(name):
-                for i in range(TIMED_STEPS):
-                    step(x[i % number], labels[i % number])
-                torch.cuda.synchronize()
+            for i in range(TIMED_STEPS):
+                step(x[i % number], labels[i % number])
+            torch.cuda.synchronize()
 
         return run
 
-    def timed_epoch(name: str, step: mnist_ext.TrainStep) -> Callable[[], None]:
-        def run() -> None:
-            with graphs_of(name):
-                run_epoch(step, TIMED_STEPS)
-
-        return run
-
-    runs = {name: timed(name, *step) for name, step in steps.items()}
-    runs |= {name: timed_epoch(name, step) for name, step in epochs.items()}
+    runs = {name: timed(*step) for name, step in steps.items()}
+    for name, epoch in epochs.items():
+        runs[name] = functools.partial(run_epoch, epoch, TIMED_STEPS)
     times = take_turns(runs, table.turns)
     operations = 2.0 * batch_size * (2 * 784 * 128 + 3 * (128 * 64 + 64 * 10))
     for name in runs:

@@ -38,8 +38,8 @@ _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 _is_grad_enabled = torch.is_grad_enabled
 
 
-def _host_may_read(tensor: Tensor) -> bool:
-    return tensor.is_cpu
+def _has_cuda_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 # The compiler takes the answer as a constant: what it compiled is guarded by this very setting.
@@ -50,7 +50,7 @@ def _is_tf32_allowed() -> bool:
 
 def _may_use_tf32(tensor: Tensor) -> bool:
     # Asked before every product, as PyTorch does: the setting of the moment counts.
-    return tensor.is_cuda and _is_tf32_allowed()
+    return _has_cuda_kernels(tensor) and _is_tf32_allowed()
 
 
 def _is_recorded() -> bool:
@@ -170,7 +170,7 @@ def mlp(
     """
     if _is_grad_enabled():
         return MLP.apply(input, layers, *weights, *biases)
-    return _mlp(input, weights, biases, layers, False)[0]
+    return _mlp(input, weights, biases, layers, False, _may_use_tf32(input))[0]
 
 
 class MLP(Function):
@@ -183,14 +183,15 @@ class MLP(Function):
         need_input, _, *need_params = ctx.needs_input_grad
         if not all(need_params) and (need_input or any(need_params)):
             return None  # the op makes all gradients or none
-        output, hidden = _mlp(input, params[:count], params[count:], layers, need_params[0])
+        weights, biases = params[:count], params[count:]
+        output, hidden = _mlp(input, weights, biases, layers, need_params[0], _may_use_tf32(input))
         if output is None or not need_params[0]:
             return output
         first_read = 0 if need_input else 1
         # Held, but not watched: whoever writes to them in between does not change the gradients.
-        ctx.unread = layers, params[:first_read], params[count:]
+        ctx.unread = layers, weights[:first_read], biases
         kept = output if layers[-1] & RELU else None
-        ctx.save_for_backward(input, hidden, kept, *params[first_read:count])
+        ctx.save_for_backward(input, hidden, kept, *weights[first_read:])
         return output
 
     @staticmethod
@@ -216,7 +217,15 @@ class MLP(Function):
             )
             return grads[0], None, *grads[1:]
         grads = _mlp_backward(
-            grad_output, input, hidden, output, weights, biases, layers, want_input
+            grad_output,
+            input,
+            hidden,
+            output,
+            weights,
+            biases,
+            layers,
+            want_input,
+            _may_use_tf32(input),
         )
         return (grads[0], None, *grads[1:]) if want_input else (None, None, *grads)
 
@@ -367,7 +376,7 @@ class CrossEntropy(Function):
 
 
 def _scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor | None:
-    scale = grad_output.item() if _host_may_read(grad_output) else None
+    scale = None if _has_cuda_kernels(grad_output) else grad_output.item()
     if scale is not None and not math.isfinite(scale):  # 0 for a row that is ignored, all the same
         return _cross_entropy_gradients(ctx, grad_output)[0]
     gradient, ctx.gradient = ctx.gradient, None

@@ -114,7 +114,7 @@ def against_mlp(input: Tensor, params: list[Tensor]) -> str | None:
     """
     if type(input) not in _TYPES or not _TYPES.issuperset(map(type, params)):
         return "a tensor subclass"
-    if not input.is_cpu:
+    if not (input.is_cpu or _runs_kernels(input.device)):
         return "another device"
     if is_compiling() or is_any_autocast_enabled():
         return "torch.compile, which fuses by itself, or autocast"

@@ -53,7 +53,12 @@ def _(
 
 @torch.library.register_fake("mnist_ext::mlp")
 def _(
-    input: Tensor, weights: list[Tensor], biases: list[Tensor], layers: list[int], keep_hidden: bool
+    input: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    layers: list[int],
+    keep_hidden: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(0 < len(weights) == len(layers), lambda: "mnist_ext.mlp: weights: expected one per layer")
     features = [weight.shape[0] for weight in weights]
@@ -72,6 +77,7 @@ def _(
     biases: list[Tensor],
     layers: list[int],
     need_input: bool,
+    allow_tf32: bool = False,
 ) -> list[Tensor]:
     grads = [input.new_empty(param.shape) for param in (*weights, *biases)]
     return [input.new_empty(input.shape), *grads] if need_input else grads

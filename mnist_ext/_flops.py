@@ -45,8 +45,14 @@ def _mlp_backward(
     return _mlp(input, weights) + _mlp(input, of_inputs)
 
 
-def _train_steps(images: _Shape, labels: _Shape, order: _Shape | None, *args: Any, **_: Any) -> int:
-    weights = [shape for shape in args[1] if len(shape) == 2]
+def _train_steps(
+    images: _Shape,
+    labels: _Shape,
+    order: _Shape | None,
+    *_: Any,
+    weights: list[_Shape],
+    **__: Any,
+) -> int:
     rows = [*(order or images[:1]), 0]
     return 2 * _mlp(rows, weights) + _mlp(rows, weights[1:])
 

@@ -234,8 +234,8 @@ def cross_entropy(
     # numpy's integers count as integers here, as in PyTorch.
     if not isinstance(ignore_index, (int, Tensor)) and hasattr(ignore_index, "__index__"):
         ignore_index = operator.index(ignore_index)
-    options = ignore_index, label_smoothing, reduction
-    if against_cross_entropy(input, target, weight, *options) is None:
+    against = against_cross_entropy(input, target, weight, ignore_index, label_smoothing, reduction)
+    if against is None:
         if is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
             input, target = _in_float32(input), _in_float32(target)
             weight = None if weight is None else _in_float32(weight)

@@ -73,7 +73,7 @@ inline void define_ops(Library& m) {
   // buffer holds nothing yet. momentum to maximize: of each group. lr: of each step, of each group. reduction: 1 mean,
   // 2 sum. graph: 0, or from new_step_graph, for a caller whose steps are alike. A wrong call changes nothing.
   m.def(
-      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, float scale, float shift, *, "
+      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, *, float scale, float shift, "
       "Tensor(a!)[] weights, Tensor(b!)?[] biases, Tensor(c!)?[] weight_momentum_buffers, "
       "Tensor(d!)?[] bias_momentum_buffers, bool[] relu, int[] weight_groups, int[] bias_groups, "
       "bool[] weight_first_step, bool[] bias_first_step, float[] momentum, float[] dampening, float[] weight_decay, "

@@ -29,16 +29,6 @@ bool is_dense(const Tensor& t) {
   return expected == t.numel();
 }
 
-bool have_same_layout(const Tensor& a, const Tensor& b) {
-  if (dtype_of(a) != dtype_of(b) || !on_same_device(a, b)) return false;
-  const auto sizes = a.sizes(), other_sizes = b.sizes(), strides = a.strides(), other_strides = b.strides();
-  if (sizes.size() != other_sizes.size()) return false;
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != other_sizes[i] || (sizes[i] != 1 && strides[i] != other_strides[i])) return false;
-  }
-  return true;
-}
-
 int64_t sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                  const std::vector<Tensor>& momentum_buffers, double lr, double momentum, double dampening,
                  double weight_decay, bool nesterov, bool maximize, bool first_step) {

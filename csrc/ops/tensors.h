@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -66,6 +67,12 @@ struct DtypeName {  // "float32"
     }
   }
 };
+
+inline bool has_sizes(const Tensor& t, const int64_t* sizes, int64_t dims) {
+  return t.dim() == dims && std::equal(sizes, sizes + dims, t.sizes().begin());
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) { return has_sizes(a, b.sizes().begin(), b.dim()); }
 
 inline bool is_floating(const Tensor& t) {  // of a dtype that kernels compute with
   const ScalarType dtype = t.scalar_type();
@@ -139,6 +146,19 @@ void dispatch_floating(const Tensor& t, const Body& body) {
 // torch::stable::contiguous, without the dispatcher where there is nothing to copy.
 inline Tensor made_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+inline bool have_same_layout(const Tensor& a, const Tensor& b) {
+  if (dtype_of(a) != dtype_of(b) || !on_same_device(a, b) || !same_sizes(a, b)) return false;
+  bool same = true;
+  for (int64_t i = 0; same && i < a.dim(); ++i) same = a.size(i) == 1 || a.stride(i) == b.stride(i);
+  return same;
+}
+
 // The stride of dimensions [begin, end) taken as one, if there is one: each of them steps over exactly the whole of the
 // next. Sizes of 1 step over nothing; if there are no others, the stride is 0.
 inline std::optional<int64_t> merged_stride(const Tensor& t, int64_t begin, int64_t end) {
@@ -183,12 +203,6 @@ inline Matrix as_matrix(const Tensor& t, Strides strides) {
     return {t, rows, columns, rows == 1 ? 1 : *stride, t.stride(dims - 1)};
   }
   return {made_contiguous(t), rows, columns, columns};
-}
-
-inline int32_t dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return dtype;
 }
 
 // Of the kernels' ComputeType: float32 for bfloat16 and float16.

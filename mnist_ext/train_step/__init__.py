@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_ext._decision import REDUCTIONS
-from mnist_ext._torch_private import count_step, set_grad_enabled
+from mnist_ext._torch_private import count_step, is_any_autocast_enabled, set_grad_enabled
 from mnist_ext.train_step.epoch import Epoch, Scheduler, check_indices, expect_tensor
 from mnist_ext.train_step.guard import Guard, check_hooks
-from mnist_ext.train_step.model import Layers, check_criterion, names_of, refuse
+from mnist_ext.train_step.model import Layers, loss_arguments, names_of, refuse
 from mnist_ext.train_step.optimizer import Groups, learning_rates
 
 __all__ = ["Scheduler", "TrainStep"]
 
 _train_steps = torch.ops.mnist_ext.train_steps.default
-_new_captured_step = torch.ops.mnist_ext.new_captured_step.default
-_free_captured_step = torch.ops.mnist_ext.free_captured_step.default
+_new_step_graph = torch.ops.mnist_ext.new_step_graph.default
+_free_step_graph = torch.ops.mnist_ext.free_step_graph.default
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -50,12 +49,10 @@ class TrainStep:
     by itself.
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
-    A float32 model that is small enough stays in the shared memory of some multiprocessors for
-    hundreds of steps (compute capability 9.0; docs/persistent-step.md). Other steps start some ten
-    kernels each; where a step repeats the last one's sizes and tensors, but for images and labels,
-    they become one CUDA graph, which keeps up to 64 MiB of memory while this object lives. A
-    capture of the caller's own takes the kernels. On CUDA an index or label out of range that a
-    step meets ends with a device-side assertion, as in PyTorch.
+    A step starts some ten kernels; where it repeats the last one's sizes and tensors, but for
+    images and labels, they become one CUDA graph, which keeps up to 64 MiB of memory while this
+    object lives. A capture of the caller's own takes the kernels. On CUDA an index or label out of
+    range that a step meets ends with a device-side assertion, as in PyTorch.
 
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
@@ -84,13 +81,13 @@ class TrainStep:
     ) -> None:
         self._model, self._criterion, self._optimizer = model, criterion, optimizer
         self._normalize = normalize
-        self._scale, self._shift = 1.0, 0.0
+        self._scale_and_shift = {"scale": 1.0, "shift": 0.0}  # of uint8 images
         if normalize is not None:
             mean, std = map(float, normalize)
             if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
                 refuse(f"normalize: expected a finite mean and std > 0, got {normalize}")
-            self._scale, self._shift = 1 / (255 * std), -mean / std
-        self._captured: _CapturedStep | None = None
+            self._scale_and_shift = {"scale": 1 / (255 * std), "shift": -mean / std}
+        self._graph: _StepGraph | None = None
         self.refresh()
 
     def __reduce__(self) -> Any:  # a copy parses its own model, and has a CUDA graph of its own
@@ -109,14 +106,22 @@ class TrainStep:
         """
         names = names_of(self._model, self._criterion)
         check_hooks(names, self._optimizer)
-        check_criterion(self._criterion)
+        loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)
-        groups = Groups(self._optimizer, layers.params)
-        guard = Guard(names, self._optimizer, layers, groups.options)
+        groups = Groups(self._optimizer, layers)
+        guard = Guard(names, self._optimizer, layers, groups.settings)
+        device = layers.params[0].device
+        if self._graph is None or self._graph.device != device:
+            self._graph = _StepGraph(device)
         self._layers, self._groups, self._guard = layers, groups, guard
-        self._reduction = REDUCTIONS[self._criterion.reduction]
-        if self._captured is None and _can_capture(layers.params[0]):
-            self._captured = _CapturedStep()
+        self._constants = {
+            "weights": layers.weights,
+            "biases": layers.biases,
+            "relu": layers.relu,
+            **groups.arguments,
+            **self._scale_and_shift,
+            **loss,
+        }
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on one batch.
@@ -170,8 +175,7 @@ class TrainStep:
             IndexError: a label or an index is out of range; nothing has been updated.
             TypeError, ValueError: as for a step, or batch_size is no positive integer.
         """
-        epoch = self._epoch(images, labels, batch_size, permutation)
-        return epoch.mean_loss(self, scheduler)
+        return self._epoch(images, labels, batch_size, permutation).mean_loss(self, scheduler)
 
     def parts(
         self,
@@ -181,22 +185,12 @@ class TrainStep:
         permutation: Tensor | None = None,
         scheduler: Scheduler | None = None,
     ) -> Iterator[Tensor]:
-        """Train as ``epoch`` does, and hand over control after each native call, when it is done.
+        """As ``epoch``, but hand over control after each native call, when it is done.
 
         Between two parts model, optimizer and scheduler agree, and one may stop for good.
 
-        Args:
-            images: [n, ...], as for a step.
-            labels: class indices [n].
-            batch_size: images per step; the last step may have fewer.
-            permutation: see ``epoch``.
-            scheduler: see ``epoch``.
-
         Yields:
             The loss of each batch of the native call, [steps].
-
-        Raises:
-            IndexError, TypeError, ValueError: as ``epoch``, before the first part.
         """
         return self._epoch(images, labels, batch_size, permutation).run(self, scheduler)
 
@@ -208,69 +202,50 @@ class TrainStep:
         if not isinstance(batch_size, int) or batch_size < 1:
             refuse(f"epoch: batch_size: expected an integer of at least 1, got {batch_size}")
         images = images.flatten(1)
-        classes = self._layers.linears[-1].out_features
-        check_indices(images, labels, permutation, classes, self._criterion.ignore_index)
+        classes, ignored = self._layers.linears[-1].out_features, self._criterion.ignore_index
+        check_indices(images, labels, permutation, classes, ignored)  # type: ignore[arg-type]
         return Epoch(images, labels, permutation, batch_size)
 
     def _run(
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, lr: list[float]
     ) -> Tensor:
         """Make the steps whose learning rates are given; return their losses."""
-        buffers, new = self._groups.momentum_buffers()
+        groups, graph, count = self._groups, self._graph, len(self._layers.linears)
+        buffers, first_step = groups.momentum_buffers()
         recording = torch.is_grad_enabled()
         set_grad_enabled(False)
         try:
-            losses = self._call(images, labels, order, batch_size, lr, buffers, new)
+            losses = _train_steps(
+                images,
+                labels,
+                order,
+                batch_size,
+                weight_momentum_buffers=buffers[:count],
+                bias_momentum_buffers=buffers[count:],
+                weight_first_step=first_step[:count],
+                bias_first_step=first_step[count:],
+                lr=lr,
+                graph=graph.handle if graph else 0,
+                **self._constants,
+            )
         except ValueError:
             self.refresh()  # says it by name if it is the model, whose tensors were replaced
             raise
         finally:
             set_grad_enabled(recording)
-        self._groups.keep(buffers, new)
-        _increment_version(self._groups.trained + buffers)
+        groups.keep(buffers, first_step)
+        _increment_version(groups.trained + [b for b in buffers if b is not None])
         count_step(self._optimizer)
         return losses
-
-    def _call(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        order: Tensor | None,
-        batch_size: int,
-        lr: list[float],
-        buffers: list[Tensor],
-        new: list[int],
-    ) -> Tensor:
-        groups = []
-        for i, group in enumerate(self._groups.of_params):
-            groups += [group, int(i in new)]
-        criterion = self._criterion
-        return _train_steps(
-            images,
-            labels,
-            order,
-            batch_size,
-            self._layers.params,
-            buffers,
-            self._layers.flags,
-            groups,
-            self._groups.options,
-            lr,
-            self._scale,
-            self._shift,
-            criterion.weight,
-            criterion.ignore_index,
-            criterion.label_smoothing,
-            self._reduction,
-            self._captured.number if self._captured else 0,
-        )
 
     def _check(self) -> None:
         if not self._guard.holds():
             self.refresh()
         if torch.is_inference_mode_enabled():
             refuse("inference_mode is on, where nothing can be trained: leave it for TrainStep")
-        if torch.is_autocast_enabled(self._layers.params[0].device.type):
+        if is_any_autocast_enabled() and torch.is_autocast_enabled(
+            self._layers.params[0].device.type
+        ):
             refuse("autocast is on, which would change the dtypes: leave it for TrainStep")
 
     def _check_images(self, images: Tensor, labels: Tensor) -> None:
@@ -279,7 +254,7 @@ class TrainStep:
                 expect_tensor(name, tensor)
         param, flattens = self._layers.params[0], self._layers.flattens
         normalizes = self._normalize is not None
-        dtype, dims = images.dtype, images.dim()
+        device, dtype, dims = param.device, images.dtype, images.dim()
         if dtype is not (torch.uint8 if normalizes else param.dtype):
             dtypes = "uint8, as normalize is given" if normalizes else param.dtype
             hint = "" if normalizes else "; for uint8 give TrainStep normalize=(mean, std)"
@@ -287,7 +262,6 @@ class TrainStep:
         if dims != 2 and not (flattens and dims > 2):
             shape = "[n, ...]" if flattens else "[n, in_features], as model does not flatten"
             refuse(f"images: expected {shape}, got {list(images.shape)}")
-        device = param.device
         if images.device != device or images.requires_grad:
             refuse(
                 f"images: expected a plain tensor on {device} that needs no gradient, got one on "
@@ -297,13 +271,12 @@ class TrainStep:
             refuse(f"labels: expected a tensor on {device}, got one on {labels.device}")
 
 
-def _can_capture(param: Tensor) -> bool:
-    return param.is_cuda
-
-
-class _CapturedStep:
+class _StepGraph:
     """Where the CUDA graph of a step stays between calls; goes with its TrainStep."""
 
-    def __init__(self) -> None:
-        self.number = _new_captured_step()
-        weakref.finalize(self, _free_captured_step, self.number)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        like = torch.empty(0, device=device)
+        self.handle = _new_step_graph(like)  # 0: the device has no graphs
+        if self.handle:
+            weakref.finalize(self, _free_step_graph, like, self.handle)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from mnist_ext._decision import REDUCTIONS
 from mnist_ext._torch_private import count_step
 from mnist_ext.train_step.model import refuse
-from mnist_ext.train_step.optimizer import learning_rates, read_options
+from mnist_ext.train_step.optimizer import learning_rates, read_settings
 
 if TYPE_CHECKING:
     from mnist_ext.train_step import TrainStep
@@ -79,14 +78,7 @@ def _check_permutation(permutation: Tensor, images: Tensor) -> None:
 
 
 class Epoch:
-    """The examples of an epoch, in their order, and how far it has come.
-
-    Args:
-        images: [n, features].
-        labels: [n].
-        permutation: indices of images, or None: as they lie.
-        batch_size: images per step; the last step may have fewer.
-    """
+    """The examples of an epoch in their order, batch_size to a step; the last may have fewer."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, permutation: Tensor | None, batch_size: int
@@ -125,7 +117,7 @@ class Epoch:
         total, begin = 0.0, 0
         for losses in self.run(step, scheduler):
             end = min(begin + len(losses) * self.batch_size, self.examples)
-            if step._reduction == REDUCTIONS["mean"]:
+            if step._criterion.reduction == "mean":
                 losses = losses.double()
                 losses[:-1] *= self.batch_size
                 losses[-1] *= end - begin - (len(losses) - 1) * self.batch_size
@@ -140,19 +132,19 @@ class Epoch:
 
 
 def _schedule(step: TrainStep, scheduler: Scheduler | None, steps: int) -> Iterator[list[float]]:
-    """Yield the learning rates of each of so many steps, or of fewer if other options change.
+    """Yield the learning rates of each of so many steps, or of fewer if another setting changes.
 
-    The options are those of the first step: one native call uses them throughout.
+    One native call uses the settings of its first step throughout.
     """
     optimizer = step._optimizer
-    options = read_options(optimizer)
+    settings = read_settings(optimizer)
     for _ in range(steps):
         yield learning_rates(optimizer)
         if scheduler is None:
             continue
         count_step(optimizer)
         scheduler.step()
-        if read_options(optimizer) != options:
+        if read_settings(optimizer) != settings:
             return
 
 

@@ -12,12 +12,11 @@ from torch import nn
 from mnist_ext._decision import is_patched
 from mnist_ext._torch_private import (
     MODULE_HOOKS,
-    has_hooks,
     hooks_of_all_modules,
     hooks_of_optimizer,
 )
 from mnist_ext.train_step.model import Layers, Names, refuse
-from mnist_ext.train_step.optimizer import read_options
+from mnist_ext.train_step.optimizer import read_settings
 
 _flatten = itertools.chain.from_iterable
 
@@ -47,43 +46,40 @@ class Guard:
     """
 
     def __init__(
-        self, names: Names, optimizer: torch.optim.Optimizer, layers: Layers, options: list[float]
+        self, names: Names, optimizer: torch.optim.Optimizer, layers: Layers, settings: list[float]
     ) -> None:
         *_, criterion = self._modules = list(names)
-        self._optimizer, self._params, self._options = optimizer, layers.params, options
+        self._optimizer, self._params, self._settings = optimizer, layers.params, settings
         self._types = [type(module) for module in self._modules]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._hooks = [attributes[hooks] for attributes in self._dicts for hooks in MODULE_HOOKS]
         self._hooks += [*hooks_of_all_modules, *hooks_of_optimizer(optimizer)]
         self._dicts += [module._modules for module in self._modules if module._modules]
         self._copies = [attributes.copy() for attributes in self._dicts]
-        registered = [linear._parameters for linear in layers.linears]
-        registered += [criterion._parameters, criterion._buffers]
-        self._registered = [tensors.values() for tensors in registered]
+        self._registered: list[Any] = [linear._parameters.values() for linear in layers.linears]
+        self._registered += [criterion._parameters.values(), criterion._buffers.values()]
         self._tensors = [*self._all_tensors()]
         self._required = [param.requires_grad for param in self._params]
         self._step = optimizer.__dict__.get("step")
 
     def holds(self) -> bool:
         """Return whether all is as it was."""
+        params, optimizer = self._params, self._optimizer
+        try:
+            same_attributes = self._dicts == self._copies
+        except (RuntimeError, ValueError):  # of arrays that differ: another one is there
+            return False
         return (
-            [*map(type, self._modules)] == self._types
-            and not any(self._hooks)
-            and self._attributes_hold()
+            same_attributes
+            and [*map(type, self._modules)] == self._types
             and all(map(operator.is_, self._all_tensors(), self._tensors))
-            and [param.requires_grad for param in self._params] == self._required
-            and not any(map(has_hooks, self._params))
-            and self._optimizer.__dict__.get("step") is self._step
-            and not any([group["differentiable"] for group in self._optimizer.param_groups])
-            and read_options(self._optimizer) == self._options
+            and [param.requires_grad for param in params] == self._required
+            and optimizer.__dict__.get("step") is self._step
+            and read_settings(optimizer) == self._settings
+            and not any(self._hooks)
+            and not any([p._backward_hooks or p._post_accumulate_grad_hooks for p in params])
             and not is_patched()
         )
-
-    def _attributes_hold(self) -> bool:
-        try:
-            return self._dicts == self._copies
-        except (RuntimeError, ValueError):  # two arrays that are not the same one were compared
-            return False
 
     def _all_tensors(self) -> Any:
         # The end is marked, so that one more or one less is seen.

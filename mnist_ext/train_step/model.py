@@ -12,8 +12,7 @@ from torch import nn
 
 from mnist_ext import _library
 from mnist_ext import nn as _ours
-from mnist_ext._autograd import BIAS, FLAGS, RELU
-from mnist_ext._decision import is_patched
+from mnist_ext._decision import REDUCTIONS, is_patched
 from mnist_ext._torch_private import has_hooks
 from mnist_ext.functional import check_activation
 
@@ -34,29 +33,25 @@ def names_of(model: nn.Module, criterion: nn.Module) -> Names:
     return {**names, criterion: "criterion"}
 
 
-def check_criterion(criterion: nn.Module) -> None:
-    """Refuse what is no CrossEntropyLoss that makes one number."""
+def loss_arguments(criterion: Any) -> dict[str, Any]:
+    """Return the op's arguments that say what the loss is, or refuse criterion."""
     if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
         refuse(f"criterion: expected torch.nn.CrossEntropyLoss, got {criterion}")
-    if criterion.reduction not in ("mean", "sum"):
-        refuse(f'criterion: expected reduction "mean" or "sum", got {criterion.reduction!r}')
-    weight = criterion.weight
+    reduction, weight = criterion.reduction, criterion.weight
+    if reduction not in ("mean", "sum"):
+        refuse(f'criterion: expected reduction "mean" or "sum", got {reduction!r}')
     if "weight" not in criterion._buffers or (weight is not None and weight.requires_grad):
         refuse("criterion: expected a weight that needs no gradient: call weight.detach()")
+    return {
+        "class_weight": weight,
+        "ignore_index": criterion.ignore_index,
+        "label_smoothing": criterion.label_smoothing,
+        "reduction": REDUCTIONS[reduction],
+    }
 
 
 class Layers:
-    """The layers of a model, in the order in which it calls them.
-
-    Attributes:
-        flattens: whether images are flattened first.
-        linears: the Linear of each layer.
-        flags: of each layer BIAS, RELU, both or neither.
-        params: the weight of each layer, followed by its bias where it has one.
-
-    Raises:
-        ValueError: the model is refused; the message names the module and says why.
-    """
+    """The layers of a model, in the order in which it calls them, or ValueError: why not."""
 
     def __init__(self, model: nn.Module, names: Names) -> None:
         if is_patched():
@@ -64,9 +59,9 @@ class Layers:
                 "a function or forward of PyTorch's own layers was replaced, which would not run: "
                 "restore it, or train with the ordinary loop"
             )
-        self.flattens = False
-        self.linears: list[nn.Linear] = []
-        self.flags: list[int] = []
+        self.flattens = False  # the images first
+        self.linears: list[nn.Linear] = []  # one a layer
+        self.relu: list[bool] = []  # whether a layer has one
         self._names = names
         views: list[_Call] = []  # those that name the number of features
         for call in _calls_of(model, names):
@@ -78,6 +73,8 @@ class Layers:
         self._check_features(views)
         named = self._parameters()
         self.params = list(named.values())
+        self.weights: list[Any] = [linear.weight for linear in self.linears]
+        self.biases: list[Any] = [linear.bias for linear in self.linears]  # None where it has none
         _check_memory(named)
 
     def _add(self, call: _Call) -> None:
@@ -90,11 +87,9 @@ class Layers:
             self.flattens = True
         elif isinstance(module, nn.Linear) and type(module) in _LINEARS:
             self.linears.append(module)
-            has_bias = module._parameters.get("bias") is not None
-            activation = check_activation(getattr(module, "activation", "none"))
-            self.flags.append(has_bias * BIAS | FLAGS[activation])
+            self.relu.append(check_activation(getattr(module, "activation", "none")) == "relu")
         elif type(module) is nn.ReLU and self.linears:
-            self.flags[-1] |= RELU
+            self.relu[-1] = True
         elif type(module) is not nn.Identity:
             hint = "remove it, or train with the ordinary loop"
             if nn.utils.parametrize.is_parametrized(module):

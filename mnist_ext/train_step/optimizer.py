@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnist_ext import optim
 from mnist_ext._torch_private import is_step_replaced
-from mnist_ext.train_step.model import refuse
+from mnist_ext.train_step.model import Layers, refuse
 
 _OPTIMIZERS = (torch.optim.SGD, optim.SGD)
-OPTIONS = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")  # as the op takes them
-_options_of = operator.itemgetter(*OPTIONS)
-FROZEN = -1  # in place of a group
+# As the op takes them, of each group.
+_OPTIONS = {
+    "momentum": float,
+    "dampening": float,
+    "weight_decay": float,
+    "nesterov": bool,
+    "maximize": bool,
+}
+_settings_of = operator.itemgetter(*_OPTIONS, "differentiable")
+_FROZEN = -1  # in place of a group
 
 
-def read_options(optimizer: torch.optim.Optimizer) -> list[float]:
-    """Return the OPTIONS of each group: of this moment, as one may be a tensor."""
-    return [float(value) for group in optimizer.param_groups for value in _options_of(group)]
+def read_settings(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Return those of each group, of this moment: one may be a tensor that is written in place."""
+    return [float(value) for group in optimizer.param_groups for value in _settings_of(group)]
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
@@ -28,24 +36,15 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 class Groups:
-    """The parameter groups of an optimizer, and to which of them each parameter belongs.
+    """The parameter groups of an optimizer as the op takes them, or ValueError: why not."""
 
-    Attributes:
-        of_params: for each parameter its group, or FROZEN: it stays as it is.
-        options: the OPTIONS of each group, one group after the other.
-        trained: the parameters that are not frozen.
-
-    Raises:
-        ValueError: the optimizer is refused; the message says why.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: Layers) -> None:
         if type(optimizer) not in _OPTIMIZERS:
             refuse(f"optimizer: expected torch.optim.SGD, got {type(optimizer).__name__}")
         if is_step_replaced(optimizer.__dict__.get("step")):
             refuse("optimizer: its step was replaced: restore it")
         group_of: dict[int, int] = {}
-        known = {id(p) for p in params}
+        known = {id(p) for p in layers.params}
         for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
                 refuse(f"optimizer: group {number} is differentiable: leave that off")
@@ -56,40 +55,49 @@ class Groups:
                         f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
                         "to no layer of model: give the optimizer model.parameters()"
                     )
-        self.options = read_options(optimizer)
-        self.of_params = [
-            group_of.get(id(p), FROZEN) if p.requires_grad else FROZEN for p in params
+        self.settings = read_settings(optimizer)
+        self._optimizer = optimizer
+        params = [*layers.weights, *layers.biases]
+        numbers = [
+            _FROZEN if p is None or not p.requires_grad else group_of.get(id(p), _FROZEN)
+            for p in params
         ]
-        by_param = list(zip(params, self.of_params, strict=True))
-        self.trained: list[Tensor] = [p for p, group in by_param if group != FROZEN]
+        grouped = list(zip(params, numbers, strict=True))
+        self.trained: list[Tensor] = [p for p, number in grouped if number != _FROZEN]
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
-        self._optimizer = optimizer
-        momentum = self.options[:: len(OPTIONS)]
-        # None in place of a parameter without momentum.
-        self._moved = [p if group != FROZEN and momentum[group] else None for p, group in by_param]
-        self._has_momentum = any(momentum)
-        self._none = torch.empty(0, device=params[0].device)
+        options = {
+            name: [kind(group[name]) for group in optimizer.param_groups]
+            for name, kind in _OPTIONS.items()
+        }
+        layer_count = len(layers.weights)
+        self.arguments: dict[str, Any] = {  # of the op
+            **options,
+            "weight_groups": numbers[:layer_count],
+            "bias_groups": numbers[layer_count:],
+        }
+        momentum = options["momentum"]
+        # None for a parameter without momentum.
+        self._moved: list[Any] = [
+            p if number != _FROZEN and momentum[number] else None for p, number in grouped
+        ]
 
-    def momentum_buffers(self) -> tuple[list[Tensor], list[int]]:
-        """Return the buffer of each parameter, and which of them are new and hold nothing yet.
+    def momentum_buffers(self) -> tuple[list[Tensor | None], list[bool]]:
+        """Return the buffers of the weights, then of the biases; whether they hold nothing yet.
 
-        The buffers are empty for parameters without momentum; there is none if no group has one.
+        None stands for that of a parameter without momentum.
         """
-        buffers: list[Tensor] = []
-        new: list[int] = []
-        if not self._has_momentum:
-            return buffers, new
+        buffers: list[Tensor | None] = []
+        first_step: list[bool] = []
         state = self._optimizer.state
-        for i, param in enumerate(self._moved):
-            buffer = self._none if param is None else state[param].get("momentum_buffer")
-            if buffer is None:
-                buffer = torch.empty_like(param)
-                new.append(i)
-            buffers.append(buffer)
-        return buffers, new
+        for param in self._moved:
+            buffer = None if param is None else state[param].get("momentum_buffer")
+            first_step.append(param is not None and buffer is None)
+            buffers.append(torch.empty_like(param) if first_step[-1] else buffer)
+        return buffers, first_step
 
-    def keep(self, buffers: list[Tensor], new: list[int]) -> None:
+    def keep(self, buffers: list[Tensor | None], first_step: list[bool]) -> None:
         """Give the optimizer the buffers that were new, and have been written."""
-        for i in new:
-            self._optimizer.state[self._moved[i]]["momentum_buffer"] = buffers[i]
+        for param, buffer, is_new in zip(self._moved, buffers, first_step, strict=True):
+            if is_new:
+                self._optimizer.state[param]["momentum_buffer"] = buffer
