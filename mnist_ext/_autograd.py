@@ -163,7 +163,7 @@ def mlp(
     the op does not take the tensors, or only some of the gradients are wanted.
 
     Args:
-        input: of float32 or float64, on the CPU.
+        input: of float32 or float64.
         layers: for each BIAS, RELU, both or neither.
         weights: of each layer.
         biases: of each layer that has one.

@@ -134,9 +134,10 @@ def linear(
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
     """Compute `linear` for each of layers, one after the other.
 
-    On the CPU all of them are one native call, and so is their backward, with the same bits: the
-    time between the kernels of small layers is saved. Elsewhere, in bfloat16 and float16, and where
-    only some gradients are needed, it is one call of `linear` after the other.
+    In float32 and float64 all of them are one native call, and so is their backward, with the same
+    bits: the time between the kernels of small layers is saved. In other dtypes, on other devices
+    than the CPU and CUDA, and where only some gradients are needed, it is one call of `linear`
+    after the other.
 
     Args:
         input: ``[..., in_features]``, any strides.
