@@ -1,5 +1,6 @@
 #include "train_steps.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace mnist_ext::cpu {
@@ -41,6 +42,7 @@ BadExample run(const TrainSteps<T>& steps, void* workspace, const Launch& launch
   if (bad.what != BadExample::none) return bad;
   const TrainStepProgram<T> builder(steps, kTraits, workspace);
   std::vector<Entry<T>> entries;
+  entries.reserve(std::min(steps.steps(), kStepsTogether) * (3 * steps.layers.size() + 2));
   for (int64_t step = 0; step < steps.steps();) {
     entries.clear();
     for (int64_t i = 0; i < kStepsTogether && step < steps.steps(); ++i) builder.append(step++, entries);
@@ -51,10 +53,11 @@ BadExample run(const TrainSteps<T>& steps, void* workspace, const Launch& launch
 
 template <class T>
 int64_t bytes_of(const TrainSteps<T>& steps) {
-  const TrainStepProgram<T> builder(steps, kTraits, kNowhere);
-  std::vector<Entry<T>> entries;
-  builder.append(0, entries);
-  return builder.workspace_bytes() + kernels<T>().workspace_bytes(program_of(entries));
+  CrossEntropyForward<T> loss{};
+  loss.problem.batch = steps.rows_of(0);
+  loss.problem.positions = 1;
+  return TrainStepProgram<T>(steps, kTraits, kNowhere).workspace_bytes() +
+         kernels<T>().cross_entropy_workspace_bytes(loss);
 }
 
 }  // namespace

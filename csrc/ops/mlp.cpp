@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
       to = keep_hidden ? to + x.rows * layer.out_features() : hidden_data + (to == hidden_data ? buffer_size : 0);
     }
     std::vector<Entry<T>> program;
-    append_forward(forward, Sharing::any, program);
+    append_forward<T>(forward, Sharing::any, program);
     run(program, device);
   });
   return {output, keep_hidden ? hidden : new_hidden(0)};
@@ -164,7 +164,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
       grad_outputs += x.rows * layer.out_features;
     }
     std::vector<Entry<T>> program;
-    append_backward(backward, Sharing::any, program);
+    append_backward<T>(backward, Sharing::any, program);
     run(program, device);
   });
   return gradients;

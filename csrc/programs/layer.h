@@ -2,6 +2,7 @@
 // device, are made of these.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "../api/program.h"
@@ -81,7 +82,7 @@ Product<T> grad_weight_product(const Layer<T>& layer) {
 
 // Each layer reads what the one before it has written.
 template <class T>
-void append_forward(const std::vector<Layer<T>>& layers, Sharing sharing, std::vector<Entry<T>>& program) {
+void append_forward(std::span<const Layer<T>> layers, Sharing sharing, std::vector<Entry<T>>& program) {
   for (const Layer<T>& layer : layers) {
     const bool waits = !program.empty();
     program.push_back({forward_product(layer), waits, sharing});
@@ -91,7 +92,7 @@ void append_forward(const std::vector<Layer<T>>& layers, Sharing sharing, std::v
 // From the last layer to the first: the gradients of inputs that are wanted, each the grad_output of the layer before;
 // then those of weights and biases, which nothing waits for.
 template <class T>
-void append_backward(const std::vector<Layer<T>>& layers, Sharing sharing, std::vector<Entry<T>>& program) {
+void append_backward(std::span<const Layer<T>> layers, Sharing sharing, std::vector<Entry<T>>& program) {
   bool updates = false;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) {
     const bool waits = !program.empty();

@@ -148,15 +148,15 @@ class TrainStepProgram {
     const std::size_t first = program.size();
     if (images_ && step.rows > 0) program.push_back({gather(step), false, Sharing::examples});
     std::vector<Layer<T>> layers = layers_of(step);
+    const std::span<const Layer<T>> all(layers);
     Layer<T>& last = layers.back();
-    append_forward({layers.begin(), layers.end() - 1}, Sharing::neurons, program);
+    append_forward(all.first(all.size() - 1), Sharing::neurons, program);
     // A thread's rows of logits, their loss, and the gradient of the last layer's input.
     program.push_back({forward_product(last), !program.empty(), Sharing::examples});
     program.push_back({loss(step, last), false, Sharing::examples});
     if (last.grad_input) program.push_back({grad_input_product(last), false, Sharing::examples});
     last.grad_input = nullptr;
-    layers.erase(layers.begin(), layers.begin() + static_cast<std::ptrdiff_t>(lowest_));
-    if (!layers.empty()) append_backward(layers, Sharing::neurons, program);
+    if (lowest_ < all.size()) append_backward(all.subspan(lowest_), Sharing::neurons, program);
     program[first].waits = continues;
   }
 
