@@ -9,8 +9,8 @@ import copy
 import emulated
 import pytest
 import torch
-from test_train_step import LOSSES, SGDS, batches, ordinary_step
 from torch import nn
+from train_loops import LOSSES, SGDS, batches, ordinary_step
 
 from mnist_ext import TrainStep, _library
 from mnist_ext.models import mlp

@@ -12,8 +12,8 @@ import pytest
 import test_cuda_train_step
 import torch
 from test_cuda_train_step import assert_near, launches_of, small, trainer
-from test_train_step import ordinary_step
 from torch import nn
+from train_loops import ordinary_step
 
 from mnist_ext import TrainStep
 
