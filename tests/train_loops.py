@@ -77,7 +77,9 @@ class Written(nn.Module):
     def __init__(self, flow):
         super().__init__()
         self.flow = flow
-        self.a, self.b, self.relu = nn.Linear(784, 20), nn.Linear(20, 10), nn.ReLU()
+        self.flatten, self.relu = nn.Flatten(), nn.ReLU()
+        self.a, self.b = nn.Linear(784, 20), nn.Linear(20, 10)
+        self.stack = nn.Sequential(self.a, self.relu, self.b)
 
     def forward(self, x):
         return self.flow(self, x)
