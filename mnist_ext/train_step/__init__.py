@@ -111,7 +111,7 @@ class TrainStep:
         loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers.params)
-        guard = Guard(names, self._optimizer, layers, groups.settings)
+        guard = Guard(list(names), self._criterion, self._optimizer, layers, groups.settings)
         if self._captured is None and _can_capture(layers.params[0]):
             self._captured = _CapturedStep()
         self._layers, self._groups, self._guard = layers, groups, guard

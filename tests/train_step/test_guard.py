@@ -127,6 +127,7 @@ def replace_bias(model, criterion, optimizer):
         lambda m, c, o: m.eval(),
         lambda m, c, o: m.insert(3, nn.Identity()),
         lambda m, c, o: m.insert(4, nn.ReLU()),
+        lambda m, c, o: m[2].append(nn.ReLU()),  # to a Sequential that was empty
         lambda m, c, o: setattr(c, "ignore_index", 3),
         lambda m, c, o: setattr(c, "label_smoothing", 0.1),
         lambda m, c, o: setattr(c, "reduction", "sum"),
@@ -135,7 +136,8 @@ def replace_bias(model, criterion, optimizer):
     ],
 )
 def test_followed_after_the_change(change):
-    model = mlp((20,), "relu")
+    model = mlp((20,))
+    model.insert(2, nn.Sequential())
     step, loop = pair(model, sgd={"lr": 0.001})
     for x, y in zip(*batches(4, 16), strict=True):
         assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
