@@ -61,7 +61,7 @@ _HOOKS = {
     "torch.optim.optimizer": ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"),
 }
 NAMES |= {
-    f"{owner}.{name}": "nothing public tells whether there are hooks"
+    f"{owner}.{name}": "nothing public says whether there are hooks"
     for owner, names in _HOOKS.items()
     for name in names
 }
