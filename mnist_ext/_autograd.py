@@ -36,6 +36,10 @@ _cross_entropy_backward = _ops.cross_entropy_backward.default
 _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 
 _is_grad_enabled = torch.is_grad_enabled
+BIAS, RELU = 1, 2  # of a layer, as the ops take it
+FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
+_OfBias = TypeVar("_OfBias")
+_Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
 
 
 def _has_cuda_kernels(tensor: Tensor) -> bool:
@@ -96,11 +100,8 @@ class Linear(Function):
         """Keep what the backward reads, and nothing else."""
         output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(
-            input if need_weight else None,
-            weight if need_input else None,
-            output if relu else None,
-        )
+        kept_input, kept_weight = input if need_weight else None, weight if need_input else None
+        ctx.save_for_backward(kept_input, kept_weight, output if relu else None)
         return output
 
     @staticmethod
@@ -108,13 +109,8 @@ class Linear(Function):
         """Return the gradients that are wanted, None for the others."""
         want_input, want_weight, want_bias, _ = _wanted(ctx, grad_output.numel())
         input, weight, output = ctx.saved_tensors
-        return *_linear_gradients(
-            grad_output,
-            input if want_weight else None,
-            weight if want_input else None,
-            output,
-            want_bias,
-        ), None
+        input, weight = input if want_weight else None, weight if want_input else None
+        return *_linear_gradients(grad_output, input, weight, output, want_bias), None
 
 
 def _linear_gradients(
@@ -143,11 +139,6 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-BIAS, RELU = 1, 2  # of a layer, as the ops take it
-FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
-_OfBias = TypeVar("_OfBias")
-
-
 def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias | None]:
     """Return what belongs to the bias of each layer, None for a layer without one."""
     following = iter(biases)
@@ -157,16 +148,11 @@ def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias |
 def mlp(
     input: Tensor, layers: list[int], weights: list[Tensor], biases: list[Tensor]
 ) -> Tensor | None:
-    """Compute linear layers one after the other: what `linear` computes for each, in one call.
+    """Compute what `linear` computes for each of the layers, in one call.
 
     Shapes: input [..., K]; returns [..., N] of the last layer, or None, having done nothing: where
-    the op does not take the tensors, or only some of the gradients are wanted.
-
-    Args:
-        input: of float32 or float64.
-        layers: for each BIAS, RELU, both or neither.
-        weights: of each layer.
-        biases: of each layer that has one.
+    the op does not take the tensors, or only some of the gradients are wanted. layers: for each
+    BIAS, RELU, both or neither; biases: those that there are.
     """
     if _is_grad_enabled():
         return MLP.apply(input, layers, *weights, *biases)
@@ -206,16 +192,10 @@ class MLP(Function):
             or not all(want_params)
             or (not is_compiling() and is_batched(grad_output))  # vmap takes no op with a list
         ):
-            grads = _mlp_gradients_by_layer(
-                grad_output,
-                _inputs_of_layers(input, hidden, weights, biases, layers),
-                output,
-                weights,
-                layers,
-                want_input,
-                want_params,
-            )
-            return grads[0], None, *grads[1:]
+            inputs = _inputs_of_layers(input, hidden, weights, biases, layers)
+            outputs = [*inputs[1:], output]
+            wants = want_input, want_params
+            return _mlp_gradients_by_layer(grad_output, inputs, outputs, weights, layers, *wants)
         grads = _mlp_backward(
             grad_output,
             input,
@@ -233,41 +213,30 @@ class MLP(Function):
 def _mlp_gradients_by_layer(
     grad_output: Tensor,
     inputs: list[Tensor],
-    output: Tensor | None,
+    outputs: list[Tensor | None],
     weights: list[Tensor],
     layers: list[int],
     want_input: bool,
     want_params: list[bool],
-) -> list[Tensor | None]:
-    """Return the gradients of input, weights and biases that are wanted, None for the others.
-
-    It ends at the first layer of which one is wanted.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Return what the backward of `MLP` returns, layer by layer down to the lowest one needed."""
     count = len(layers)
-    outputs = [*inputs[1:], output]
-    biases = by_layer(range(count, len(want_params)), layers)  # where among the params
-    grads: list[Tensor | None] = [None] * (1 + len(want_params))
+    want_biases = by_layer(want_params[count:], layers)
+    wanted = [i for i in range(count) if want_params[i] or want_biases[i]]
+    lowest = -1 if want_input else min(wanted)
     grad: Any = grad_output
-    for i in reversed(range(count)):
-        bias = biases[i]
-        want_lower = (
-            want_input
-            or any(want_params[:i])
-            or any(want_params[j] for j in biases[:i] if j is not None)
-        )
-        grad, grads[1 + i], grad_bias = _linear_gradients(
+    grad_weights: list[Tensor | None] = [None] * count
+    grad_biases: list[Tensor | None] = [None] * count
+    for i in reversed(range(max(lowest, 0), count)):
+        grad, grad_weights[i], grad_biases[i] = _linear_gradients(
             grad,
             inputs[i] if want_params[i] else None,
-            weights[i] if want_lower else None,
+            weights[i] if i > lowest else None,
             outputs[i] if layers[i] & RELU else None,
-            bias is not None and want_params[bias],
+            bool(want_biases[i]),
         )
-        if bias is not None:
-            grads[1 + bias] = grad_bias
-        if grad is None:
-            return grads
-    grads[0] = grad
-    return grads
+    of_biases = [grad for grad, layer in zip(grad_biases, layers, strict=True) if layer & BIAS]
+    return grad, None, *grad_weights, *of_biases
 
 
 def _inputs_of_layers(
@@ -310,9 +279,6 @@ class _WithValue(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output, None
-
-
-_Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
 
 
 def cross_entropy(

@@ -68,17 +68,8 @@ def _(
 
 
 @torch.library.register_fake("mnist_ext::mlp_backward")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    hidden: Tensor,
-    output: Tensor | None,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    layers: list[int],
-    need_input: bool,
-    allow_tf32: bool = False,
-) -> list[Tensor]:
+def _(grad_output: Tensor, input: Tensor, *args: Any) -> list[Tensor]:
+    _, _, weights, biases, _, need_input = args[:6]
     grads = [input.new_empty(param.shape) for param in (*weights, *biases)]
     return [input.new_empty(input.shape), *grads] if need_input else grads
 
@@ -128,9 +119,5 @@ def _(gradient: Tensor, grad_output: Tensor, logits: Tensor, target: Tensor, *_:
 @torch.library.register_fake("mnist_ext::cross_entropy_backward")
 def _(
     grad_output: Tensor, logits: Tensor, target: Tensor, *options: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    need_logits, need_target = options[-2:]
-    return (
-        _gradient(logits, target) if need_logits else None,
-        _gradient(logits, target) if need_target else None,
-    )
+) -> tuple[Tensor | None, ...]:
+    return tuple(_gradient(logits, target) if need else None for need in options[-2:])

@@ -30,17 +30,8 @@ def _mlp(input: _Shape, weights: list[_Shape], *_: Any, **__: Any) -> int:
     return sum(_linear(input, weight) for weight in weights)
 
 
-def _mlp_backward(
-    grad_output: _Shape,
-    input: _Shape,
-    hidden: _Shape,
-    output: _Shape | None,
-    weights: list[_Shape],
-    biases: list[_Shape],
-    layers: list[int],
-    need_input: bool,
-    **_: Any,
-) -> int:
+def _mlp_backward(grad_output: _Shape, input: _Shape, *args: Any, **_: Any) -> int:
+    _, _, weights, _, _, need_input = args
     of_inputs = weights if need_input else weights[1:]
     return _mlp(input, weights) + _mlp(input, of_inputs)
 

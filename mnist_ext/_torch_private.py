@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _OBSERVERS = "who must be shown PyTorch's own ops; a public question is slower or does not exist"
-_HOOKS = "hooks, of which nothing public tells whether there are any"
 _CONTENTS = "what is registered in a module, without a generator at each call"
+MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 # Those of Module, Tensor and Optimizer, and of what a call returns, are attributes of objects.
 NAMES = {
@@ -45,27 +45,25 @@ NAMES = {
     "torch.compiler.assume_constant_result()._dynamo_marked_constant": (
         "the function imports the compiler, which takes seconds"
     ),
-    "torch.nn.modules.module._global_forward_hooks": _HOOKS,
-    "torch.nn.modules.module._global_forward_pre_hooks": _HOOKS,
-    "torch.nn.modules.module._global_backward_hooks": _HOOKS,
-    "torch.nn.modules.module._global_backward_pre_hooks": _HOOKS,
-    "torch.nn.Module._forward_hooks": _HOOKS,
-    "torch.nn.Module._forward_pre_hooks": _HOOKS,
-    "torch.nn.Module._backward_hooks": _HOOKS,
-    "torch.nn.Module._backward_pre_hooks": _HOOKS,
     "torch.nn.Module._modules": _CONTENTS,
     "torch.nn.Module._parameters": _CONTENTS,
     "torch.nn.Module._buffers": _CONTENTS,
     "torch.nn.Module._call_impl": "tools replace it to see each call of a module",
     "torch.nn.Module._compiled_call_impl": "what module.compile() leaves behind",
-    "torch.Tensor._backward_hooks": _HOOKS,
-    "torch.Tensor._post_accumulate_grad_hooks": _HOOKS,
-    "torch.optim.optimizer._global_optimizer_pre_hooks": _HOOKS,
-    "torch.optim.optimizer._global_optimizer_post_hooks": _HOOKS,
-    "torch.optim.Optimizer._optimizer_step_pre_hooks": _HOOKS,
-    "torch.optim.Optimizer._optimizer_step_post_hooks": _HOOKS,
     "torch.optim.Optimizer._opt_called": "a scheduler warns where no step has set it",
     "torch.optim.Optimizer.step._wrapped_by_lr_sched": "the wrapper of a scheduler",
+}
+_HOOKS = {
+    "torch.nn.Module": MODULE_HOOKS,
+    "torch.nn.modules.module": tuple(f"_global{hooks}" for hooks in MODULE_HOOKS),
+    "torch.Tensor": ("_backward_hooks", "_post_accumulate_grad_hooks"),
+    "torch.optim.Optimizer": ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+    "torch.optim.optimizer": ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"),
+}
+NAMES |= {
+    f"{owner}.{name}": "nothing public says whether there are hooks"
+    for owner, names in _HOOKS.items()
+    for name in names
 }
 
 
@@ -105,11 +103,13 @@ check_value: Callable[..., None] = find("torch._check_value")
 
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
-MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-hooks_of_all_modules = [find(f"torch.nn.modules.module._global{hooks}") for hooks in MODULE_HOOKS]
-hooks_of_all_optimizers = [
-    find(f"torch.optim.optimizer._global_optimizer_{when}_hooks") for when in ("pre", "post")
-]
+
+def _find_hooks(owner: str) -> list[Any]:
+    return [find(f"{owner}.{name}") for name in _HOOKS[owner]]
+
+
+hooks_of_all_modules = _find_hooks("torch.nn.modules.module")
+hooks_of_all_optimizers = _find_hooks("torch.optim.optimizer")
 
 
 def hooks_of_optimizer(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -141,14 +141,10 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
 
     Args:
         input: ``[..., in_features]``, any strides.
-        layers: (weight, bias, activation) of each, as `linear` takes them.
+        layers: (weight, bias, activation) of each, as `linear` takes them, and with its errors.
 
     Returns:
         ``[..., out_features]`` of the last layer.
-
-    Raises:
-        RuntimeError: shapes, dtypes or devices do not fit together.
-        ValueError: unknown activation.
     """
     weights, biases, flags = [], [], []
     for weight, bias, activation in layers:
@@ -168,14 +164,9 @@ def linears(
     *,
     together: bool,
 ) -> Tensor:
-    """As `mlp`, with the layers described as the op `mlp` takes them.
+    """As `mlp`, with weights, biases that there are, and layers (BIAS | RELU) as the op has them.
 
-    Args:
-        input: ``[..., in_features]``.
-        weights: of each layer.
-        biases: of each layer that has one.
-        layers: for each BIAS, RELU, both or neither.
-        together: nobody observes the call, who must see one layer after the other.
+    together: nobody observes the call, who must see one layer after the other.
     """
     if together and len(layers) > 1 and against_mlp(input, weights + biases) is None:
         output = _autograd.mlp(input, layers, weights, biases)

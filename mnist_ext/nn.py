@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import ReLU as _ReLU
 from torch.nn.utils.parametrize import is_parametrized
 
 from mnist_ext import _flops, functional
@@ -21,13 +20,7 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
 
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        bias: whether to learn an additive bias.
-        device: device of the parameters.
-        dtype: dtype of the parameters.
-        activation: ``"none"`` or ``"relu"``.
+    Args are those of ``torch.nn.Linear``, and activation: ``"none"`` or ``"relu"``.
     """
 
     # Of the class, so that `swap` changes nothing but the class.
@@ -95,8 +88,7 @@ class Sequential(torch.nn.Sequential):
                 continue
             if layers:
                 if kind in _FUSED and not is_watched(module):
-                    if kind is _ReLU:
-                        layers[-1] |= RELU
+                    layers[-1] |= _FUSED[kind]
                     continue
                 input = functional.linears(input, weights, biases, layers, together=True)
                 weights, biases, layers = [], [], []
@@ -109,7 +101,7 @@ class Sequential(torch.nn.Sequential):
         return input
 
 
-_FUSED = frozenset((_ReLU, torch.nn.Identity))  # into the Linear before them
+_FUSED = {torch.nn.ReLU: RELU, torch.nn.Identity: 0}  # into the Linear before them
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -145,14 +137,8 @@ def swap(module: _Module) -> _Module:
     A loss that a forward computes by itself (``F.cross_entropy``) is out of reach: call
     `functional.cross_entropy` there.
 
-    Args:
-        module: a model, a loss, or a bare Linear.
-
     Returns:
-        module itself.
-
-    Warns:
-        UserWarning: layers were left alone; which, and why.
+        module itself: a model, a loss, or a bare Linear.
     """
     _flops.register()
     # The out_proj of a MultiheadAttention is called by nobody: only its parameters are read.
@@ -185,14 +171,8 @@ def unswap(module: _Module) -> _Module:
     A `Linear` with an activation of its own, which no swap made, is left alone and named in a
     warning: PyTorch has no such class.
 
-    Args:
-        module: a model, a loss, or a bare Linear.
-
     Returns:
         module itself, with the same Parameter objects, hooks and names.
-
-    Warns:
-        UserWarning: layers were left alone; which, and why.
     """
     left_alone = []
     for name, child in module.named_modules():
@@ -211,8 +191,7 @@ _SWAPPED: Mapping[type, type] = {
     torch.nn.CrossEntropyLoss: CrossEntropyLoss,
 }
 _UNSWAPPED: Mapping[type, type] = {
-    Linear: torch.nn.Linear,
-    CrossEntropyLoss: torch.nn.CrossEntropyLoss,
+    **{ours: torchs for torchs, ours in _SWAPPED.items()},
     Sequential: torch.nn.Sequential,
 }
 

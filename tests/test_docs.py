@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
 
 
-@pytest.mark.parametrize("test", sorted(set(re.findall(r"`(test_\w+\.py::[\w:]+)`", SEMANTICS))))
+@pytest.mark.parametrize(
+    "test", sorted(set(re.findall(r"`((?:\w+/)?test_\w+\.py::[\w:]+)`", SEMANTICS)))
+)
 def test_tests_named_in_semantics_exist(test):
     file, *names = test.split("::")
     (path,) = (ROOT / "tests").rglob(file)

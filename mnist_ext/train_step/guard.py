@@ -46,15 +46,20 @@ class Guard:
     """
 
     def __init__(
-        self, names: Names, optimizer: torch.optim.Optimizer, layers: Layers, settings: list[float]
+        self,
+        modules: list[nn.Module],
+        criterion: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: Layers,
+        settings: list[float],
     ) -> None:
-        *_, criterion = self._modules = list(names)
-        self._optimizer, self._params, self._settings = optimizer, layers.params, settings
+        self._modules, self._optimizer = modules, optimizer
+        self._params, self._settings = layers.params, settings
         self._types = [type(module) for module in self._modules]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._hooks = [attributes[hooks] for attributes in self._dicts for hooks in MODULE_HOOKS]
         self._hooks += [*hooks_of_all_modules, *hooks_of_optimizer(optimizer)]
-        self._dicts += [module._modules for module in self._modules if module._modules]
+        self._dicts += [module._modules for module in self._modules]
         self._copies = [attributes.copy() for attributes in self._dicts]
         self._registered: list[Any] = [linear._parameters.values() for linear in layers.linears]
         self._registered += [criterion._parameters.values(), criterion._buffers.values()]

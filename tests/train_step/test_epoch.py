@@ -1,0 +1,211 @@
+"""TrainStep.epoch: the steps one after the other, in few native calls."""
+
+import copy
+import math
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+from train_loops import assert_same_bits, first_batch, pair
+
+from mnist_ext import TrainStep
+from mnist_ext.models import mlp
+
+
+@pytest.mark.parametrize("number", [1, 64, 65, 1000])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_is_the_steps_one_after_the_other(number, permuted, reduction):
+    images, labels = first_batch(1000)
+    sgd = {"momentum": 0.9, "lr": 0.001}
+    model = mlp((20,), "relu")
+    twin = copy.deepcopy(model)
+    epoch, _ = pair(model, {"reduction": reduction}, sgd)
+    step, _ = pair(twin, {"reduction": reduction}, sgd)
+    order = torch.randperm(1000)[:number] if permuted else torch.arange(number)
+    if permuted:
+        mean = epoch.epoch(images, labels, 64, order)
+    else:
+        mean = epoch.epoch(images[:number], labels[:number], 64)
+    total = 0.0
+    for chosen in order.split(64):
+        loss = step(images[chosen], labels[chosen]).item()
+        total += loss * (len(chosen) if reduction == "mean" else 1)
+    assert_same_bits(model, twin)
+    assert mean == pytest.approx(total / number, rel=1e-6)
+
+
+def test_pixels():
+    pixels = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (300,))
+    model = mlp((20,), "relu")
+    twin = copy.deepcopy(model)
+    steps = [
+        TrainStep(
+            m,
+            nn.CrossEntropyLoss(),
+            torch.optim.SGD(m.parameters(), lr=0.1),
+            normalize=(0.13, 0.3),
+        )
+        for m in (model, twin)
+    ]
+    order = torch.randperm(300)
+    steps[0].epoch(pixels, labels, 64, order)
+    for chosen in order.split(64):
+        steps[1](pixels[chosen], labels[chosen])
+    assert_same_bits(model, twin)
+
+
+@pytest.mark.parametrize("cycle_momentum", [False, True])
+def test_scheduler(cycle_momentum):
+    """Stepped after each batch, whether it moves the momentum or not."""
+    images, labels = first_batch(1000)
+    model = mlp((20,), "relu")
+    twin = copy.deepcopy(model)
+    results = []
+    for m in (model, twin):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, 0.1, total_steps=40, cycle_momentum=cycle_momentum
+        )
+        results.append((TrainStep(m, nn.CrossEntropyLoss(), optimizer), scheduler))
+    results[0][0].epoch(images, labels, 32, scheduler=results[0][1])
+    for x, y in zip(images.split(32), labels.split(32), strict=True):
+        results[1][0](x, y)
+        results[1][1].step()
+    assert_same_bits(model, twin)
+    assert results[0][1].last_epoch == results[1][1].last_epoch == 32
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
+    """The batches that it has counted have been trained on, momentum included; no others."""
+
+    class Scheduler:
+        steps = 0
+
+        def step(self):
+            self.steps += 1
+            if self.steps != at:
+                return
+            if error is KeyboardInterrupt:
+                signal.raise_signal(signal.SIGINT)
+            else:
+                raise error
+
+    images, labels = first_batch(200)
+    (step, _), (twin, _) = (pair(mlp((20,)), sgd={"momentum": 0.9}) for _ in range(2))
+    twin._model.load_state_dict(step._model.state_dict())
+    scheduler = Scheduler()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            step.epoch(images, labels, 10, scheduler=scheduler)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    chosen = slice(10 * scheduler.steps)
+    twin.epoch(images[chosen], labels[chosen], 10)
+    assert_same_bits(step._model, twin._model)
+    buffers = [s._optimizer.state_dict()["state"] for s in (step, twin)]
+    for i, state in buffers[0].items():
+        assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("bad", [-1, 1000])
+def test_indices_out_of_range(bad):
+    model = mlp((20,))
+    before = copy.deepcopy(model)
+    images, labels = first_batch(1000)
+    order = torch.arange(1000)
+    order[-1] = bad
+    with pytest.raises(IndexError, match=f"permutation.*1000 images, got {bad}"):
+        pair(model)[0].epoch(images, labels, 64, order)
+    assert_same_bits(model, before)
+
+
+def test_uint8_labels_among_more_classes_than_uint8_has():
+    images, labels = first_batch(300, 20, classes=256)
+    models = [nn.Linear(20, 300) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, y in zip(models, (labels.to(torch.uint8), labels), strict=True):
+        pair(model)[0].epoch(images, y, 64)
+    assert_same_bits(*models)
+
+
+def test_bad_uint8_label_that_ignore_index_would_wrap_to():
+    """-100 is 156 modulo 256."""
+    model = mlp((20,))
+    before = copy.deepcopy(model)
+    images, labels = first_batch(300)
+    labels[-1] = 156
+    with pytest.raises(IndexError, match="got 156"):
+        pair(model)[0].epoch(images, labels.to(torch.uint8), 64)
+    assert_same_bits(model, before)
+
+
+def test_the_op_checks_indices_itself():
+    step, _ = pair(mlp((20,)))
+    images, labels = first_batch(10)
+    with pytest.raises(IndexError, match=r"mnist_ext.train_steps: order.*got 10 at position 1"):
+        step._run(images, labels, torch.tensor([0, 10]), 2, [0.1])
+
+
+def test_no_image():
+    step, _ = pair(mlp((20,)))
+    assert math.isnan(step.epoch(torch.zeros(0, 784), torch.zeros(0, dtype=torch.int64), 64))
+
+
+def test_wrong_calls():
+    step, _ = pair(mlp((20,)))
+    images, labels = first_batch(10)
+    for arguments, message in (
+        ((images, labels, 0), "batch_size: expected an integer of at least 1, got 0"),
+        ((images, labels, 2.0), "batch_size: expected an integer of at least 1, got 2.0"),
+        ((images, labels[:9], 4), r"labels: expected shape \[10\], got \[9\]"),
+        ((images, labels, 4, torch.arange(10).int()), "permutation: expected indices of int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step.epoch(*arguments)
+    with pytest.raises(TypeError, match=r"permutation: expected a plain dense.*got list"):
+        step.epoch(images, labels, 4, [0, 1])
+
+
+def test_batches_larger_than_anything():
+    models = [mlp((20,)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images, labels = first_batch(10)
+    pair(models[0])[0].epoch(images, labels, 2**64)
+    pair(models[1])[0](images, labels)
+    assert_same_bits(*models)
+
+
+def test_interrupt_comes_between_native_calls():
+    """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
+    # What a shell starts in the background ignores Ctrl-C, and so would this.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = mlp((256, 256), "relu")
+    step, _ = pair(model, sgd={"lr": 1e-4})
+    before = copy.deepcopy(model)
+    images, labels = first_batch(1000)
+    order = torch.randint(0, 1000, (20_000_000,))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+
+    class Scheduler:  # steps when all indices have been checked and training begins
+        def step(self):
+            if timer.ident is None:
+                timer.start()
+
+    started = time.perf_counter()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step.epoch(images, labels, 64, order, Scheduler())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
+    assert not torch.equal(model[1].weight, before[1].weight)

@@ -1,0 +1,74 @@
+"""What a TrainStep reads of its optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from train_loops import assert_same_bits, batches, first_batch, ordinary_step, pair
+
+import mnist_ext
+from mnist_ext import TrainStep
+from mnist_ext.models import mlp
+from mnist_ext.nn import swap
+
+
+def test_groups_and_schedulers():
+    model = mlp((20,), "relu")
+    twin = swap(copy.deepcopy(model))
+    optimizers, schedulers = [], []
+    for m, sgd in ((model, torch.optim.SGD), (twin, mnist_ext.optim.SGD)):
+        groups = [
+            {"params": [m[1].weight, m[3].bias], "lr": 0.1, "momentum": 0.9},
+            {"params": [m[1].bias, m[3].weight], "weight_decay": 0.1, "nesterov": False},
+        ]
+        optimizers.append(sgd(groups, lr=0.02))
+        schedulers.append(torch.optim.lr_scheduler.ExponentialLR(optimizers[-1], 0.5))
+    step = TrainStep(model, nn.CrossEntropyLoss(), optimizers[0])
+    criterion = swap(nn.CrossEntropyLoss())
+    for x, y in zip(*batches(5, 16), strict=True):
+        loss = step(x, y)
+        assert torch.equal(loss, ordinary_step(twin, criterion, optimizers[1], x, y))
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same_bits(model, twin)
+
+
+@pytest.mark.filterwarnings("error")
+def test_schedulers_do_not_warn():
+    step, _ = pair(mlp((20,)), sgd={"lr": 0.1})
+    scheduler = torch.optim.lr_scheduler.StepLR(step._optimizer, 1)
+    step(*first_batch(8))
+    scheduler.step()
+    assert step._optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_options_changed_in_between():
+    model = mlp((20,), "relu")
+    step, loop = pair(model)
+    for i, (x, y) in enumerate(zip(*batches(4, 16), strict=True)):
+        for optimizer in (step._optimizer, loop[2]):
+            optimizer.param_groups[0].update(lr=0.1 / (i + 1), momentum=0.3 * (i > 1))
+        assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+    assert_same_bits(model, loop[0])
+
+
+def test_weight_decay_that_is_a_tensor_written_in_between():
+    model = mlp((20,), "relu")
+    decays = torch.tensor(0.1), torch.tensor(0.1)
+    step, loop = pair(model)
+    for decay, optimizer in zip(decays, (step._optimizer, loop[2]), strict=True):
+        optimizer.param_groups[0]["weight_decay"] = decay
+    for x, y in zip(*batches(3, 16), strict=True):
+        assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        for decay in decays:
+            decay.mul_(3)
+    assert_same_bits(model, loop[0])
+
+
+def test_parameters_that_the_optimizer_does_not_hold_stay():
+    model = mlp((20,), "relu")
+    before = model[1].weight.detach().clone()
+    optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    TrainStep(model, nn.CrossEntropyLoss(), optimizer)(*first_batch(16))
+    assert torch.equal(model[1].weight, before)
