@@ -38,9 +38,9 @@ from table import Table
 
 import mnist_ext
 from mnist_ext import _C, functional
-from mnist_ext.contestants import linear_products, relative_error
-from mnist_ext.machine import copy_bandwidth, matrix_peak
-from mnist_ext.timing import TURNS, take_turns
+from mnist_ext.app.bench.baselines import linear_products, relative_error
+from mnist_ext.app.bench.machine import copy_bandwidth, matrix_peak
+from mnist_ext.app.bench.timing import TURNS, take_turns
 
 LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
 ROWS = [1, 8, 64, 256, 1024, 4096]

@@ -41,11 +41,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import mnist_ext
-from mnist_ext import data, training
-from mnist_ext.contestants import LEARNING_RATE, OneCall, loop, step_arithmetic
-from mnist_ext.models import mlp
+from mnist_ext.app.bench.baselines import LEARNING_RATE, OneCall, loop, step_arithmetic
+from mnist_ext.app.bench.timing import percentiles, seconds, take_turns
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import TrainConfig
+from mnist_ext.app.training.trainer import Trainer, build
 from mnist_ext.nn import swap
-from mnist_ext.timing import percentiles, seconds, take_turns
 
 TURNS = 25
 SECONDS_PER_TURN = 0.04
@@ -280,7 +282,7 @@ class TutorialDataset(torch.utils.data.Dataset):
     Without `pil` the transforms get the pixels as an array, which spares them the image.
     """
 
-    def __init__(self, split: data.Split, mean: float, std: float, pil: bool):
+    def __init__(self, split: datasets.Split, mean: float, std: float, pil: bool):
         self.images = split.images.numpy()
         self.labels = split.labels
         self.pil = pil
@@ -299,7 +301,7 @@ class TutorialDataset(torch.utils.data.Dataset):
 
 
 def tutorial_epochs(
-    config: training.TrainConfig, dataset: data.Dataset, pil: bool
+    config: TrainConfig, dataset: datasets.Dataset, pil: bool
 ) -> Iterator[tuple[float, float]]:
     """Train as the tutorial does; yield the seconds and the test accuracy of each epoch."""
     torch.manual_seed(config.seed)
@@ -325,18 +327,16 @@ def tutorial_epochs(
         yield time.perf_counter() - started, 100 * correct / len(test_set)
 
 
-def package_epochs(
-    config: training.TrainConfig, dataset: data.Dataset
-) -> Iterator[tuple[float, float]]:
+def package_epochs(config: TrainConfig, dataset: datasets.Dataset) -> Iterator[tuple[float, float]]:
     """Train as `mnist-ext train` does; yield the seconds and the test accuracy of each epoch."""
-    model, criterion = training.build(config, torch.device("cpu"))
-    trainer = training.Trainer(model, criterion, config, dataset)
+    model, criterion = build(config, torch.device("cpu"))
+    trainer = Trainer(model, criterion, config, dataset)
     while (metrics := trainer.train_epoch()) is not None:
         yield metrics.seconds, metrics.test_accuracy
 
 
-def time_epoch(dataset: data.Dataset) -> None:
-    config = training.TrainConfig(epochs=EPOCHS)
+def time_epoch(dataset: datasets.Dataset) -> None:
+    config = TrainConfig(epochs=EPOCHS)
     ours = "mnist-ext train"
     contestants = {
         "torchvision's MNIST, DataLoader, eager ops": tutorial_epochs(config, dataset, pil=True),
@@ -384,7 +384,7 @@ def main() -> None:
     if args.no_epoch:
         return
 
-    dataset = data.load("auto", args.data_dir)
+    dataset = datasets.load("auto", args.data_dir)
     if dataset.notice:
         print(f"\nnote: {dataset.notice}")
     print(

@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from table import Table
 
-from mnist_ext import data, timing, training
+from mnist_ext.app.bench import timing
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.settings import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -106,11 +108,11 @@ def script(name: str):
 
 def test_epochs_and_recipes_train(monkeypatch, capsys):
     """The commands whose figures the README shows still go with the package, on little data."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     split = digits.train
-    few = replace(digits, train=data.Split(split.images[:300], split.labels[:300]))
-    monkeypatch.setattr(data, "load", lambda *_: few)
-    epochs = script("training").package_epochs(training.TrainConfig(batch_size=100), few)
+    few = replace(digits, train=datasets.Split(split.images[:300], split.labels[:300]))
+    monkeypatch.setattr(datasets, "load", lambda *_: few)
+    epochs = script("training").package_epochs(TrainConfig(batch_size=100), few)
     assert [0 <= accuracy <= 100 for _, accuracy in itertools.islice(epochs, 2)] == [True] * 2
     for name, arguments in (("accuracy", ["--seeds", "0"]), ("recipe", ["--seeds", "0", "1"])):
         monkeypatch.setattr(sys, "argv", [name, *arguments])

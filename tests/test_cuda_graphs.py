@@ -15,7 +15,7 @@ from test_cuda_train_step import launches_of, small, trainer
 from torch import nn
 
 from mnist_ext import TrainStep, _library, train_step
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 

@@ -13,7 +13,7 @@ from test_train_step import LOSSES, SGDS, batches, ordinary_step
 from torch import nn
 
 from mnist_ext import TrainStep, _library
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("gpu", "gpu sequence")]
 

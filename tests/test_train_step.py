@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mnist_ext
-from mnist_ext import TrainStep, data
-from mnist_ext.models import mlp
+from mnist_ext import TrainStep
+from mnist_ext.app.data import datasets as data
+from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
 SGDS = [

@@ -29,8 +29,8 @@ from provenance import commit
 from table import Table
 
 from mnist_ext import _C
-from mnist_ext.machine import cpu_model
-from mnist_ext.timing import TURNS, Times
+from mnist_ext.app.bench.machine import cpu_model
+from mnist_ext.app.bench.timing import TURNS, Times
 
 HERE = Path(__file__).resolve().parent
 LADDERS = ("linear", "grad_weight", "cross_entropy", "sgd")

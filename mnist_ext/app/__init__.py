@@ -1,4 +1,8 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""The MNIST application, made with the library; the library imports nothing of it.
+
+Its rooms import downwards only: ``cli`` on top, then ``report`` and ``bench``, then ``runs``,
+``training``, ``data`` and ``files``.
+"""
 
 
 class UserError(Exception):

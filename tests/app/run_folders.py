@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ext import cli
+from mnist_ext.app.cli.main import main
 
 
 def train_digits(folder: Path, name: str = "run") -> Path:
     """Train on the embedded digits for two epochs; return the run's folder."""
     options = ["--dataset", "digits", "--recipe", "best", "--epochs", "2", "--hidden", "32"]
-    assert cli.main(["train", *options, "--output-dir", str(folder), "--name", name]) == 0
+    assert main(["train", *options, "--output-dir", str(folder), "--name", name]) == 0
     return folder / name
 
 

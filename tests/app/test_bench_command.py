@@ -7,7 +7,9 @@ import pytest
 import torch
 from run_folders import assert_one_line
 
-from mnist_ext import benchmark, cli, functional
+from mnist_ext import functional
+from mnist_ext.app.bench import benchmark
+from mnist_ext.app.cli.main import main
 
 LIMITS = benchmark.Limits(flops=1e11, bytes=1e10)
 
@@ -26,7 +28,7 @@ def quick(monkeypatch):
 @pytest.mark.usefixtures("quick")
 class TestBench:
     def test_json(self, capsys):
-        assert cli.main(["bench", "--json"]) == 0
+        assert main(["bench", "--json"]) == 0
         machine, *results = map(json.loads, capsys.readouterr().out.splitlines())
         assert machine["limits"] == {"flops": 1e11, "bytes": 1e10}
         assert machine["torch"] == torch.__version__
@@ -43,7 +45,7 @@ class TestBench:
     def test_table(self, capsys):
         threads = torch.get_num_threads()
         try:
-            assert cli.main(["bench", "--threads", "1"]) == 0
+            assert main(["bench", "--threads", "1"]) == 0
         finally:
             torch.set_num_threads(threads)
         out = capsys.readouterr().out
@@ -56,7 +58,7 @@ class TestBench:
     def test_wrong_results_are_not_timed(self, capsys, monkeypatch):
         right = functional.cross_entropy
         monkeypatch.setattr(functional, "cross_entropy", lambda *a, **o: right(*a, **o) * 1.01)
-        assert cli.main(["bench"]) == 1
+        assert main(["bench"]) == 1
         captured = capsys.readouterr()
         assert_one_line(captured.err, "a training step, swapped modules, batch 2 is wrong here: ")
         assert "training step" not in captured.out

@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mnist_ext import atomic, checkpoint, cli
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.files import atomic
+from mnist_ext.app.runs import checkpoint
 
 TENSORS = {
     "model.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -128,7 +130,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from mnist_ext import atomic, checkpoint
+from mnist_ext.app.files import atomic
+from mnist_ext.app.runs import checkpoint
 # A killed process loses nothing that the system has; a busy disk would take minutes.
 atomic.os.fsync = lambda descriptor: None
 path = Path(sys.argv[1])
@@ -149,7 +152,7 @@ import time
 from pathlib import Path
 code = sys.stdin.read()
 import torch
-from mnist_ext import checkpoint
+from mnist_ext.app.runs import checkpoint
 # One import serves all the processes to be killed.
 for round in range(int(sys.argv[3])):
     read, write = os.pipe()
@@ -202,7 +205,7 @@ def test_a_killed_run_can_go_on(tmp_path, monkeypatch, capsys):
     _, values = checkpoint.read(run / checkpoint.FILE_NAME)
     done = values["epoch"]
     assert done >= 2
-    assert cli.main(["train", "--resume", str(run), "--epochs", str(done + 1), "--json"]) == 0
+    assert main(["train", "--resume", str(run), "--epochs", str(done + 1), "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["epoch"] for e in events if e["event"] == "epoch"] == [done + 1]
     rows = (run / "metrics.csv").read_text().splitlines()

@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torchvision.datasets import MNIST
 
-from mnist_ext import cli, data, training
-from mnist_ext.commands import train_run
-from mnist_ext.errors import UserError
-from mnist_ext.models import mlp
-from mnist_ext.runs import Run
-from mnist_ext.settings import RECIPES, TrainConfig
-from mnist_ext.training import EpochMetrics
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.commands import train_run
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.data import datasets
+from mnist_ext.app.runs.run import Run
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import RECIPES, TrainConfig
+from mnist_ext.app.training.trainer import EpochMetrics, Trainer, evaluate
 
 DIGITS = ["train", "--dataset", "digits", "--epochs", "2", "--lr", "0.1"]
 FILES_OF_A_RUN = ["checkpoint.safetensors", "config.json", "metrics.csv", "model.safetensors"]
@@ -89,7 +90,7 @@ class TestTrain:
 
     def test_shows_a_bar_on_a_terminal(self, capsys, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert cli.main(DIGITS) == 0
+        assert main(DIGITS) == 0
         captured = capsys.readouterr()
         assert "epoch 1/2   0%" in captured.err
         assert "loss " in captured.err
@@ -102,16 +103,16 @@ class TestTrain:
         [(signal.SIGINT, []), (signal.SIGTERM, []), (None, ["--lr", "1e30"])],
     )
     def test_messages_stand_on_a_line_of_their_own(self, capsys, monkeypatch, number, options):
-        rows_of = training.Trainer._rows
+        rows_of = Trainer._rows
 
         def sends(self, losses, rates):
             if number is not None:
                 signal.raise_signal(number)
             return rows_of(self, losses, rates)
 
-        monkeypatch.setattr(training.Trainer, "_rows", sends)
+        monkeypatch.setattr(Trainer, "_rows", sends)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert cli.main([*DIGITS, *options]) in (1, 130, 143)
+        assert main([*DIGITS, *options]) in (1, 130, 143)
         before, _ = capsys.readouterr().err.split("mnist-ext: ")
         # The bar is overwritten, and the cursor is back at the start of its line.
         *_, bar, blanks, rest = before.split("\r")
@@ -121,7 +122,7 @@ class TestTrain:
 
     def test_settings_and_environment_are_written(self):
         argv = [*DIGITS, "--seed", "5", "--hidden", "16", "--threads", "1"]
-        assert cli.main(argv) == 0
+        assert main(argv) == 0
         config = json.loads((the_run() / "config.json").read_text())
         assert config["settings"]["epochs"] == 2
         assert config["settings"]["seed"] == 5
@@ -137,7 +138,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("impl", ["ext", "torch"])
     def test_the_model_reloads_with_the_accuracy_written(self, impl):
-        assert cli.main([*DIGITS, "--impl", impl, "--activation", "relu", "--hidden", "32,16"]) == 0
+        assert main([*DIGITS, "--impl", impl, "--activation", "relu", "--hidden", "32,16"]) == 0
         assert sorted(path.name for path in the_run().iterdir()) == FILES_OF_A_RUN
         with safe_open(the_run() / "model.safetensors", "pt") as file:
             metadata = file.metadata()
@@ -149,10 +150,10 @@ class TestTrain:
         assert hidden == [32, 16]
         model = mlp(hidden, metadata["activation"])
         model.load_state_dict(state)
-        loss, accuracy = training.evaluate(
+        loss, accuracy = evaluate(
             model,
             torch.nn.CrossEntropyLoss(),
-            data.load("digits").test,
+            datasets.load("digits").test,
             float(metadata["mean"]),
             float(metadata["std"]),
         )
@@ -161,7 +162,7 @@ class TestTrain:
         assert loss == pytest.approx(float(last["test_loss"]), rel=1e-5)
 
     def test_metrics_have_one_row_per_epoch(self, capsys):
-        assert cli.main(DIGITS) == 0
+        assert main(DIGITS) == 0
         rows = read_metrics(the_run())
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert list(rows[0]) == list(EpochMetrics.__dataclass_fields__)
@@ -173,7 +174,7 @@ class TestTrain:
     @pytest.mark.parametrize("impl", ["ext", "torch"])
     def test_a_seed_determines_metrics_and_model(self, impl):
         for name in ("a", "b"):
-            assert cli.main([*DIGITS, "--impl", impl, "--seed", "7", "--name", name]) == 0
+            assert main([*DIGITS, "--impl", impl, "--seed", "7", "--name", name]) == 0
         first, second = Path("runs/a"), Path("runs/b")
         for before, after in zip(read_metrics(first), read_metrics(second), strict=True):
             for name in ("epoch", "train_loss", "test_loss", "test_accuracy", "lr"):
@@ -185,19 +186,19 @@ class TestTrain:
 
     def test_no_run_is_overwritten(self):
         for _ in range(3):
-            assert cli.main([*DIGITS, "--name", "mine", "--output-dir", "new/folder"]) == 0
+            assert main([*DIGITS, "--name", "mine", "--output-dir", "new/folder"]) == 0
         names = sorted(path.name for path in Path("new/folder").iterdir())
         assert names == ["mine", "mine-2", "mine-3"]
 
     def test_options_override_the_recipe(self):
         argv = ["train", "--dataset", "digits", "--recipe", "best", "--epochs", "1"]
-        assert cli.main([*argv, "--no-nesterov", "--momentum", "0"]) == 0
+        assert main([*argv, "--no-nesterov", "--momentum", "0"]) == 0
         settings = read_settings(the_run())
         expected = {**RECIPES["best"], "epochs": 1, "nesterov": False, "momentum": 0}
         assert {name: settings[name] for name in expected} == expected
 
     def test_without_a_network_auto_uses_the_digits(self, capsys):
-        assert cli.main(["train", "--epochs", "1"]) == 0
+        assert main(["train", "--epochs", "1"]) == 0
         captured = capsys.readouterr()
         assert captured.err.startswith("mnist-ext: note: MNIST was not found")
         assert captured.err.count("\n") == 1
@@ -205,7 +206,7 @@ class TestTrain:
 
     @pytest.mark.parametrize(("target", "code"), [("1", 0), ("99.9", 1)])
     def test_target_accuracy(self, capsys, target, code):
-        assert cli.main([*DIGITS, "--target-accuracy", target]) == code
+        assert main([*DIGITS, "--target-accuracy", target]) == code
         err = capsys.readouterr().err
         if code:
             assert_one_line(err, "is below the target of 99.9 %")
@@ -214,7 +215,7 @@ class TestTrain:
         assert sorted(path.name for path in the_run().iterdir()) == FILES_OF_A_RUN
 
     def test_divergence_ends_the_training(self, capsys):
-        assert cli.main([*DIGITS, "--lr", "1e30"]) == 1
+        assert main([*DIGITS, "--lr", "1e30"]) == 1
         assert_one_line(capsys.readouterr().err, "loss is nan after epoch 1", "--lr")
         assert len(read_metrics(the_run())) == 1
         assert not (the_run() / "model.safetensors").exists()
@@ -257,7 +258,7 @@ class TestWrongUse:
     def test_one_line_names_the_mistake(self, capsys, argv, parts):
         if argv and argv[0] == "train" and "--dataset" not in argv:
             argv = [*argv, "--dataset", "digits"]
-        assert cli.main(argv) == 2
+        assert main(argv) == 2
         captured = capsys.readouterr()
         assert_one_line(captured.err, *parts)
         assert captured.out == ""
@@ -265,13 +266,13 @@ class TestWrongUse:
 
     def test_cuda_without_a_gpu(self, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert cli.main([*DIGITS, "--device", "cuda"]) == 2
+        assert main([*DIGITS, "--device", "cuda"]) == 2
         assert_one_line(capsys.readouterr().err, "'cuda'", "--device cpu")
 
     @pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["doctor", "--help"]])
     def test_help(self, capsys, argv):
         with pytest.raises(SystemExit, match="0"):
-            cli.main(argv)
+            main(argv)
         assert "example" in capsys.readouterr().out
 
 
@@ -291,7 +292,7 @@ class TestBadInput:
         path = write_mnist(tmp_path / "data") / file
         damage(path)
         argv = ["train", "--dataset", dataset, "--data-dir", str(tmp_path / "data")]
-        assert cli.main(argv) == 2
+        assert main(argv) == 2
         assert_one_line(capsys.readouterr().err, str(path))
         assert list(Path().iterdir()) == []
 
@@ -306,7 +307,7 @@ class TestBadInput:
         assert list(Path().iterdir()) == []
 
     def test_no_network(self, capsys, tmp_path):
-        assert cli.main(["train", "--dataset", "mnist"]) == 2
+        assert main(["train", "--dataset", "mnist"]) == 2
         assert_one_line(capsys.readouterr().err, "could not be downloaded", "--data-dir")
         assert list(Path().iterdir()) == []
         assert not (tmp_path / "cache").exists()
@@ -314,7 +315,7 @@ class TestBadInput:
     @pytest.mark.parametrize("output", ["file", "file/below/it"])
     def test_an_output_folder_that_cannot_be_written(self, capsys, output):
         Path("file").touch()
-        assert cli.main([*DIGITS, "--output-dir", output]) == 2
+        assert main([*DIGITS, "--output-dir", output]) == 2
         captured = capsys.readouterr()
         assert_one_line(captured.err, output, "--output-dir")
         assert "epoch" not in captured.out
@@ -327,7 +328,7 @@ class TestRun:
     METRICS = EpochMetrics(1, 2.0, 2.0, 50.0, 1e5, 1.0, 0.01)
 
     def new_run(self) -> Run:
-        return Run(TrainConfig(name="run"), data.load("digits"), {})
+        return Run(TrainConfig(name="run"), datasets.load("digits"), {})
 
     def test_metrics_that_cannot_be_written(self):
         run = self.new_run()
@@ -373,19 +374,19 @@ class TestStreams:
             raw = full if unbuffered else io.BufferedWriter(full)
             stream = io.TextIOWrapper(raw, write_through=unbuffered)
             monkeypatch.setattr(sys, "stdout", stream)
-            assert cli.main(argv) == 2
+            assert main(argv) == 2
             stream.flush()  # as Python does when it exits
         assert_one_line(capsys.readouterr().err, "standard output: No space left on device")
 
     @pytest.mark.parametrize("argv", [["--version"], ["doctor"]])
     def test_standard_output_is_closed(self, capsys, monkeypatch, argv):
         monkeypatch.setattr(sys, "stdout", None)
-        assert cli.main(argv) == 2
+        assert main(argv) == 2
         assert_one_line(capsys.readouterr().err, "standard output: Bad file descriptor")
 
     def test_standard_error_takes_nothing(self, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stderr", None)
-        assert cli.main(["--nothing"]) == 2
+        assert main(["--nothing"]) == 2
         assert capsys.readouterr().out == ""
         sys.stderr.flush()
 
@@ -403,7 +404,7 @@ class TestStreams:
     def test_a_run_whose_name_cannot_be_shown(self, monkeypatch):
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         monkeypatch.setattr(sys, "stdout", stream)
-        assert cli.main([*DIGITS, "--name", "\U0001f600\x1b[2J"]) == 0
+        assert main([*DIGITS, "--name", "\U0001f600\x1b[2J"]) == 0
         out = stream.buffer.getvalue().decode("ascii")
         assert out.endswith("written to runs/\\U0001f600\\x1b[2J\n")
         assert (Path("runs") / "\U0001f600\x1b[2J" / "model.safetensors").exists()
@@ -439,7 +440,7 @@ class TestInterrupt:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(train_run, "_Session", interrupted)
-        assert cli.main(DIGITS) == 130
+        assert main(DIGITS) == 130
         assert capsys.readouterr().err == "mnist-ext: interrupted\n"
         assert list(Path().iterdir()) == []
 
@@ -449,6 +450,6 @@ class TestInterrupt:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(MNIST, "download", interrupted)
-        assert cli.main(["train"]) == 130
+        assert main(["train"]) == 130
         assert capsys.readouterr().err == "mnist-ext: interrupted\n"
         assert not (tmp_path / "cache").exists()

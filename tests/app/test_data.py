@@ -16,8 +16,9 @@ import torch
 from idx_files import FILES, TEST_SIZE, TRAIN_SIZE, idx_bytes, write_mnist
 from torchvision.datasets import MNIST
 
-from mnist_ext import cli, data
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.main import _parser as parser_of_all
+from mnist_ext.app.data import datasets
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
 
@@ -37,7 +38,7 @@ def files_below(folder: Path) -> list[Path]:
 
 class TestDigits:
     def test_shapes_and_types(self):
-        digits = data.load("digits")
+        digits = datasets.load("digits")
         assert (len(digits.train), len(digits.test)) == (1437, 360)
         assert digits.notice is None
         for split in (digits.train, digits.test):
@@ -47,7 +48,7 @@ class TestDigits:
             assert split.labels.unique().tolist() == list(range(10))
 
     def test_a_digit_fills_the_middle_20x20_pixels(self):
-        images = data.load("digits").train.images
+        images = datasets.load("digits").train.images
         brightest = images.amax(dim=0)
         assert brightest.max() == 255
         inside = torch.zeros(28, 28, dtype=torch.bool)
@@ -57,14 +58,14 @@ class TestDigits:
         assert (brightest[23, 4:24] > 0).any()
 
     def test_labels_belong_to_their_images(self):
-        digits = data.load("digits")
+        digits = datasets.load("digits")
         train, test = digits.train.images.flatten(1).float(), digits.test.images.flatten(1).float()
         means = torch.stack([train[digits.train.labels == label].mean(0) for label in range(10)])
         nearest = torch.cdist(test, means).argmin(dim=1)
         assert (nearest == digits.test.labels).float().mean() > 0.85
 
     def test_no_test_image_is_in_the_training_set(self):
-        digits = data.load("digits")
+        digits = datasets.load("digits")
         distances = torch.cdist(
             digits.test.images.flatten(1).double(), digits.train.images.flatten(1).double()
         )
@@ -74,37 +75,39 @@ class TestDigits:
 class TestNormalize:
     def test_formula(self):
         images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-        result = data.normalize(images, mean=0.25, std=0.5)
+        result = datasets.normalize(images, mean=0.25, std=0.5)
         assert result.dtype == torch.float32
         torch.testing.assert_close(result, (images / 255 - 0.25) / 0.5)
 
     def test_mean_and_std_are_those_of_the_training_images(self):
-        digits = data.load("digits")
-        pixels = data.normalize(digits.train.images, digits.mean, digits.std).double()
+        digits = datasets.load("digits")
+        pixels = datasets.normalize(digits.train.images, digits.mean, digits.std).double()
         assert pixels.mean().item() == pytest.approx(0, abs=1e-5)
         assert pixels.std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
 
 class TestBatches:
     @staticmethod
-    def numbered(size: int) -> data.Split:
+    def numbered(size: int) -> datasets.Split:
         """Return images whose pixels all equal their label."""
         labels = torch.arange(size)
         images = labels.to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28).contiguous()
-        return data.Split(images, labels)
+        return datasets.Split(images, labels)
 
     def labels(self, seed: int, passes: int = 1) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
         split = self.numbered(100)
         return [
-            torch.cat([labels for _, labels in data.batches(split, 32, 0, 1, generator)]).tolist()
+            torch.cat(
+                [labels for _, labels in datasets.batches(split, 32, 0, 1, generator)]
+            ).tolist()
             for _ in range(passes)
         ]
 
     @pytest.mark.parametrize("shuffled", [False, True])
     def test_every_image_once_with_its_label(self, shuffled):
         generator = torch.Generator().manual_seed(0) if shuffled else None
-        result = list(data.batches(self.numbered(100), 32, 0, 1 / 255, generator))
+        result = list(datasets.batches(self.numbered(100), 32, 0, 1 / 255, generator))
         assert [images.shape for images, _ in result] == [
             (32, 1, 28, 28),
             (32, 1, 28, 28),
@@ -135,10 +138,10 @@ class TestSearch:
         given, configured = tmp_path / "given", tmp_path / "configured"
         cache = tmp_path / "cache" / "mnist_ext"
         monkeypatch.setenv("MNIST_EXT_DATA", str(configured))
-        assert data.find("mnist", given) is None
+        assert datasets.find("mnist", given) is None
         for root in (cache, configured, given):
             write_mnist(root)
-            assert data.find("mnist", given) == root
+            assert datasets.find("mnist", given) == root
 
     @pytest.mark.parametrize(
         ("name", "folder"),
@@ -146,7 +149,7 @@ class TestSearch:
     )
     def test_load(self, tmp_path, name, folder):
         raw = write_mnist(tmp_path, folder)
-        loaded = data.load(name, tmp_path)
+        loaded = datasets.load(name, tmp_path)
         assert loaded.name == {"auto": "mnist"}.get(name, name)
         assert loaded.source == str(tmp_path)
         assert loaded.notice is None
@@ -163,7 +166,7 @@ class TestSearch:
     @pytest.mark.parametrize("dotted", [False, True])
     @pytest.mark.parametrize("packed", [False, True])
     def test_files_in_another_form(self, tmp_path, given, dotted, packed):
-        expected = data.load("auto", write_mnist(tmp_path / "as usual").parent.parent)
+        expected = datasets.load("auto", write_mnist(tmp_path / "as usual").parent.parent)
         raw = write_mnist(tmp_path)
         for file in FILES:
             path = (raw / file).rename(raw / (file.replace("-idx", ".idx") if dotted else file))
@@ -173,7 +176,7 @@ class TestSearch:
         if given.startswith("elsewhere"):
             (tmp_path / given).parent.mkdir(exist_ok=True)
             raw.rename(tmp_path / given)
-        loaded = data.load("auto", tmp_path / given)
+        loaded = datasets.load("auto", tmp_path / given)
         assert (loaded.name, loaded.source) == ("mnist", str(tmp_path / given))
         assert torch.equal(loaded.train.images, expected.train.images)
         assert torch.equal(loaded.test.labels, expected.test.labels)
@@ -185,21 +188,21 @@ class TestSearch:
             (raw / file).rename(raw / "file")
             (raw / file).mkdir()
             (raw / "file").rename(raw / file / file)
-        assert data.load("auto", raw).name == "mnist"
+        assert datasets.load("auto", raw).name == "mnist"
 
     @pytest.mark.parametrize("given", ["FashionMNIST", "FashionMNIST/raw", "my-fashion", "KMNIST"])
     @pytest.mark.parametrize("name", ["auto", "mnist"])
     def test_the_folder_of_another_data_set(self, tmp_path, given, name):
         write_mnist(tmp_path, given.split("/")[0])
         with pytest.raises(UserError, match=r"holds .*(Fashion|kmnist).*, not MNIST: pass"):
-            data.load(name, tmp_path / given)
+            datasets.load(name, tmp_path / given)
 
     def test_mnists_folder_is_not_fashions(self, tmp_path):
         raw = write_mnist(tmp_path)
         for given in (raw, raw.parent):
             with pytest.raises(UserError, match="holds MNIST, not Fashion-MNIST"):
-                data.load("fashion-mnist", given)
-        assert data.find("fashion-mnist", tmp_path) is None
+                datasets.load("fashion-mnist", given)
+        assert datasets.find("fashion-mnist", tmp_path) is None
 
     def test_the_labels_tell_the_sets_apart(self, tmp_path):
         raw = write_mnist(tmp_path, "files")
@@ -207,38 +210,38 @@ class TestSearch:
         labels[8:18] = [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
         (raw / FILES[1]).write_bytes(labels)
         with pytest.raises(UserError, match="--dataset fashion-mnist"):
-            data.load("auto", raw)
-        assert data.load("fashion-mnist", raw).name == "fashion-mnist"
+            datasets.load("auto", raw)
+        assert datasets.load("fashion-mnist", raw).name == "fashion-mnist"
 
     def test_a_misspelt_folder_is_not_passed_over(self, tmp_path, monkeypatch):
         write_mnist(tmp_path / "cache" / "mnist_ext")
         for name, message in (("auto", "there is no folder"), ("mnist", "was not found")):
             with pytest.raises(UserError, match=f"{message}.*/misspelt"):
-                data.load(name, tmp_path / "misspelt")
+                datasets.load(name, tmp_path / "misspelt")
         monkeypatch.setenv("MNIST_EXT_DATA", str(tmp_path / "misspelt"))
         with pytest.raises(UserError, match=r"\$MNIST_EXT_DATA is .*/misspelt, and there is no"):
-            data.load("auto")
+            datasets.load("auto")
         assert not (tmp_path / "misspelt").exists()
 
     def test_a_file_in_place_of_the_folder(self, tmp_path):
         (tmp_path / "archive.zip").touch()
         with pytest.raises(UserError, match=r"archive\.zip is a file; pass the folder"):
-            data.load("auto", tmp_path / "archive.zip")
+            datasets.load("auto", tmp_path / "archive.zip")
 
     def test_a_relative_folder_is_kept_whole(self, tmp_path, monkeypatch):
         write_mnist(tmp_path / "data")
         monkeypatch.chdir(tmp_path)
-        assert data.load("auto", "data").source == str(tmp_path / "data")
-        args = cli._parser().parse_args(["train", "--data-dir", "data"])
+        assert datasets.load("auto", "data").source == str(tmp_path / "data")
+        args = parser_of_all().parse_args(["train", "--data-dir", "data"])
         assert args.data_dir == str(tmp_path / "data")
 
     def test_unknown_name(self):
         with pytest.raises(UserError, match="unknown data set 'cifar'"):
-            data.load("cifar")
+            datasets.load("cifar")
 
     @pytest.mark.mnist
     def test_mnist_itself(self):
-        mnist = data.load("mnist", MNIST_FOLDER)
+        mnist = datasets.load("mnist", MNIST_FOLDER)
         assert (len(mnist.train), len(mnist.test)) == (60_000, 10_000)
         assert (round(mnist.mean, 4), round(mnist.std, 4)) == (0.1307, 0.3081)
 
@@ -303,8 +306,8 @@ class TestDamage:
         path = write_mnist(tmp_path) / file
         damage(path)
         with pytest.raises(UserError) as caught:
-            data.load(name, tmp_path)
-        assert not isinstance(caught.value, data.DownloadError)
+            datasets.load(name, tmp_path)
+        assert not isinstance(caught.value, datasets.DownloadError)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -312,7 +315,7 @@ class TestDamage:
         """Replace a file's content and return the message about it."""
         (write_mnist(tmp_path) / file).write_bytes(idx_bytes(array.astype(np.uint8)))
         with pytest.raises(UserError) as caught:
-            data.load("mnist", tmp_path)
+            datasets.load("mnist", tmp_path)
         return str(caught.value)
 
     def test_fewer_labels_than_images(self, tmp_path):
@@ -366,21 +369,21 @@ class TestDownload:
 
     @pytest.mark.parametrize("name", ["auto", "mnist"])
     def test_into_the_cache(self, tmp_path, mirror, name):
-        loaded = data.load(name)
+        loaded = datasets.load(name)
         cache = tmp_path / "cache" / "mnist_ext"
         assert (loaded.name, loaded.source) == ("mnist", str(cache))
         assert len(loaded.train) == TRAIN_SIZE
         assert [path.name for path in cache.iterdir()] == ["MNIST"]
 
     def test_only_once(self, mirror):
-        first = data.load("mnist")
+        first = datasets.load("mnist")
         for file in mirror.iterdir():
             file.unlink()
-        assert torch.equal(data.load("mnist").train.images, first.train.images)
+        assert torch.equal(datasets.load("mnist").train.images, first.train.images)
 
     def test_into_the_folder_given(self, tmp_path, mirror):
         given = tmp_path / "new" / "given"
-        assert data.load("mnist", given).source == str(given)
+        assert datasets.load("mnist", given).source == str(given)
         assert not (tmp_path / "cache").exists()
 
     @pytest.mark.parametrize("there", ["MNIST/.DS_Store", "MNIST/raw/t10k-labels-idx1-ubyte.gz"])
@@ -388,7 +391,7 @@ class TestDownload:
         path = tmp_path / "given" / there
         path.parent.mkdir(parents=True)
         path.write_bytes(b"something")
-        loaded = data.load("auto", tmp_path / "given")
+        loaded = datasets.load("auto", tmp_path / "given")
         assert (loaded.name, loaded.source) == ("mnist", str(tmp_path / "given"))
         assert len(loaded.train) == TRAIN_SIZE
         assert path.exists()
@@ -397,21 +400,21 @@ class TestDownload:
     def test_nothing_is_downloaded_that_cannot_be_kept(self, tmp_path, mirror, monkeypatch):
         (tmp_path / "MNIST").touch()
         monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("downloaded"))
-        with pytest.raises(data.DownloadError, match="Not a directory"):
-            data.load("mnist", tmp_path)
+        with pytest.raises(datasets.DownloadError, match="Not a directory"):
+            datasets.load("mnist", tmp_path)
 
     def test_a_failure_half_way_leaves_nothing(self, tmp_path, mirror):
         (mirror / f"{FILES[2]}.gz").unlink()
         before = files_below(tmp_path)
-        with pytest.raises(data.DownloadError, match="could not be downloaded"):
-            data.load("mnist")
+        with pytest.raises(datasets.DownloadError, match="could not be downloaded"):
+            datasets.load("mnist")
         assert files_below(tmp_path) == before
 
     def test_a_wrong_checksum_leaves_nothing(self, tmp_path, mirror):
         (mirror / f"{FILES[2]}.gz").write_bytes(gzip.compress(b"something else"))
         before = files_below(tmp_path)
-        with pytest.raises(data.DownloadError, match="corrupted"):
-            data.load("mnist")
+        with pytest.raises(datasets.DownloadError, match="corrupted"):
+            datasets.load("mnist")
         assert files_below(tmp_path) == before
 
     def test_an_interrupt_leaves_nothing(self, tmp_path, mirror, monkeypatch):
@@ -425,7 +428,7 @@ class TestDownload:
         monkeypatch.setattr(MNIST, "download", interrupted)
         before = files_below(tmp_path)
         with pytest.raises(KeyboardInterrupt):
-            data.load("mnist")
+            datasets.load("mnist")
         assert files_below(tmp_path) == before
 
     def test_another_process_was_faster(self, tmp_path, mirror, monkeypatch):
@@ -436,13 +439,13 @@ class TestDownload:
             write_mnist(tmp_path / "cache" / "mnist_ext")
 
         monkeypatch.setattr(MNIST, "download", overtaken)
-        assert len(data.load("mnist").train) == TRAIN_SIZE
+        assert len(datasets.load("mnist").train) == TRAIN_SIZE
         cache = tmp_path / "cache" / "mnist_ext"
         assert [path.name for path in cache.iterdir()] == ["MNIST"]
 
     def test_without_a_network(self, tmp_path):
-        with pytest.raises(data.DownloadError) as caught:
-            data.load("mnist")
+        with pytest.raises(datasets.DownloadError) as caught:
+            datasets.load("mnist")
         message = str(caught.value)
         assert "MNIST was not found" in message
         assert "--data-dir" in message
@@ -451,7 +454,7 @@ class TestDownload:
         assert files_below(tmp_path) == []
 
     def test_auto_without_a_network(self, tmp_path):
-        loaded = data.load("auto")
+        loaded = datasets.load("auto")
         assert loaded.name == "digits"
         assert "MNIST was not found" in loaded.notice
         assert "embedded digits" in loaded.notice
@@ -461,15 +464,15 @@ class TestDownload:
     def test_a_folder_that_cannot_be_written(self, tmp_path, mirror):
         file = tmp_path / "file"
         file.touch()
-        with pytest.raises(data.DownloadError, match="Not a directory"):
-            data.load("mnist", file / "below")
+        with pytest.raises(datasets.DownloadError, match="Not a directory"):
+            datasets.load("mnist", file / "below")
 
     def test_a_silent_server_does_not_block(self, monkeypatch):
         # It accepts connections and never answers. Without a timeout this test would not end.
-        monkeypatch.setattr(data, "_NETWORK_TIMEOUT", 0.2)
+        monkeypatch.setattr(datasets, "_NETWORK_TIMEOUT", 0.2)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
-            with pytest.raises(data.DownloadError, match="timed out"):
-                data.load("mnist")
+            with pytest.raises(datasets.DownloadError, match="timed out"):
+                datasets.load("mnist")
         assert socket.getdefaulttimeout() is None

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_ext import checkpoint, cli, distributed
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.training import distributed
 
 # Two processes share a batch as 180 and 179 images; the last of 1,437 leaves one of them empty.
 DIGITS = ["--dataset", "digits", "--recipe", "best", "--batch-size", "359", "--threads", "1"]
@@ -50,7 +52,7 @@ def test_two_processes_are_one():
     assert "2, which share each batch of 359; 1 CPU threads each" in result.stdout
     assert [path.name for path in Path("runs").iterdir()] == ["two"]
 
-    assert cli.main(["train", *settings, "--name", "one", "--quiet"]) == 0
+    assert main(["train", *settings, "--name", "one", "--quiet"]) == 0
     two, one = (rows(Path(f"runs/{name}/steps.csv")) for name in ("two", "one"))
     assert len(one) == 20
     for step, expected in zip(two, one, strict=True):
@@ -112,7 +114,7 @@ def child_of_rank(launcher: int, rank: str) -> int:
 def test_one_call_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["train", "--dataset", "digits", "--one-call"]) == 2
+    assert main(["train", "--dataset", "digits", "--one-call"]) == 2
     assert "--one-call trains in one process, and there are 2" in capsys.readouterr().err
     assert not Path("runs").exists()
 

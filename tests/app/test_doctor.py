@@ -6,13 +6,16 @@ import pytest
 import torch
 from idx_files import FILES, write_mnist
 
-from mnist_ext import _C, _build_info, _library, cli, data, doctor
+from mnist_ext import _C, _build_info, _library
+from mnist_ext.app.cli import diagnosis
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.data import datasets
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
 
 def examine(capsys) -> tuple[int, dict]:
-    code = cli.main(["doctor", "--json"])
+    code = main(["doctor", "--json"])
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     return code, json.loads(out)
@@ -42,7 +45,7 @@ def test_all_is_well(capsys, found_mnist, tmp_path):
 
 
 def test_table(capsys, found_mnist, tmp_path):
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     texts = dict(rows)
     assert texts["PyTorch"].startswith(torch.__version__)
@@ -64,7 +67,7 @@ def test_damaged_data(capsys, found_mnist):
     code, report = examine(capsys)
     assert code == 1
     assert report["problems"][0].startswith(f"{path} is truncated")
-    assert cli.main(["doctor"]) == 1
+    assert main(["doctor"]) == 1
     assert f"next step      {path} is truncated" in capsys.readouterr().out
 
 
@@ -76,8 +79,8 @@ def test_two_openmp_runtimes(capsys, monkeypatch):
 
 
 def test_wrong_kernels(capsys, monkeypatch):
-    linear = doctor.F.linear
-    monkeypatch.setattr(doctor.F, "linear", lambda *args: linear(*args) + 0.01)
+    linear = diagnosis.F.linear
+    monkeypatch.setattr(diagnosis.F, "linear", lambda *args: linear(*args) + 0.01)
     code, report = examine(capsys)
     assert code == 1
     assert "give wrong results here" in report["problems"][0]
@@ -107,8 +110,8 @@ def test_a_cuda_library_that_cannot_be_loaded(capsys, monkeypatch):
 
 
 def test_a_missing_package(capsys, monkeypatch):
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda n: None if n == "tqdm" else version(n))
+    version = diagnosis._version
+    monkeypatch.setattr(diagnosis, "_version", lambda n: None if n == "tqdm" else version(n))
     code, report = examine(capsys)
     assert code == 1
     assert report["problems"] == ["tqdm missing: run pip install tqdm"]
@@ -122,10 +125,10 @@ def test_another_instruction_set_is_hinted_at(capsys, baseline):
 
 
 def test_more_threads_than_cpus(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "cpus", lambda: 0)
+    monkeypatch.setattr(diagnosis, "cpus", lambda: 0)
     assert any("OMP_NUM_THREADS" in hint for hint in examine(capsys)[1]["hints"])
 
 
 def test_data_is_not_downloaded(capsys, monkeypatch):
-    monkeypatch.setattr(data, "_download", lambda *args: pytest.fail("downloads"))
+    monkeypatch.setattr(datasets, "_download", lambda *args: pytest.fail("downloads"))
     assert examine(capsys)[0] == 0

@@ -15,10 +15,12 @@ from run_folders import assert_one_line
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mnist_ext import cli, plots, trained
-from mnist_ext.errors import UserError
-from mnist_ext.scores import Scores
-from mnist_ext.terminal import Terminal, table
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.cli.terminal import Terminal, table
+from mnist_ext.app.report import plots
+from mnist_ext.app.report.scores import Scores
+from mnist_ext.app.runs import trained
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -63,7 +65,7 @@ class TestScores:
 
 class TestEval:
     def test_json_agrees_with_the_training(self, capsys, digits_run):
-        assert cli.main(["eval", str(digits_run), "--json"]) == 0
+        assert main(["eval", str(digits_run), "--json"]) == 0
         out = capsys.readouterr().out
         report = json.loads(out)
         assert out.count("\n") == 1
@@ -76,7 +78,7 @@ class TestEval:
         assert [c["name"] for c in report["classes"]] == list("0123456789")
 
     def test_table(self, capsys, digits_run):
-        assert cli.main(["eval", str(digits_run)]) == 0
+        assert main(["eval", str(digits_run)]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         assert "\x1b" not in captured.out
@@ -90,7 +92,7 @@ class TestEval:
         assert {len(line) for line in lines[start + 1 :]} == {len(lines[start])}
 
     def test_another_data_set(self, capsys, digits_run):
-        assert cli.main(["eval", str(digits_run), "--dataset", "mnist"]) == 2
+        assert main(["eval", str(digits_run), "--dataset", "mnist"]) == 2
         assert_one_line(capsys.readouterr().err, "MNIST was not found", "--data-dir")
 
     def test_the_data_folder_of_the_run_is_remembered(self, capsys, own_run, tmp_path):
@@ -100,24 +102,24 @@ class TestEval:
         config = json.loads((own_run / "config.json").read_text())
         config["settings"]["data_dir"] = str(tmp_path / "data")
         (own_run / "config.json").write_text(json.dumps(config))
-        assert cli.main(["eval", str(own_run), "--dataset", "mnist", "--json"]) == 0
+        assert main(["eval", str(own_run), "--dataset", "mnist", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["images"] == TEST_SIZE
 
     def test_the_model_alone_is_enough(self, capsys, own_run):
         for name in ("config.json", "metrics.csv"):
             (own_run / name).unlink()
-        assert cli.main(["eval", str(own_run)]) == 0
+        assert main(["eval", str(own_run)]) == 0
 
     @pytest.mark.parametrize(("target", "code"), [("10", 0), ("100", 1)])
     def test_target_accuracy(self, capsys, digits_run, target, code):
-        assert cli.main(["eval", str(digits_run), "--target-accuracy", target]) == code
+        assert main(["eval", str(digits_run), "--target-accuracy", target]) == code
         if code:
             assert_one_line(capsys.readouterr().err, "below the target of 100 %")
 
 
 class TestPlots:
     def test_pictures_are_written_into_the_run(self, capsys, own_run):
-        assert cli.main(["eval", str(own_run), "--plots"]) == 0
+        assert main(["eval", str(own_run), "--plots"]) == 0
         out = capsys.readouterr().out
         for name in ("curves.png", "confusion.png", "mistakes.png", "weights.png"):
             assert f"written to {own_run / name}\n" in out
@@ -129,7 +131,7 @@ class TestPlots:
 
     def test_links_are_kept(self, own_run, tmp_path):
         (own_run / "weights.png").symlink_to(tmp_path / "elsewhere.png")
-        assert cli.main(["eval", str(own_run), "--plots"]) == 0
+        assert main(["eval", str(own_run), "--plots"]) == 0
         assert (own_run / "weights.png").is_symlink()
         with Image.open(tmp_path / "elsewhere.png") as image:
             assert image.format == "PNG"
@@ -144,12 +146,12 @@ class TestPlots:
 
     def test_without_matplotlib_one_line_says_what_to_install(self, capsys, own_run, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        assert cli.main(["eval", str(own_run), "--plots"]) == 2
+        assert main(["eval", str(own_run), "--plots"]) == 2
         assert_one_line(capsys.readouterr().err, "matplotlib", "pip install 'mnist-ext[plots]'")
 
     def test_a_folder_that_cannot_be_written(self, capsys, own_run):
         (own_run / "curves.png").mkdir()
-        assert cli.main(["eval", str(own_run), "--plots"]) == 2
+        assert main(["eval", str(own_run), "--plots"]) == 2
         assert_one_line(capsys.readouterr().err, "cannot write", "curves.png")
 
 
@@ -185,7 +187,7 @@ class TestDamagedRuns:
             ["predict", str(run), "none.png"],
             ["report", str(run)],
         ):
-            assert cli.main(command) == 2
+            assert main(command) == 2
             captured = capsys.readouterr()
             assert_one_line(captured.err, *parts)
             assert captured.out == ""
@@ -250,7 +252,7 @@ class TestDamagedRuns:
 
     def test_an_unknown_data_set(self, capsys, own_run):
         rewrite(own_run / "model.safetensors", {"dataset": "cifar"})
-        assert cli.main(["eval", str(own_run)]) == 2
+        assert main(["eval", str(own_run)]) == 2
         assert_one_line(capsys.readouterr().err, "'cifar'", "--dataset")
 
     @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mnist_ext import interrupts
-from mnist_ext.interrupts import StopRequest, cleaning_up
+from mnist_ext.app.cli import interrupts
+from mnist_ext.app.cli.interrupts import StopRequest, cleaning_up
 
 (_SCRIPT,) = importlib.metadata.entry_points(group="console_scripts", name="mnist-ext")
 _MODULE, _FUNCTION = _SCRIPT.value.split(":")
@@ -26,7 +26,7 @@ def entry(request, tmp_path, monkeypatch):
     Path("mnist-ext").write_text(  # as pip writes it
         f"import sys\nfrom {_MODULE} import {_FUNCTION}\nsys.exit({_FUNCTION}())"
     )
-    package = str(Path(interrupts.__file__).parents[1])
+    package = str(Path(interrupts.__file__).parents[3])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), package]))
     return [sys.executable, *ENTRIES[request.param]]
 

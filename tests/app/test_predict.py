@@ -15,10 +15,12 @@ import torch
 from PIL import Image, ImageDraw
 from run_folders import assert_one_line
 
-from mnist_ext import cli, data, images, trained
-from mnist_ext.errors import UserError
-from mnist_ext.images import prepare
-from mnist_ext.scores import logits_of
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.data import datasets, images
+from mnist_ext.app.data.images import prepare
+from mnist_ext.app.report.scores import logits_of
+from mnist_ext.app.runs import trained
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -121,11 +123,11 @@ class TestPrepare:
     def test_the_embedded_digits_are_still_known(self, digits_run):
         """Also as large images, dark on light; with MNIST the accuracy stays as it is."""
         model = trained.load(digits_run)
-        split = data.load("digits").test
+        split = datasets.load("digits").test
         right = 0
         for pixels, label in zip(split.images[:60], split.labels[:60], strict=True):
             large = Image.fromarray(255 - pixels.numpy()).resize((280, 280))
-            prepared = data.Split(prepare(content(large)).pixels[None], label[None])
+            prepared = datasets.Split(prepare(content(large)).pixels[None], label[None])
             logits = logits_of(model.model, prepared, model.mean, model.std)
             right += int(logits.argmax() == label)
         assert right > 30
@@ -248,7 +250,7 @@ def seven() -> str:
 
 class TestPredict:
     def test_json(self, capsys, digits_run, seven):
-        assert cli.main(["predict", str(digits_run), seven, seven, "--json"]) == 0
+        assert main(["predict", str(digits_run), seven, seven, "--json"]) == 0
         first, second = map(json.loads, capsys.readouterr().out.splitlines())
         assert first == second
         assert first["file"] == "seven.png"
@@ -259,7 +261,7 @@ class TestPredict:
         assert (first["width"], first["height"], first["mode"]) == (200, 260, "L")
 
     def test_text(self, capsys, digits_run, seven):
-        assert cli.main(["predict", str(digits_run), seven]) == 0
+        assert main(["predict", str(digits_run), seven]) == 0
         out = capsys.readouterr().out
         assert out.startswith("seven.png: ")
         assert "200x260 L, dark on light" in out
@@ -271,7 +273,7 @@ class TestPredict:
     def test_bad_files_are_named_and_the_others_done(self, capsys, digits_run, seven):
         Path("text.png").write_text("no image")
         argv = ["predict", str(digits_run), "none.png", seven, "text.png", ".", "--json"]
-        assert cli.main(argv) == 2
+        assert main(argv) == 2
         captured = capsys.readouterr()
         objects = [json.loads(line) for line in captured.out.splitlines()]
         assert ["error" in o for o in objects] == [True, False, True, True]
@@ -284,7 +286,7 @@ class TestPredict:
         names = ["lat\udce9.png", "\x1b]0;title\x07.png", "two\nlines.png", "none\x9b.png"]
         for name in names[:3]:
             Path(name).write_bytes(Path(seven).read_bytes())
-        assert cli.main(["predict", str(digits_run), *names]) == 2
+        assert main(["predict", str(digits_run), *names]) == 2
         captured = capsys.readouterr()
         for name in (r"lat\xe9.png: ", r"\x1b]0;title\x07.png: ", r"two\nlines.png: "):
             assert f"\n{name}" in f"\n{captured.out}"
@@ -293,7 +295,7 @@ class TestPredict:
 
     def test_a_cut_file_is_noted(self, capsys, digits_run, seven):
         Path("cut.png").write_bytes(Path(seven).read_bytes()[:-4])
-        assert cli.main(["predict", str(digits_run), "cut.png", "--json"]) == 0
+        assert main(["predict", str(digits_run), "cut.png", "--json"]) == 0
         captured = capsys.readouterr()
         assert captured.err.startswith("mnist-ext: note: cut.png: its end is missing")
         assert "its end is missing" in json.loads(captured.out)["notice"]

@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 from run_folders import assert_one_line
 
-from mnist_ext import charts, cli, trained
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.report import charts
+from mnist_ext.app.runs import trained
 
 pytestmark = pytest.mark.usefixtures("isolated")
 
@@ -65,7 +67,7 @@ def own_run(digits_run, tmp_path) -> Path:
 
 @pytest.fixture
 def written(own_run, capsys) -> str:
-    assert cli.main(["report", str(own_run)]) == 0
+    assert main(["report", str(own_run)]) == 0
     path = own_run / "report.html"
     assert capsys.readouterr().out == f"written to {path}\n"
     return path.read_text(encoding="utf-8")
@@ -73,7 +75,7 @@ def written(own_run, capsys) -> str:
 
 class TestPage:
     def test_it_contains_the_figures(self, written, own_run, capsys):
-        assert cli.main(["eval", str(own_run), "--json"]) == 0
+        assert main(["eval", str(own_run), "--json"]) == 0
         scores = json.loads(capsys.readouterr().out)
         page = Page(written)
         assert f"{scores['accuracy']:.2f} %" in page.text
@@ -123,7 +125,7 @@ class TestPage:
         assert "prefers-color-scheme: dark" in written
 
     def test_output(self, digits_run, capsys):
-        assert cli.main(["report", str(digits_run), "--output", "page.html"]) == 0
+        assert main(["report", str(digits_run), "--output", "page.html"]) == 0
         assert Path("page.html").read_text().startswith("<!doctype html>")
         assert [path.name for path in Path().iterdir()] == ["page.html"]
 
@@ -138,7 +140,7 @@ class TestPage:
         with ThreadPoolExecutor(1) as pool:
             piped = pool.submit(Path("pipe").read_bytes)
             for name in ("pipe", "device", "link.html", "new.html"):
-                assert cli.main(["report", str(digits_run), "--output", name]) == 0
+                assert main(["report", str(digits_run), "--output", name]) == 0
             pages = [piped.result(), Path("target.html").read_bytes()]
         assert pages[1] == Path("missing.html").read_bytes() == pages[0]
         assert pages[0].startswith(b"<!doctype html>")
@@ -149,23 +151,23 @@ class TestPage:
         assert stat.S_IMODE(Path("target.html").stat().st_mode) == 0o640
         capfdbinary.readouterr()
         for name in ("-", "/dev/stdout"):
-            assert cli.main(["report", str(digits_run), "--output", name]) == 0
+            assert main(["report", str(digits_run), "--output", name]) == 0
             assert capfdbinary.readouterr().out == pages[0]
         assert not Path("-").exists()
 
     def test_a_name_that_is_not_utf_8(self, own_run, capsys):
         run = own_run.rename(own_run.with_name("lat\udce9\x1b[31m"))
-        assert cli.main(["report", str(run)]) == 0
+        assert main(["report", str(run)]) == 0
         assert "lat\\xe9\\x1b[31m/report.html" in capsys.readouterr().out
         Page((run / "report.html").read_text(encoding="utf-8"))
 
     def test_a_file_that_cannot_be_written(self, digits_run, capsys):
-        assert cli.main(["report", str(digits_run), "--output", "no/page.html"]) == 2
+        assert main(["report", str(digits_run), "--output", "no/page.html"]) == 2
         assert_one_line(capsys.readouterr().err, "cannot write no/page.html", "--output")
 
     def test_a_run_without_metrics(self, own_run, capsys):
         (own_run / "metrics.csv").unlink()
-        assert cli.main(["report", str(own_run)]) == 2
+        assert main(["report", str(own_run)]) == 2
         assert_one_line(capsys.readouterr().err, "has no metrics.csv", "first epoch")
 
 

@@ -16,10 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mnist_ext import checkpoint, cli, runs
-from mnist_ext.locks import locked
-from mnist_ext.runs import Run
-from mnist_ext.training import Trainer
+from mnist_ext.app.cli.main import main
+from mnist_ext.app.files.locks import locked
+from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.runs import run as run_module
+from mnist_ext.app.runs.run import Run
+from mnist_ext.app.training.trainer import Trainer
 
 # 15 steps an epoch, the last of 37 images.
 DIGITS = ["train", "--dataset", "digits", "--batch-size", "100", "--threads", "1", "--quiet"]
@@ -97,39 +99,39 @@ def test_interrupted_and_resumed(monkeypatch, capsys, impl, scheduler, moment):
     argv += ["--scheduler", scheduler, *SETTINGS[impl]]
     if impl == "one-call":  # few steps to a native call, as on a slow machine
         monkeypatch.setattr("mnist_ext.train_step._SECONDS_PER_CALL", 1e-9)
-    assert cli.main([*argv, "--name", "whole"]) == 0
+    assert main([*argv, "--name", "whole"]) == 0
     with a_signal(**moment):
-        assert cli.main([*argv, "--name", "parts"]) == 130
+        assert main([*argv, "--name", "parts"]) == 130
     err = capsys.readouterr().err
     assert err.endswith("; continue with: mnist-ext train --resume runs/parts\n")
     _, values = checkpoint.read(Path("runs/parts/checkpoint.safetensors"))
     done = values["epoch"] * 15 + values["step"]
     assert done == moment.get("steps", 15 * moment.get("epochs", 0))
-    assert cli.main(["train", "--resume", "runs/parts", "--quiet"]) == 0
+    assert main(["train", "--resume", "runs/parts", "--quiet"]) == 0
     assert_same_runs(Path("runs/whole"), Path("runs/parts"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_other_signals_save_too(capsys, number):
     with a_signal(steps=3, number=number):
-        assert cli.main([*DIGITS, "--name", "run"]) == 128 + number
+        assert main([*DIGITS, "--name", "run"]) == 128 + number
     assert "interrupted after step 3 of epoch 1" in capsys.readouterr().err
     assert checkpoint.read(Path("runs/run/checkpoint.safetensors"))[1]["step"] == 3
 
 
 def test_ctrl_c_in_the_last_evaluation(capsys):
     with a_signal(epochs=1):
-        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 130
+        assert main([*DIGITS, "--epochs", "1", "--name", "run"]) == 130
     assert capsys.readouterr().err == (
         "mnist-ext: interrupted after epoch 1, the last one; written to runs/run\n"
     )
-    assert cli.main(["train", "--resume", "runs/run"]) == 0
+    assert main(["train", "--resume", "runs/run"]) == 0
 
 
 def test_signals_are_as_before_afterwards():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
-    assert cli.main([*DIGITS, "--epochs", "1"]) == 0
+    assert main([*DIGITS, "--epochs", "1"]) == 0
     assert [signal.getsignal(number) for number in numbers] == before
 
 
@@ -139,10 +141,10 @@ class TestTwoProcesses:
     @pytest.fixture(autouse=True)
     def a_run(self):
         with a_signal(epochs=1):
-            assert cli.main([*DIGITS, "--epochs", "2", "--name", "run"]) == 130
+            assert main([*DIGITS, "--epochs", "2", "--name", "run"]) == 130
 
     def resume(self) -> int:
-        return cli.main(["train", "--resume", "runs/run", "--quiet"])
+        return main(["train", "--resume", "runs/run", "--quiet"])
 
     def test_a_run_in_use_is_left_alone(self, capsys):
         capsys.readouterr()
@@ -161,11 +163,11 @@ class TestTwoProcesses:
         record = Run.record
 
         def second_process(self, metrics):
-            codes.append(cli.main(["train", "--resume", str(self.path), "--quiet"]))
+            codes.append(main(["train", "--resume", str(self.path), "--quiet"]))
             record(self, metrics)
 
         monkeypatch.setattr(Run, "record", second_process)
-        assert cli.main([*DIGITS, "--epochs", "1", "--name", "new"]) == 0
+        assert main([*DIGITS, "--epochs", "1", "--name", "new"]) == 0
         assert self.resume() == 0
         assert codes == [2, 2]
         for name in ("new", "run"):
@@ -196,13 +198,13 @@ class TestTwoProcesses:
         capsys.readouterr()
         assert self.resume() == 2
         assert "metrics.csv is damaged: epoch 1 stands after epoch 1" in capsys.readouterr().err
-        assert cli.main(["report", "runs/run"]) == 2
+        assert main(["report", "runs/run"]) == 2
         assert "metrics.csv is damaged: epoch 1 stands after epoch 1" in capsys.readouterr().err
 
 
 class TestDisk:
     def test_full_after_an_epoch(self, capsys, monkeypatch):
-        replace_file = runs.replace_file
+        replace_file = run_module.replace_file
 
         def full(path, content):
             if path.name == "model.safetensors" and path.exists():
@@ -210,15 +212,15 @@ class TestDisk:
             replace_file(path, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "replace_file", full)
-            assert cli.main([*DIGITS, "--epochs", "3", "--name", "a run"]) == 2
+            patch.setattr(run_module, "replace_file", full)
+            assert main([*DIGITS, "--epochs", "3", "--name", "a run"]) == 2
         err = capsys.readouterr().err
         assert err.startswith(
             "mnist-ext: error: cannot write runs/a run/model.safetensors: No space"
         )
         # The advice is obeyed word by word.
         command = err.split("; mend that, then continue with: mnist-ext ")[1]
-        assert cli.main([*shlex.split(command), "--quiet"]) == 0
+        assert main([*shlex.split(command), "--quiet"]) == 0
         assert [row["epoch"] for row in metrics_of(Path("runs/a run"))] == ["1", "2", "3"]
 
     def test_full_before_the_first_epoch(self, capsys, monkeypatch):
@@ -226,7 +228,7 @@ class TestDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(checkpoint, "replace_file", full)
-        assert cli.main([*DIGITS, "--name", "run"]) == 2
+        assert main([*DIGITS, "--name", "run"]) == 2
         assert "choose another folder with --output-dir" in capsys.readouterr().err
         assert not Path("runs").exists()
 
@@ -240,14 +242,14 @@ class TestDisk:
             fsync(file)
 
         monkeypatch.setattr(os, "fsync", only_files)
-        assert cli.main([*DIGITS, "--epochs", "1"]) == 0
+        assert main([*DIGITS, "--epochs", "1"]) == 0
 
     def test_files_that_cannot_be_synced(self, capsys, monkeypatch):
         def none(file):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
         monkeypatch.setattr(os, "fsync", none)
-        assert cli.main([*DIGITS, "--epochs", "1"]) == 2
+        assert main([*DIGITS, "--epochs", "1"]) == 2
         assert "cannot write runs/" in capsys.readouterr().err
 
 
@@ -255,7 +257,7 @@ class TestDivergence:
     def test_nothing_is_saved_of_it(self, capsys):
         # One step an epoch: the loss before the last step is finite, the one after it is not.
         argv = [*DIGITS, "--epochs", "4", "--name", "run", "--batch-size", "1437", "--lr", "1e5"]
-        assert cli.main(argv) == 1
+        assert main(argv) == 1
         err = capsys.readouterr().err
         assert "the training diverged: the test loss is nan after epoch 2; use a lower --lr" in err
         assert err.endswith("; runs/run keeps model and checkpoint of epoch 1\n")
@@ -264,7 +266,7 @@ class TestDivergence:
         assert [row["test_loss"] for row in metrics_of(Path("runs/run"))][-1] == "nan"
         model = load_file("runs/run/model.safetensors")
         assert all(value.isfinite().all() for value in model.values())
-        assert cli.main(["eval", "runs/run"]) == 0
+        assert main(["eval", "runs/run"]) == 0
         assert capsys.readouterr().err == (
             "mnist-ext: note: the training diverged: the test loss was nan after epoch 2; this is "
             "the model of epoch 1\n"
@@ -279,13 +281,13 @@ class TestDivergence:
 
         monkeypatch.setattr(Trainer, "_rows", poisoned)
         argv = [*DIGITS, "--epochs", "1", "--recipe", "best", "--name", "run"]
-        assert cli.main(argv) == 1
+        assert main(argv) == 1
         err = capsys.readouterr().err
         assert "the training diverged: the parameter 1.bias is not finite after epoch 1" in err
         assert not Path("runs/run/model.safetensors").exists()
 
     def test_where_it_is_interrupted(self, capsys):
-        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
+        assert main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
         good = Path("runs/run/checkpoint.safetensors").read_bytes()
         poisoned = Trainer.load_state
 
@@ -295,22 +297,22 @@ class TestDivergence:
 
         with pytest.MonkeyPatch.context() as patch, a_signal(steps=3):
             patch.setattr(Trainer, "load_state", load_state)
-            assert cli.main(["train", "--resume", "runs/run", "--epochs", "2"]) == 130
+            assert main(["train", "--resume", "runs/run", "--epochs", "2"]) == 130
         err = capsys.readouterr().err
         assert "interrupted after step 3 of epoch 2; the training had diverged: " in err
         assert "runs/run keeps model and checkpoint of epoch 1" in err
         assert Path("runs/run/checkpoint.safetensors").read_bytes() == good
 
     def test_before_a_model_was_saved(self, capsys):
-        assert cli.main([*DIGITS, "--lr", "1e30", "--name", "run"]) == 1
+        assert main([*DIGITS, "--lr", "1e30", "--name", "run"]) == 1
         capsys.readouterr()
-        assert cli.main(["eval", "runs/run"]) == 2
+        assert main(["eval", "runs/run"]) == 2
         err = capsys.readouterr().err
         assert "the training diverged (the training loss was nan after epoch 1)" in err
         assert "--lr" in err
 
     def test_a_model_of_an_older_version(self, capsys):
-        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
+        assert main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
         model = Path("runs/run/model.safetensors")
         with safe_open(model, "pt") as file:
             metadata = file.metadata()
@@ -318,7 +320,7 @@ class TestDivergence:
         tensors["1.bias"][0] = torch.nan
         save_file(tensors, model, metadata)
         for command in ("eval", "report"):
-            assert cli.main([command, "runs/run"]) == 2
+            assert main([command, "runs/run"]) == 2
             err = capsys.readouterr().err
             assert "the training diverged" in err
             assert "1.bias holds values that are not finite; train again, with a lower --lr" in err
@@ -326,8 +328,8 @@ class TestDivergence:
     @pytest.mark.parametrize("lr", ["0", "0.1"])
     def test_accuracy_at_chance(self, capsys, lr):
         argv = [word for word in DIGITS if word != "--quiet"]
-        assert cli.main([*argv, "--epochs", "2", "--lr", lr, "--name", "run"]) == 0
-        assert cli.main(["eval", "runs/run"]) == 0
+        assert main([*argv, "--epochs", "2", "--lr", lr, "--name", "run"]) == 0
+        assert main(["eval", "runs/run"]) == 0
         notes = capsys.readouterr().err.count("% is at chance: the same answer to every image ")
         assert notes == (2 if lr == "0" else 0)
 
@@ -335,45 +337,45 @@ class TestDivergence:
 class TestWhatMayChange:
     @pytest.fixture(autouse=True)
     def a_run(self):
-        assert cli.main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
+        assert main([*DIGITS, "--epochs", "1", "--name", "run"]) == 0
 
     def refused(self, capsys, *argv: str) -> str:
-        assert cli.main(["train", "--resume", "runs/run", *argv]) == 2
+        assert main(["train", "--resume", "runs/run", *argv]) == 2
         err = capsys.readouterr().err
         assert err.startswith("mnist-ext: error: ")
         assert err.count("\n") == 1
         return err
 
     def test_more_epochs(self):
-        assert cli.main([*DIGITS, "--epochs", "3", "--name", "whole"]) == 0
-        assert cli.main(["train", "--resume", "runs/run", "--epochs", "3", "--quiet"]) == 0
+        assert main([*DIGITS, "--epochs", "3", "--name", "whole"]) == 0
+        assert main(["train", "--resume", "runs/run", "--epochs", "3", "--quiet"]) == 0
         assert metrics_of(Path("runs/run")) == metrics_of(Path("runs/whole"))
         record = json.loads(Path("runs/run/config.json").read_text())
         assert record["settings"]["epochs"] == 3
         assert len(record["resumed"]) == 1
 
     def test_a_complete_run_has_nothing_to_do(self, capsys):
-        assert cli.main(["train", "--resume", "runs/run"]) == 0
+        assert main(["train", "--resume", "runs/run"]) == 0
         out = capsys.readouterr().out
         assert "\nfinished: all 1 epochs of runs/run are done; for more: mnist-ext train " in out
         # The advice is obeyed word by word.
         command = out.split("for more: mnist-ext ")[1].splitlines()[0]
-        assert cli.main([*shlex.split(command), "--quiet"]) == 0
+        assert main([*shlex.split(command), "--quiet"]) == 0
         assert [row["epoch"] for row in metrics_of(Path("runs/run"))] == ["1", "2"]
-        assert cli.main(["train", "--resume", "runs/run", "--target-accuracy", "99.9"]) == 1
+        assert main(["train", "--resume", "runs/run", "--target-accuracy", "99.9"]) == 1
 
     def test_a_complete_schedule(self, capsys):
         argv = [*DIGITS, "--epochs", "1", "--scheduler", "cosine", "--name", "cosine"]
-        assert cli.main(argv) == 0
-        assert cli.main(["train", "--resume", "runs/cosine"]) == 0
+        assert main(argv) == 0
+        assert main(["train", "--resume", "runs/cosine"]) == 0
         assert "its cosine schedule ends there: train anew" in capsys.readouterr().out
 
     def test_fewer_epochs_than_are_done(self, capsys):
-        assert cli.main(["train", "--resume", "runs/run", "--epochs", "2", "--quiet"]) == 0
+        assert main(["train", "--resume", "runs/run", "--epochs", "2", "--quiet"]) == 0
         err = self.refused(capsys, "--epochs", "1")
         assert "--epochs 1 is below what is done: the run has begun epoch 2; give 2 or more" in err
         with a_signal(steps=1):
-            assert cli.main(["train", "--resume", "runs/run", "--epochs", "4", "--quiet"]) == 130
+            assert main(["train", "--resume", "runs/run", "--epochs", "4", "--quiet"]) == 130
         capsys.readouterr()
         assert "--epochs 2 is below what is done" in self.refused(capsys, "--epochs", "2")
 
@@ -383,8 +385,8 @@ class TestWhatMayChange:
 
     def test_epochs_under_a_schedule(self, capsys):
         argv = [*DIGITS, "--epochs", "1", "--scheduler", "cosine", "--name", "cosine"]
-        assert cli.main(argv) == 0
-        assert cli.main(["train", "--resume", "runs/cosine", "--epochs", "2"]) == 2
+        assert main(argv) == 0
+        assert main(["train", "--resume", "runs/cosine", "--epochs", "2"]) == 2
         assert "--epochs cannot change" in capsys.readouterr().err
 
     def test_other_data(self, capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_ext import cli
+from mnist_ext.app.cli.main import main
 
 DIGITS = ["train", "--dataset", "digits", "--epochs", "1", "--threads", "1"]
 
@@ -31,7 +31,7 @@ class TestConfigFile:
             'recipe = "best"\ndataset = "digits"\nepochs = 2\nbatch-size = 50\nlr = 0.3\n'
             'nesterov = false\nhidden = [20, 10]\nname = "run"\n'
         )
-        assert cli.main(["train", "--config", "s.toml", "--epochs", "1", "--wd", "0"]) == 0
+        assert main(["train", "--config", "s.toml", "--epochs", "1", "--wd", "0"]) == 0
         found = settings()
         assert found["recipe"] == "best"
         assert found["activation"] == "relu"  # the recipe's
@@ -61,7 +61,7 @@ class TestConfigFile:
     )
     def test_one_line_names_the_mistake(self, capsys, text, parts):
         Path("s.toml").write_text(text)
-        assert cli.main(["train", "--config", "s.toml"]) == 2
+        assert main(["train", "--config", "s.toml"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("mnist-ext: error: s.toml")
         assert err.count("\n") == 1
@@ -69,7 +69,7 @@ class TestConfigFile:
 
     def test_a_byte_order_mark(self):
         Path("s.toml").write_bytes(b"\xef\xbb\xbfname = 'run'")
-        assert cli.main([*DIGITS, "--config", "s.toml", "--quiet"]) == 0
+        assert main([*DIGITS, "--config", "s.toml", "--quiet"]) == 0
         assert settings()["name"] == "run"
 
     @pytest.mark.parametrize("place", ["option", "file"])
@@ -77,22 +77,22 @@ class TestConfigFile:
         monkeypatch.setenv("HOME", str(Path("home").absolute()))
         Path("s.toml").write_text('output-dir = "~/runs"')
         given = ["--output-dir=~/runs"] if place == "option" else ["--config", "s.toml"]
-        assert cli.main([*DIGITS, *given, "--name", "run", "--quiet"]) == 0
+        assert main([*DIGITS, *given, "--name", "run", "--quiet"]) == 0
         assert Path("home/runs/run/model.safetensors").exists()
-        assert cli.main(["train", "--resume=~/runs/run", "--data-dir=~/x", "--quiet"]) == 0
+        assert main(["train", "--resume=~/runs/run", "--data-dir=~/x", "--quiet"]) == 0
         config = json.loads(Path("home/runs/run/config.json").read_text())
         assert config["settings"]["data_dir"] == str(Path("home/x").absolute())
-        assert cli.main(["eval", "~/runs/run"]) == 0
+        assert main(["eval", "~/runs/run"]) == 0
         assert sorted(path.name for path in Path().iterdir()) == ["home", "s.toml"]
 
     def test_no_such_file(self, capsys):
-        assert cli.main(["train", "--config", "nowhere.toml"]) == 2
+        assert main(["train", "--config", "nowhere.toml"]) == 2
         assert "cannot read nowhere.toml" in capsys.readouterr().err
 
 
 class TestOutput:
     def test_json(self, capsys):
-        assert cli.main([*DIGITS, "--name", "run", "--json", "--log-interval", "10"]) == 0
+        assert main([*DIGITS, "--name", "run", "--json", "--log-interval", "10"]) == 0
         events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [e["event"] for e in events] == ["start", "step", "step", "epoch", "end"]
         assert events[0]["settings"] == settings()
@@ -101,17 +101,17 @@ class TestOutput:
         assert events[4]["run"] == "runs/run"
 
     def test_json_has_no_nan(self, capsys):
-        assert cli.main([*DIGITS, "--json", "--lr", "1e30"]) == 1
+        assert main([*DIGITS, "--json", "--lr", "1e30"]) == 1
         event = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
         assert event["train_loss"] is None
 
     def test_quiet(self, capsys):
-        assert cli.main([*DIGITS, "--quiet"]) == 0
+        assert main([*DIGITS, "--quiet"]) == 0
         captured = capsys.readouterr()
         assert captured.out == captured.err == ""
 
     def test_a_dry_run_writes_nothing(self, capsys):
-        assert cli.main([*DIGITS, "--dry-run", "--target-accuracy", "99"]) == 0
+        assert main([*DIGITS, "--dry-run", "--target-accuracy", "99"]) == 0
         out = capsys.readouterr().out
         assert "epoch 1/1" in out
         assert out.endswith("dry run: nothing is written\n")
@@ -119,13 +119,13 @@ class TestOutput:
 
     def test_tensorboard_is_asked_for_by_name(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        assert cli.main([*DIGITS, "--tensorboard"]) == 2
+        assert main([*DIGITS, "--tensorboard"]) == 2
         assert "pip install 'mnist-ext[tensorboard]'" in capsys.readouterr().err
         assert list(Path().iterdir()) == []
 
     def test_completion_is_asked_for_by_name(self, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "shtab", None)
-        assert cli.main(["--print-completion", "bash"]) == 2
+        assert main(["--print-completion", "bash"]) == 2
         assert "pip install 'mnist-ext[completion]'" in capsys.readouterr().err
 
     def test_a_closed_pipe(self):
@@ -144,7 +144,7 @@ class TestOutput:
 
     def test_help_is_in_groups(self, capsys):
         with pytest.raises(SystemExit, match="0"):
-            cli.main(["train", "--help"])
+            main(["train", "--help"])
         out = capsys.readouterr().out
         for group in ("data:", "model:", "training:", "output:", "(default: 100)"):
             assert group in out

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_ext import data, training
-from mnist_ext.errors import UserError
-from mnist_ext.models import mlp
-from mnist_ext.settings import RECIPES, TrainConfig
-from mnist_ext.training import EpochMetrics, StepMetrics, Trainer
+from mnist_ext.app import UserError
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training import trainer
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import RECIPES, TrainConfig
+from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics, Trainer, build, select_device
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
 CPU = torch.device("cpu")
@@ -19,24 +20,24 @@ QUICK = TrainConfig(dataset="digits", epochs=2, lr=0.1)
 
 
 @pytest.fixture(scope="module")
-def digits() -> data.Dataset:
-    return data.load("digits")
+def digits() -> datasets.Dataset:
+    return datasets.load("digits")
 
 
 @pytest.fixture(scope="module")
-def mnist() -> data.Dataset:
-    return data.load("mnist", MNIST_FOLDER)
+def mnist() -> datasets.Dataset:
+    return datasets.load("mnist", MNIST_FOLDER)
 
 
-def run(config: TrainConfig, dataset: data.Dataset) -> list[EpochMetrics]:
-    model, criterion = training.build(config, CPU)
+def run(config: TrainConfig, dataset: datasets.Dataset) -> list[EpochMetrics]:
+    model, criterion = build(config, CPU)
     trainer = Trainer(model, criterion, config, dataset)
     return [trainer.train_epoch() for _ in range(config.epochs)]
 
 
-def step_losses(config: TrainConfig, dataset: data.Dataset, steps: int) -> torch.Tensor:
+def step_losses(config: TrainConfig, dataset: datasets.Dataset, steps: int) -> torch.Tensor:
     """Return the losses of the first steps of training, as the criterion computed them."""
-    model, criterion = training.build(config, CPU)
+    model, criterion = build(config, CPU)
     losses: list[torch.Tensor] = []
 
     class EnoughStepsError(Exception):
@@ -72,27 +73,27 @@ class TestModel:
 
 class TestDevice:
     def test_cpu(self):
-        assert training.select_device("cpu", "ext") == CPU
+        assert select_device("cpu", "ext") == CPU
 
     @pytest.mark.parametrize("name", ["gpu", "meta", "", "cuda:x"])
     def test_unknown(self, name):
         with pytest.raises(UserError, match=f"unknown device '{name}'"):
-            training.select_device(name, "torch")
+            select_device(name, "torch")
 
     def test_cuda_without_a_gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(UserError, match="no CUDA GPU"):
-            training.select_device("cuda", "torch")
+            select_device("cuda", "torch")
 
     def test_cuda_without_our_kernels(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(training, "build_info", lambda: {"cuda": None})
-        assert training.select_device("cuda:0", "torch") == torch.device("cuda:0")
+        monkeypatch.setattr(trainer, "build_info", lambda: {"cuda": None})
+        assert select_device("cuda:0", "torch") == torch.device("cuda:0")
         with pytest.raises(UserError, match="no CUDA kernels"):
-            training.select_device("cuda:0", "ext")
+            select_device("cuda:0", "ext")
         with pytest.raises(UserError, match="the last GPU here is cuda:0"):
-            training.select_device("cuda:1", "torch")
+            select_device("cuda:1", "torch")
 
 
 @pytest.mark.parametrize("impl", ["ext", "torch"])
@@ -115,7 +116,7 @@ class TestTrain:
         torch.manual_seed(config.seed)
         model = mlp()
         for split, loss in ((digits.train, metrics.train_loss), (digits.test, metrics.test_loss)):
-            images = data.normalize(split.images, digits.mean, digits.std)
+            images = datasets.normalize(split.images, digits.mean, digits.std)
             expected = nn.functional.cross_entropy(model(images), split.labels).item()
             assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -150,7 +151,7 @@ def test_cosine_falls_to_zero(digits):
 @pytest.mark.parametrize("one_call", [False, True])
 def test_an_observer_sees_every_image_and_the_steps_asked_for(digits, one_call):
     config = replace(QUICK, batch_size=500, log_interval=2, one_call=one_call)
-    trainer = Trainer(*training.build(config, CPU), config, digits)
+    trainer = Trainer(*build(config, CPU), config, digits)
     images, rows, losses = [], [], []
 
     def observe(count: int, loss: torch.Tensor, steps: list[StepMetrics]) -> bool:
@@ -173,7 +174,7 @@ def test_limited_batches(digits, one_call):
     torch.manual_seed(config.seed)
     model = mlp()
     order = torch.randperm(1437, generator=torch.Generator().manual_seed(config.seed))[:300]
-    images, labels = data.take(digits.train, order, digits.mean, digits.std)
+    images, labels = datasets.take(digits.train, order, digits.mean, digits.std)
     expected = nn.functional.cross_entropy(model(images), labels).item()
     assert metrics.train_loss == pytest.approx(expected, rel=1e-5)
 

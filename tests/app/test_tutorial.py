@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
-SCRIPT = Path(__file__).parent.parent / "examples" / "tutorial.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "tutorial.py"
 
 
 @pytest.fixture

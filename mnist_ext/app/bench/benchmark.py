@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnist_ext import functional
-from mnist_ext.contestants import (
+from mnist_ext.app.bench.baselines import (
     Loop,
     OneCall,
     linear_products,
@@ -22,9 +22,9 @@ from mnist_ext.contestants import (
     relative_error,
     step_arithmetic,
 )
-from mnist_ext.machine import copy_bandwidth, matrix_peak
-from mnist_ext.models import mlp
-from mnist_ext.timing import SECONDS_PER_TURN, TURNS, seconds, take_turns
+from mnist_ext.app.bench.machine import copy_bandwidth, matrix_peak
+from mnist_ext.app.bench.timing import SECONDS_PER_TURN, TURNS, seconds, take_turns
+from mnist_ext.app.training.models import mlp
 
 BATCH_SIZES = (1, 64, 1024)
 LAYERS = ((784, 128), (128, 64), (64, 10))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mnist_ext.timing import take_turns
+from mnist_ext.app.bench.timing import take_turns
 
 
 def cpu_model() -> str:

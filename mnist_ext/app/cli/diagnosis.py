@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import mnist_ext._library
-from mnist_ext import _C, _library, build_info, data
-from mnist_ext.errors import UserError
-from mnist_ext.machine import cpu_model, cpus
+from mnist_ext import _C, _library, build_info
+from mnist_ext.app import UserError
+from mnist_ext.app.bench.machine import cpu_model, cpus
+from mnist_ext.app.data import datasets
 
 # Packages that something here can use, and what for.
 _OPTIONAL = {
@@ -165,7 +166,7 @@ def _gpu() -> dict[str, Any]:
 
 def _data_state(name: str) -> dict[str, str | None]:
     try:
-        folder = data.find(name)
+        folder = datasets.find(name)
     except UserError as error:
         return {"folder": None, "problem": str(error)}
     return {"folder": None if folder is None else str(folder), "problem": None}

@@ -1,4 +1,4 @@
-"""The command line: ``mnist-ext COMMAND``. Each command is a module of ``mnist_ext.commands``.
+"""The command line: ``mnist-ext COMMAND``. Each command is a module of ``commands``.
 
 Exit codes: 0 done; 1 the goal was missed: the training diverged, ended early or missed its target;
 2 wrong use or bad input; 128 plus the number of a signal that ended it, as shells count them: 130
@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mnist_ext import __version__, interrupts, streams
-from mnist_ext.commands import COMMANDS
-from mnist_ext.commands.options import Parser
-from mnist_ext.errors import UserError
+from mnist_ext import __version__
+from mnist_ext.app import UserError
+from mnist_ext.app.cli import interrupts, streams
+from mnist_ext.app.cli.commands import COMMANDS
+from mnist_ext.app.cli.options import Parser
 
 _BROKEN_PIPE = 141
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     code = _main(list(sys.argv[1:] if argv is None else argv))
     # Imported with torch, by who may have joined other processes.
-    distributed = sys.modules.get("mnist_ext.distributed")
+    distributed = sys.modules.get("mnist_ext.app.training.distributed")
     if distributed is not None and distributed.joined():
         distributed.leave(code)
     return code

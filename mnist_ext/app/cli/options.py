@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
 
 LARGEST_INT = 2**31 - 1
 MOST_THREADS = 1024

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
-from mnist_ext import idx_files
-from mnist_ext.errors import UserError
-from mnist_ext.folders import make_folders, remove_folders
-from mnist_ext.settings import DATASETS
+from mnist_ext.app import UserError
+from mnist_ext.app.data import idx_files
+from mnist_ext.app.files.folders import make_folders, remove_folders
+from mnist_ext.app.training.settings import DATASETS
 
 _TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
 
@@ -247,7 +247,7 @@ def _locate(name: str, roots: Iterable[Path]) -> tuple[Path, idx_files.Paths] | 
 
 
 def _load_digits(notice: str | None = None) -> Dataset:
-    with (files("mnist_ext") / "assets" / "digits.npz").open("rb") as file:
+    with (files("mnist_ext.app.data") / "digits.npz").open("rb") as file:
         stored = np.load(file)
         images = torch.from_numpy(stored["images"])  # uint8 [1797, 8, 8], 0 to 16
         labels = torch.from_numpy(stored["labels"]).to(torch.int64)

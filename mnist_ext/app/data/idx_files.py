@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
 
 TITLES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST"}
 # As torchvision names the folders.

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
 
 _SIDE = 28
 _DIGIT_BOX = 20

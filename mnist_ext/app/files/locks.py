@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
 
 try:
     import fcntl

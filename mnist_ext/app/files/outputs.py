@@ -5,8 +5,8 @@ import stat
 import sys
 from pathlib import Path
 
-from mnist_ext.atomic import replace_file
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.files.atomic import replace_file
 
 
 def write_output(path: str | Path, content: bytes, hint: str = "") -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mnist_ext.charts import line_chart, thinned
-from mnist_ext.data import Dataset
-from mnist_ext.scores import Scores, short_names, sure
-from mnist_ext.trained import Record, Trained
-from mnist_ext.training import EpochMetrics
+from mnist_ext.app.data.datasets import Dataset
+from mnist_ext.app.report.charts import line_chart, thinned
+from mnist_ext.app.report.scores import Scores, short_names, sure
+from mnist_ext.app.runs.trained import Record, Trained
+from mnist_ext.app.training.trainer import EpochMetrics
 
 _MOST_MISTAKES = 24
 
@@ -34,7 +34,7 @@ def page(trained: Trained, record: Record, dataset: Dataset, scores: Scores) -> 
     """
     name = trained.path.resolve().name
     names = short_names(dataset.class_names)
-    style = (files("mnist_ext") / "assets" / "report.css").read_text(encoding="utf-8")
+    style = (files("mnist_ext.app.report") / "page.css").read_text(encoding="utf-8")
     sections = [
         ("Training", _curves(record.epochs)),
         ("Confusion matrix", _confusion(scores, names)),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mnist_ext.errors import UserError
-from mnist_ext.outputs import write_output
-from mnist_ext.scores import Scores, sure
-from mnist_ext.trained import Trained
-from mnist_ext.training import EpochMetrics
+from mnist_ext.app import UserError
+from mnist_ext.app.files.outputs import write_output
+from mnist_ext.app.report.scores import Scores, sure
+from mnist_ext.app.runs.trained import Trained
+from mnist_ext.app.training.trainer import EpochMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

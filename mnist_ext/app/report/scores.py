@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_ext.data import Split, batches
+from mnist_ext.app.data.datasets import Split, batches
 
 # Images per batch. It affects speed and memory only.
 _BATCH = 1000
@@ -22,8 +22,8 @@ def logits_of(model: nn.Module, split: Split, mean: float, std: float) -> Tensor
     Args:
         model: maps float32 images [n, 1, 28, 28] to logits [n, classes].
         split: the images, on the device of the model.
-        mean: see ``mnist_ext.data.normalize``.
-        std: see ``mnist_ext.data.normalize``.
+        mean: see ``mnist_ext.app.data.datasets.normalize``.
+        std: see ``mnist_ext.app.data.datasets.normalize``.
 
     Returns:
         Logits [N, classes], on the device of the model.

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mnist_ext.atomic import replace_file
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.files.atomic import replace_file
 
 FILE_NAME = "checkpoint.safetensors"
 FORMAT = "mnist_ext checkpoint 1"

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import nn
 
-from mnist_ext import checkpoint
-from mnist_ext.atomic import replace_file, sync_file
-from mnist_ext.data import Dataset
-from mnist_ext.errors import UserError
-from mnist_ext.folders import make_folders, remove_folders
-from mnist_ext.settings import TrainConfig
-from mnist_ext.trained import parse_epochs
-from mnist_ext.training import EpochMetrics, StepMetrics, Trainer
+from mnist_ext.app import UserError
+from mnist_ext.app.data.datasets import Dataset
+from mnist_ext.app.files.atomic import replace_file, sync_file
+from mnist_ext.app.files.folders import make_folders, remove_folders
+from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.runs.trained import parse_epochs
+from mnist_ext.app.training.settings import TrainConfig
+from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics, Trainer
 
 # Files that grow; a checkpoint says how long they were.
 LOGS = ("metrics.csv", "steps.csv")

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mnist_ext import checkpoint
-from mnist_ext.errors import UserError
-from mnist_ext.models import ACTIVATIONS, mlp
+from mnist_ext.app import UserError
+from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.training.models import ACTIVATIONS, mlp
+from mnist_ext.app.training.trainer import EpochMetrics
 from mnist_ext.nn import swap
-from mnist_ext.training import EpochMetrics
 
 _MODEL = "model.safetensors"
 _TRAIN_AGAIN = "train again, with a lower --lr"
@@ -35,8 +35,8 @@ class Trained:
         hidden: the width of each hidden layer.
         activation: one of ``mnist_ext.models.ACTIVATIONS``.
         dataset: the name of the data set that it was trained on.
-        mean: see ``mnist_ext.data.normalize``.
-        std: see ``mnist_ext.data.normalize``.
+        mean: see ``mnist_ext.app.data.datasets.normalize``.
+        std: see ``mnist_ext.app.data.datasets.normalize``.
         epoch: the number of epochs that it was trained for.
     """
 

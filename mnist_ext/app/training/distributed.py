@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
 
 # What one process waits for another before it gives up: a download, at worst.
 _TIMEOUT = timedelta(minutes=5)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mnist_ext.settings import ACTIVATIONS
+from mnist_ext.app.training.settings import ACTIVATIONS
 
 
 def mlp(

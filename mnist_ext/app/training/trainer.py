@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ext import build_info, optim
-from mnist_ext.data import Dataset, Split, batches, draw_order, take
-from mnist_ext.distributed import ALONE, Processes
-from mnist_ext.errors import UserError
-from mnist_ext.models import mlp
+from mnist_ext.app import UserError
+from mnist_ext.app.data.datasets import Dataset, Split, batches, draw_order, take
+from mnist_ext.app.training.distributed import ALONE, Processes
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import TrainConfig
 from mnist_ext.nn import swap
-from mnist_ext.settings import TrainConfig
 from mnist_ext.train_step import TrainStep
 
 # Images per batch in evaluation. It affects speed and memory only.
@@ -438,8 +438,8 @@ def evaluate(
         model: maps float32 images [n, 1, 28, 28] to logits [n, classes].
         criterion: maps logits and int64 labels [n] to the mean loss of the batch.
         split: the images and labels, on the device of the model.
-        mean: see ``mnist_ext.data.normalize``.
-        std: see ``mnist_ext.data.normalize``.
+        mean: see ``mnist_ext.app.data.datasets.normalize``.
+        std: see ``mnist_ext.app.data.datasets.normalize``.
         limit_batches: use so many batches only.
         processes: share the batches with these.
     """

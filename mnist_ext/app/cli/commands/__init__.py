@@ -5,7 +5,7 @@ from the parsed arguments to the exit code. The modules are imported for ``--hel
 they import what takes long (torch, matplotlib) within ``run``.
 """
 
-from mnist_ext.commands import bench, doctor, evaluate, predict, report, train
+from mnist_ext.app.cli.commands import bench, doctor, evaluate, predict, report, train
 
 # In the order of --help.
 COMMANDS = (train, evaluate, predict, report, bench, doctor)

@@ -6,11 +6,11 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mnist_ext.commands.options import MOST_THREADS, integer
-from mnist_ext.streams import tell
+from mnist_ext.app.cli.options import MOST_THREADS, integer
+from mnist_ext.app.cli.streams import tell
 
 if TYPE_CHECKING:
-    from mnist_ext.benchmark import Limits, Result
+    from mnist_ext.app.bench.benchmark import Limits, Result
 
 _BUSY = 0.7  # of the CPUs
 _HEADER = ("what", "shape", "ours", "PyTorch", "mnist_ext", "gain", "20 - 80 %", "limit")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     import torch
 
-    from mnist_ext import benchmark
+    from mnist_ext.app.bench import benchmark
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine() -> dict[str, Any]:
     from mnist_ext import build_info
-    from mnist_ext.machine import cpu_model, cpus
+    from mnist_ext.app.bench.machine import cpu_model, cpus
 
     info = build_info()
     return {

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from mnist_ext.streams import printable
+from mnist_ext.app.cli.streams import printable
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,12 +23,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print."""
-    from mnist_ext import doctor
+    from mnist_ext.app.cli import diagnosis
 
-    report = doctor.examine()
+    report = diagnosis.examine()
     if args.json:
         print(json.dumps(report))
     else:
-        for label, text in doctor.rows(report):
+        for label, text in diagnosis.rows(report):
             print(f"{label:<14} {printable(text)}")
     return 1 if report["problems"] else 0

@@ -5,13 +5,13 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from mnist_ext.commands.options import number
-from mnist_ext.commands.scoring import add_data_options, add_run, score
-from mnist_ext.streams import printable, tell
+from mnist_ext.app.cli.commands.scoring import add_data_options, add_run, score
+from mnist_ext.app.cli.options import number
+from mnist_ext.app.cli.streams import printable, tell
 
 if TYPE_CHECKING:
-    from mnist_ext.scores import Scores
-    from mnist_ext.terminal import Terminal
+    from mnist_ext.app.cli.terminal import Terminal
+    from mnist_ext.app.report.scores import Scores
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,9 +46,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Score, print and draw."""
-    from mnist_ext import plots, trained
-    from mnist_ext.scores import short_names
-    from mnist_ext.terminal import Terminal
+    from mnist_ext.app.cli.terminal import Terminal
+    from mnist_ext.app.report import plots
+    from mnist_ext.app.report.scores import short_names
+    from mnist_ext.app.runs import trained
 
     if args.plots:
         plots.require()
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _class_table(scores: "Scores", names: tuple[str, ...]) -> list[str]:
-    from mnist_ext.terminal import table
+    from mnist_ext.app.cli.terminal import table
 
     columns = zip(names, scores.support, scores.precision, scores.recall, strict=True)
     rows = [[name, f"{n:,}", _percent(p), _percent(r)] for name, n, p, r in columns]
@@ -106,7 +107,7 @@ def _percent(value: float | None) -> str:
 
 def _confusion_table(scores: "Scores", names: tuple[str, ...], terminal: "Terminal") -> list[str]:
     """Rows: what it is; columns: what it was taken for, by number where the names are long."""
-    from mnist_ext.terminal import table
+    from mnist_ext.app.cli.terminal import table
 
     heads = list(names)
     if max(map(len, names)) > 2:

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_ext import streams
-from mnist_ext.commands.scoring import add_run
-from mnist_ext.errors import UserError
+from mnist_ext.app import UserError
+from mnist_ext.app.cli import streams
+from mnist_ext.app.cli.commands.scoring import add_run
 
 if TYPE_CHECKING:
-    from mnist_ext.images import Prepared
-    from mnist_ext.terminal import Terminal
-    from mnist_ext.trained import Trained
+    from mnist_ext.app.cli.terminal import Terminal
+    from mnist_ext.app.data.images import Prepared
+    from mnist_ext.app.runs.trained import Trained
 
 _BAR_WIDTH = 24
 
@@ -44,9 +44,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Classify every file."""
-    from mnist_ext import trained
-    from mnist_ext.images import prepare
-    from mnist_ext.terminal import Terminal
+    from mnist_ext.app.cli.terminal import Terminal
+    from mnist_ext.app.data.images import prepare
+    from mnist_ext.app.runs import trained
 
     model = trained.load(args.run_folder)
     terminal = Terminal.of(sys.stdout)
@@ -84,8 +84,8 @@ def _content(file: str) -> bytes:
 
 
 def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, Any]:
-    from mnist_ext.data import Split, class_names
-    from mnist_ext.scores import logits_of, short_names
+    from mnist_ext.app.data.datasets import Split, class_names
+    from mnist_ext.app.report.scores import logits_of, short_names
 
     split = Split(prepared.pixels[None], prepared.pixels.new_zeros(1).long())
     logits = logits_of(model.model, split, model.mean, model.std)
@@ -108,7 +108,7 @@ def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, An
 
 def _lines(result: dict[str, Any], prepared: "Prepared", terminal: "Terminal") -> list[str]:
     """Return the digit as the model sees it, with the probabilities beside it."""
-    from mnist_ext.scores import sure
+    from mnist_ext.app.report.scores import sure
 
     file = "standard input" if result["file"] == "-" else streams.printable(result["file"])
     title = terminal.bold(f"{file}: {result['name']}")

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.commands.scoring import add_data_options, add_run, score
-from mnist_ext.outputs import write_output
-from mnist_ext.streams import printable
+from mnist_ext.app.cli.commands.scoring import add_data_options, add_run, score
+from mnist_ext.app.cli.streams import printable
+from mnist_ext.app.files.outputs import write_output
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,12 +30,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(args: argparse.Namespace) -> int:
     """Score the model and write the page."""
-    from mnist_ext import report, trained
+    from mnist_ext.app.report.page import page
+    from mnist_ext.app.runs import trained
 
     record = trained.load_record(args.run_folder)
     model, dataset, scores = score(args)
     path = model.path / "report.html" if args.output is None else Path(args.output)
-    content = report.page(model, record, dataset, scores).encode(errors="backslashreplace")
+    content = page(model, record, dataset, scores).encode(errors="backslashreplace")
     if write_output(path, content, hint="; use --output"):
         print(f"written to {printable(str(path))}")
     return 0

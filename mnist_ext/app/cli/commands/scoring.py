@@ -5,14 +5,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mnist_ext.commands.options import path, whole_path
-from mnist_ext.errors import UserError
-from mnist_ext.streams import tell
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.options import path, whole_path
+from mnist_ext.app.cli.streams import tell
 
 if TYPE_CHECKING:
-    from mnist_ext.data import Dataset
-    from mnist_ext.scores import Scores
-    from mnist_ext.trained import Trained
+    from mnist_ext.app.data.datasets import Dataset
+    from mnist_ext.app.report.scores import Scores
+    from mnist_ext.app.runs.trained import Trained
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +44,16 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     Raises:
         UserError: one of them cannot be loaded.
     """
-    from mnist_ext import data, trained
-    from mnist_ext.scores import Scores, logits_of
-    from mnist_ext.training import at_chance
+    from mnist_ext.app.data import datasets
+    from mnist_ext.app.report.scores import Scores, logits_of
+    from mnist_ext.app.runs import trained
+    from mnist_ext.app.training.trainer import at_chance
 
     model = trained.load(args.run_folder)
     name = args.dataset or model.dataset
-    if name not in data.DATASETS or name == "auto":
+    if name not in datasets.DATASETS or name == "auto":
         raise UserError(f"the run was trained on {name!r}, which is unknown here: use --dataset")
-    dataset = data.load(name, args.data_dir or _folder_of_the_run(args.run_folder))
+    dataset = datasets.load(name, args.data_dir or _folder_of_the_run(args.run_folder))
     logits = logits_of(model.model, dataset.test, model.mean, model.std)
     scores = Scores(logits, dataset.test.labels)
     how = trained.divergence(args.run_folder)
@@ -68,7 +69,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
 
 def _folder_of_the_run(run: str) -> str | None:
     """Return the folder that the run was told to read its data from, if it is still there."""
-    from mnist_ext import trained
+    from mnist_ext.app.runs import trained
 
     try:
         folder = trained.load_record(run).config["settings"].get("data_dir")

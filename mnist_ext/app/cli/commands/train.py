@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
-from mnist_ext.commands.options import (
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.commands.train_config import config_of, read_toml
+from mnist_ext.app.cli.options import (
     MOST_THREADS,
     folder_name,
     integer,
@@ -12,9 +14,7 @@ from mnist_ext.commands.options import (
     whole_path,
     widths,
 )
-from mnist_ext.commands.train_config import config_of, read_toml
-from mnist_ext.errors import UserError
-from mnist_ext.settings import (
+from mnist_ext.app.training.settings import (
     ACTIVATIONS,
     DATASETS,
     IMPLEMENTATIONS,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         given = {**{k: v for k, v in vars(from_file).items() if k in _SETTINGS}, **given}
     config = config_of(given, dry_run) if resume is None else None
     # Takes seconds to import, and --help does without it.
-    from mnist_ext.commands.train_run import Request, run_training
+    from mnist_ext.app.cli.commands.train_run import Request, run_training
 
     return run_training(
         Request(

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mnist_ext.errors import UserError
-from mnist_ext.settings import RECIPES, TrainConfig
+from mnist_ext.app import UserError
+from mnist_ext.app.training.settings import RECIPES, TrainConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist_ext.streams import printable, tell
-from mnist_ext.training import EpochMetrics, StepMetrics
+from mnist_ext.app.cli.streams import printable, tell
+from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics
 
 # Seconds between two looks at the loss for the bar: each makes a GPU wait.
 _BAR_INTERVAL = 0.1

@@ -12,18 +12,21 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mnist_ext import __version__, build_info, checkpoint, data, distributed
-from mnist_ext.atomic import remove_partials
-from mnist_ext.commands.train_config import resumed_config
-from mnist_ext.commands.train_output import Json, Lines, Output
-from mnist_ext.distributed import Processes
-from mnist_ext.errors import UserError
-from mnist_ext.interrupts import StopRequest
-from mnist_ext.locks import locked
-from mnist_ext.runs import REPLACED, Run, describe
-from mnist_ext.settings import TrainConfig
-from mnist_ext.streams import tell
-from mnist_ext.training import (
+from mnist_ext import __version__, build_info
+from mnist_ext.app import UserError
+from mnist_ext.app.cli.commands.train_config import resumed_config
+from mnist_ext.app.cli.commands.train_output import Json, Lines, Output
+from mnist_ext.app.cli.interrupts import StopRequest
+from mnist_ext.app.cli.streams import tell
+from mnist_ext.app.data import datasets
+from mnist_ext.app.files.atomic import remove_partials
+from mnist_ext.app.files.locks import locked
+from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.runs.run import REPLACED, Run, describe
+from mnist_ext.app.training import distributed
+from mnist_ext.app.training.distributed import Processes
+from mnist_ext.app.training.settings import TrainConfig
+from mnist_ext.app.training.trainer import (
     EpochMetrics,
     StepMetrics,
     Trainer,
@@ -141,7 +144,7 @@ def _finished(run: Path | None, config: TrainConfig, processes: Processes) -> st
 def _judge(
     metrics: EpochMetrics,
     config: TrainConfig,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     output: Output,
     processes: Processes,
 ) -> int:
@@ -300,11 +303,11 @@ def _load(
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
     processes: Processes,
     device: torch.device,
-) -> data.Dataset:
+) -> datasets.Dataset:
     name = config.dataset if saved is None else saved[1]["dataset"]["name"]
     if processes.rank > 0:
         processes.sum(torch.zeros(1, device=device))  # the first one downloads
-    dataset = data.load(name, config.data_dir)
+    dataset = datasets.load(name, config.data_dir)
     if processes.rank == 0:
         processes.sum(torch.zeros(1, device=device))
         if dataset.notice:
@@ -339,7 +342,7 @@ def _last_metrics(saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> Epo
 def _open_run(
     request: Request,
     config: TrainConfig,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
 ) -> Run:
     environment = _environment(request.command)
@@ -373,7 +376,7 @@ def _summary_writer() -> Any:
 
 
 def _facts(
-    config: TrainConfig, dataset: data.Dataset, model: nn.Module, processes: Processes
+    config: TrainConfig, dataset: datasets.Dataset, model: nn.Module, processes: Processes
 ) -> dict[str, str]:
     widths = "-".join(str(width) for width in (784, *config.hidden, 10))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -407,7 +410,7 @@ def _facts(
 
 def _details(
     config: TrainConfig,
-    dataset: data.Dataset,
+    dataset: datasets.Dataset,
     run: Run | None,
     trainer: Trainer,
     processes: Processes,
