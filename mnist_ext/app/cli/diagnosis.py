@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import mnist_ext._library
-from mnist_ext import _C, _library, build_info
+import mnist_ext
+from mnist_ext import build_info, self_check
 from mnist_ext.app import UserError
 from mnist_ext.app.bench.machine import cpu_model, cpus
 from mnist_ext.app.data import datasets
@@ -20,7 +19,7 @@ from mnist_ext.app.data import datasets
 _OPTIONAL = {
     "matplotlib": "eval --plots",
     "tensorboard": "train --tensorboard",
-    "jax": "a contestant in the benchmarks of the repository",
+    "jax": "a baseline in the benchmarks of the repository",
 }
 _REQUIRED = ("torchvision", "numpy", "safetensors", "tqdm", "pillow")
 
@@ -47,7 +46,7 @@ def examine() -> dict[str, Any]:
     report["optional_packages"] = {name: _version(name) for name in _OPTIONAL}
     report["cpu"] = cpu_model()
     report["cpus"] = cpus()
-    report["kernels_right"] = _kernels_right()
+    report["kernels_right"] = self_check.kernels_right()
     report["gpu"] = _gpu()
     report["data"] = {name: _data_state(name) for name in ("mnist", "fashion-mnist")}
     report["problems"] = _problems(report)
@@ -115,37 +114,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _kernels_right() -> dict[str, bool]:
-    """Run a layer and a loss, forward and backward, on each instruction set."""
-    op = torch.ops.mnist_ext
-    generator = torch.Generator().manual_seed(0)
-    input, weight, bias, logits = (
-        torch.randn(shape, generator=generator) for shape in ((7, 33), (17, 33), (17,), (7, 10))
-    )
-    target = torch.arange(7)
-    leaf = logits.clone().requires_grad_()
-    loss = F.cross_entropy(leaf, target)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    expected = (F.linear(input, weight, bias).relu(), loss.detach(), gradient)
-
-    verdicts = {}
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    try:
-        for isa in _C.available_isas():
-            _C.set_isa(isa)
-            found = (
-                op.linear.default(input, weight, bias, True),
-                *op.cross_entropy_with_gradient.default(logits, target, None, -100, 0.0, 1)[:2],
-            )
-            verdicts[isa] = all(
-                torch.allclose(f, e, rtol=1e-4, atol=1e-4)
-                for f, e in zip(found, expected, strict=True)
-            )
-    finally:
-        _C.set_isa(before, reason)
-    return verdicts
-
-
 def _gpu() -> dict[str, Any]:
     state: dict[str, Any] = {"torch_cuda": torch.version.cuda, "driver": None, "devices": []}
     try:
@@ -181,7 +149,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
         )
     if report["next_step"]:
         problems.append(report["next_step"])
-    if _library.cuda is None and "cannot be loaded" in report["cuda_reason"]:
+    if report["cuda"] is None and "cannot be loaded" in report["cuda_reason"]:
         problems.append(report["cuda_reason"])
     if missing := [name for name, version in report["packages"].items() if version is None]:
         problems.append(f"{', '.join(missing)} missing: run pip install {' '.join(missing)}")

@@ -41,14 +41,14 @@ def _main(argv: list[str]) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where a failure can be told
+            sys.stdout.flush()  # here, where a failure can be reported
     except OSError as error:
         # A stream's error names no file.
         if error.filename is not None or not streams.lost(sys.stdout):
             raise
         if isinstance(error, BrokenPipeError):
             return _BROKEN_PIPE
-        streams.tell(f"error: cannot write to standard output: {error.strerror}")
+        streams.print_message(f"error: cannot write to standard output: {error.strerror}")
         return 2
 
 
@@ -62,10 +62,10 @@ def _run(argv: list[str]) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         who = "" if rank == "0" else f"process {rank}: "
-        streams.tell(f"error: {who}{error}")
+        streams.print_message(f"error: {who}{error}")
         return 2
     except KeyboardInterrupt:
-        streams.tell("interrupted")
+        streams.print_message("interrupted")
         return 130
 
 

@@ -36,7 +36,7 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
 
-def tell(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message on standard error, in one line; where that takes nothing, go on."""
     try:
         print(f"mnist-ext: {printable(text)}", file=sys.stderr, flush=True)

@@ -23,9 +23,8 @@ from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
 
 from mnist_ext.app import UserError
-from mnist_ext.app.data import idx_files
+from mnist_ext.app.data import DATASETS, idx_files
 from mnist_ext.app.files.folders import make_folders, remove_folders
-from mnist_ext.app.training.settings import DATASETS
 
 _TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST}
 

@@ -37,7 +37,7 @@ _FAINT = 0.1
 _LEAST_CONTRAST = 0.04
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # Ink whose lightness differs from the background's by less than this, of the distance of their
-# colours, is told from it by colour.
+# colours, is distinguished by colour.
 _LEAST_LIGHTNESS = 0.5
 # Noise has a connectedness of up to 0.5, also after JPEG; MNIST's digits have 1.4 and more.
 _LEAST_CONNECTED = 0.6

@@ -1,4 +1,4 @@
-"""What a command writes where the user says: a file, a link, a device, a pipe, standard output."""
+"""What a command writes where the user wants it: a file, a link, a device, a pipe, standard output."""
 
 import os
 import stat

@@ -1,7 +1,7 @@
 """Pictures of a run, drawn by matplotlib: an optional dependency, the extra ``plots``.
 
-Colours are told apart by the colour-blind: blue and vermilion of Okabe and Ito, blues from light to
-dark, and purple to orange around zero.
+Colours that the colour-blind can distinguish: blue and vermilion of Okabe and Ito, blues from light
+to dark, and purple to orange around zero.
 """
 
 import io

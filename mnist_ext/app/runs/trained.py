@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mnist_ext.app import UserError
 from mnist_ext.app.runs import checkpoint
-from mnist_ext.app.training.models import ACTIVATIONS, mlp
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import ACTIVATIONS
 from mnist_ext.app.training.trainer import EpochMetrics
 from mnist_ext.nn import swap
 
@@ -33,7 +34,7 @@ class Trained:
         model: maps float32 images [n, 1, 28, 28] to logits [n, 10], with this package's ops; in
             evaluation mode.
         hidden: the width of each hidden layer.
-        activation: one of ``mnist_ext.models.ACTIVATIONS``.
+        activation: one of ``ACTIVATIONS``.
         dataset: the name of the data set that it was trained on.
         mean: see ``mnist_ext.app.data.datasets.normalize``.
         std: see ``mnist_ext.app.data.datasets.normalize``.
@@ -117,7 +118,7 @@ def load(run: str | Path) -> Trained:
 
 
 def divergence(run: str | Path) -> str | None:
-    """Say which loss of a run's last epoch is not finite; None where none is known to be."""
+    """Return which loss of a run's last epoch is not finite; None where none is known to be."""
     path = Path(run) / "metrics.csv"
     try:
         last = parse_epochs(path, _read(path))[-1]
@@ -179,7 +180,7 @@ def _epoch(row: Mapping[str, str]) -> EpochMetrics:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Return the path of a file of the run, or say what is there instead."""
+    """Return the path of a file of the run, or raise UserError that names what is there."""
     try:
         if (folder / name).is_file():
             return folder / name

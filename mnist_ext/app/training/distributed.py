@@ -84,12 +84,12 @@ def default_threads() -> int | None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Tell whether ``error`` says that another process could not be reached."""
+    """Return whether ``error`` says that another process could not be reached."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def joined() -> bool:
-    """Tell whether this process belongs to a group."""
+    """Return whether this process belongs to a group."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 ACTIVATIONS = ("none", "relu")
-DATASETS = ("auto", "mnist", "fashion-mnist", "digits")
 IMPLEMENTATIONS = ("ext", "torch")
 SCHEDULERS = ("none", "cosine", "onecycle")
 
@@ -14,7 +13,7 @@ class TrainConfig:
     """Everything that determines a training run.
 
     Attributes:
-        dataset: one of ``DATASETS``.
+        dataset: one of ``mnist_ext.app.data.DATASETS``.
         data_dir: where to look for the data set first, and to download it to.
         recipe: the name of the recipe the settings started from; of no effect by itself.
         epochs: passes over the training set.
@@ -63,28 +62,21 @@ class TrainConfig:
     target_accuracy: float | None = None
 
 
+_BEST = {
+    "epochs": 10,
+    "batch_size": 128,
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "scheduler": "onecycle",
+    "activation": "relu",
+}
+
 RECIPES: dict[str, dict[str, Any]] = {
     # What a beginner's tutorial does: a linear model in three layers, plain SGD.
-    "tutorial": {
-        "epochs": 5,
-        "batch_size": 64,
-        "lr": 0.01,
-        "momentum": 0.0,
-        "nesterov": False,
-        "weight_decay": 0.0,
-        "scheduler": "none",
-        "activation": "none",
-    },
+    "tutorial": {name: getattr(TrainConfig, name) for name in _BEST},
     # For accuracy in ten epochs, without augmented data. A higher learning rate gains nothing on
     # MNIST and diverges on the embedded digits.
-    "best": {
-        "epochs": 10,
-        "batch_size": 128,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "scheduler": "onecycle",
-        "activation": "relu",
-    },
+    "best": _BEST,
 }

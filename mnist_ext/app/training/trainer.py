@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnist_ext import build_info, optim
+from mnist_ext import TrainStep, build_info, optim
 from mnist_ext.app import UserError
 from mnist_ext.app.data.datasets import Dataset, Split, batches, draw_order, take
 from mnist_ext.app.training.distributed import ALONE, Processes
 from mnist_ext.app.training.models import mlp
 from mnist_ext.app.training.settings import TrainConfig
 from mnist_ext.nn import swap
-from mnist_ext.train_step import TrainStep
 
 # Images per batch in evaluation. It affects speed and memory only.
 _EVALUATION_BATCH = 1000
@@ -64,8 +63,9 @@ class StepMetrics:
     lr: float
 
 
-# Told after some steps of training: the images since the last time, the loss of the last batch (a
-# tensor, as reading it makes a GPU wait), and the steps to be logged. Says whether to stop there.
+# Called after some steps of training with the images since the last call, the loss of the last
+# batch (a tensor, as reading it makes a GPU wait) and the steps to be logged. Returns whether to
+# stop.
 Observer = Callable[[int, Tensor, list[StepMetrics]], bool]
 
 
@@ -241,7 +241,7 @@ class Trainer:
         return metrics
 
     def fault(self, metrics: EpochMetrics | None = None) -> str | None:
-        """Say which loss or parameter is not finite, or return None where all are.
+        """Return which loss or parameter is not finite, or None where all are.
 
         Args:
             metrics: those of the epoch that is over; None within an epoch.
@@ -397,7 +397,7 @@ class _Rates:
 
 
 def at_chance(accuracy: float, split: Split, limit_batches: int | None = None) -> str | None:
-    """Say so where an accuracy does not stand out from the same answer to every image.
+    """Return a note where an accuracy does not stand out from the same answer to every image.
 
     It does from two standard errors above the share of the most frequent class on.
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mnist_ext.app.cli.options import MOST_THREADS, integer
-from mnist_ext.app.cli.streams import tell
+from mnist_ext.app.cli.streams import print_message
 
 if TYPE_CHECKING:
     from mnist_ext.app.bench.benchmark import Limits, Result
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         for result in benchmark.measure(limits):
             print(json.dumps(asdict(result)) if args.json else _row(result), flush=True)
     except benchmark.WrongResultError as error:
-        tell(f"error: {error}")
+        print_message(f"error: {error}")
         return 1
     return 0
 

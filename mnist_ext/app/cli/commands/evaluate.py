@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mnist_ext.app.cli.commands.scoring import add_data_options, add_run, score
 from mnist_ext.app.cli.options import number
-from mnist_ext.app.cli.streams import printable, tell
+from mnist_ext.app.cli.streams import print_message, printable
 
 if TYPE_CHECKING:
     from mnist_ext.app.cli.terminal import Terminal
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         for path in pictures:
             print(f"written to {printable(str(path))}")
     if args.target_accuracy is not None and scores.accuracy < args.target_accuracy:
-        tell(
+        print_message(
             f"error: accuracy {scores.accuracy:.2f} % is below the target of "
             f"{args.target_accuracy:g} %"
         )

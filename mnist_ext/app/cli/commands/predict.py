@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
             prepared = prepare(_content(file), model.dataset)
         except UserError as error:
             failed = True
-            streams.tell(f"error: {file}: {error}")
+            streams.print_message(f"error: {file}: {error}")
             if args.json:
                 print(json.dumps({"file": file, "error": str(error)}), flush=True)
             continue
         if prepared.notice:
-            streams.tell(f"note: {file}: {prepared.notice}")
+            streams.print_message(f"note: {file}: {prepared.notice}")
         result = _classify(model, file, prepared)
         if args.json:
             print(json.dumps(result), flush=True)

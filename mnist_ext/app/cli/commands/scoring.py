@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mnist_ext.app import UserError
 from mnist_ext.app.cli.options import path, whole_path
-from mnist_ext.app.cli.streams import tell
+from mnist_ext.app.cli.streams import print_message
+from mnist_ext.app.data import DATASETS
 
 if TYPE_CHECKING:
     from mnist_ext.app.data.datasets import Dataset
@@ -26,7 +27,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which images to score a model on."""
     parser.add_argument(
         "--dataset",
-        choices=("mnist", "fashion-mnist", "digits"),
+        choices=DATASETS[1:],
         help="whose test set to take (default: that of the run's data set)",
     )
     parser.add_argument(
@@ -51,7 +52,7 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
 
     model = trained.load(args.run_folder)
     name = args.dataset or model.dataset
-    if name not in datasets.DATASETS or name == "auto":
+    if name not in DATASETS[1:]:
         raise UserError(f"the run was trained on {name!r}, which is unknown here: use --dataset")
     dataset = datasets.load(name, args.data_dir or _folder_of_the_run(args.run_folder))
     logits = logits_of(model.model, dataset.test, model.mean, model.std)
@@ -63,12 +64,12 @@ def score(args: argparse.Namespace) -> tuple["Trained", "Dataset", "Scores"]:
     if how is not None:
         note = f"the training diverged: {how}; this is the model of epoch {model.epoch}"
     if note is not None:
-        tell(f"note: {note}")
+        print_message(f"note: {note}")
     return model, dataset, scores
 
 
 def _folder_of_the_run(run: str) -> str | None:
-    """Return the folder that the run was told to read its data from, if it is still there."""
+    """Return the folder that the run's settings name for its data, if it is still there."""
     from mnist_ext.app.runs import trained
 
     try:

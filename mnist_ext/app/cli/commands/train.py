@@ -14,9 +14,9 @@ from mnist_ext.app.cli.options import (
     whole_path,
     widths,
 )
+from mnist_ext.app.data import DATASETS
 from mnist_ext.app.training.settings import (
     ACTIVATIONS,
-    DATASETS,
     IMPLEMENTATIONS,
     RECIPES,
     SCHEDULERS,

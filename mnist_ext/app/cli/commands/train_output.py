@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from mnist_ext.app.cli.streams import printable, tell
+from mnist_ext.app.cli.streams import print_message, printable
 from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics
 
 # Seconds between two looks at the loss for the bar: each makes a GPU wait.
@@ -32,12 +31,7 @@ class Output:
         """Return the output itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Remove the bar, if any."""
 
     def start(self, facts: dict[str, str], details: dict[str, Any]) -> None:
@@ -61,9 +55,9 @@ class Output:
     def note(self, text: str) -> None:
         """Print what is worth knowing on standard error."""
 
-    def tell(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         """Print what must be known, an error above all, on standard error."""
-        tell(text)
+        print_message(text)
 
 
 class Lines(Output):
@@ -91,12 +85,7 @@ class Lines(Output):
             self._move()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Remove the bar, if any."""
         if self._bar is not None:
             self._bar.close()
@@ -138,12 +127,12 @@ class Lines(Output):
 
     def note(self, text: str) -> None:
         """Print it."""
-        self.tell(f"note: {text}")
+        self.print_message(f"note: {text}")
 
-    def tell(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         """Print it, not on the bar's line."""
         with self._without_bar():
-            super().tell(text)
+            super().print_message(text)
 
     def _move(self) -> None:
         self._bar.n += self._pending
@@ -195,7 +184,7 @@ class Json(Output):
 
     def note(self, text: str) -> None:
         """Print it."""
-        self.tell(f"note: {text}")
+        self.print_message(f"note: {text}")
 
     def _print(self, event: str, values: dict[str, Any]) -> None:
         # JSON has neither NaN nor infinity.

@@ -17,7 +17,7 @@ from mnist_ext.app import UserError
 from mnist_ext.app.cli.commands.train_config import resumed_config
 from mnist_ext.app.cli.commands.train_output import Json, Lines, Output
 from mnist_ext.app.cli.interrupts import StopRequest
-from mnist_ext.app.cli.streams import tell
+from mnist_ext.app.cli.streams import print_message
 from mnist_ext.app.data import datasets
 from mnist_ext.app.files.atomic import remove_partials
 from mnist_ext.app.files.locks import locked
@@ -155,7 +155,7 @@ def _judge(
     if target is None or reached >= target:
         return 0
     if processes.rank == 0:
-        output.tell(f"error: test accuracy {reached:.2f} % is below the target of {target:g} %")
+        output.print_message(f"error: test accuracy {reached:.2f} % is below the target of {target:g} %")
     return 1
 
 
@@ -220,7 +220,7 @@ class _Session:
         if fault is None:
             return None
         if self.processes.rank == 0:
-            self.output.tell(
+            self.output.print_message(
                 f"error: the training diverged: {fault} after epoch {metrics.epoch}; use a lower "
                 f"--lr{self._kept(metrics.epoch - 1)}"
             )
@@ -256,7 +256,7 @@ class _Session:
                 text += self._kept(epoch - 1)
             elif path is not None:
                 text += f", the last one; written to {path}"
-            self.output.tell(f"interrupted {text}")
+            self.output.print_message(f"interrupted {text}")
         return 128 + self.stop.signal
 
 
@@ -272,7 +272,7 @@ def _lost(processes: Processes, run: Run | None, error: RuntimeError, output: Ou
     # Gloo's message begins with a line of its source and ends with advice.
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ", 1)[0]
     how = "" if run is None else f"; continue with: {resume_command(run.path, processes)}"
-    output.tell(
+    output.print_message(
         f"error: process {processes.rank}: another process of the run is gone ({reason}){how}"
     )
     return 1
@@ -311,7 +311,7 @@ def _load(
     if processes.rank == 0:
         processes.sum(torch.zeros(1, device=device))
         if dataset.notice:
-            tell(f"note: {dataset.notice}")
+            print_message(f"note: {dataset.notice}")
     if saved is not None:
         before, now = saved[1]["dataset"], describe(dataset)
         for key in ("train_size", "test_size", "mean", "std"):
