@@ -31,13 +31,13 @@ def test_ratios_are_paired_turn_by_turn():
     assert times.percentiles("fast")[1] == 2.0
 
 
-def test_contestants_take_turns():
+def test_implementations_take_turns():
     called = []
-    contestants = {name: lambda n=name: called.append(n) for name in "abc"}
-    times = timing.take_turns(contestants, turns=3, seconds_per_turn=0)
+    implementations = {name: lambda n=name: called.append(n) for name in "abc"}
+    times = timing.take_turns(implementations, turns=3, seconds_per_turn=0)
     assert called[-9:] == list("abccbaabc")
     assert all(len(turns) == 3 for turns in times.turns.values())
-    times = timing.take_turns(contestants, turns=1, seconds_per_turn=0, untimed=2)
+    times = timing.take_turns(implementations, turns=1, seconds_per_turn=0, untimed=2)
     assert called[-9:] == list("aaabbbccc")
     assert all(len(turns) == 1 for turns in times.turns.values())
 
@@ -58,7 +58,7 @@ def test_table_prints_and_writes_every_row(tmp_path, capsys):
     ]
 
 
-def test_contestants_of_linear_on_a_gpu_make_the_same_products():
+def test_implementations_of_linear_on_a_gpu_make_the_same_products():
     """On the CPU, where their logic can be tried: each within a few roundings of float64."""
     import gpu_linear
 
@@ -66,7 +66,7 @@ def test_contestants_of_linear_on_a_gpu_make_the_same_products():
     for what in (*gpu_linear.WHATS, "autograd"):
         if what == "autograd":
             operands = gpu_linear.with_leaves(operands)
-        calls = gpu_linear.contestants(what, False)
+        calls = gpu_linear.implementations(what, False)
         errors = gpu_linear.errors(what, calls, operands)
         assert errors.keys() == calls.keys()
         assert max(errors.values()) < 1e-6

@@ -133,7 +133,7 @@ def main() -> None:
             if process.returncode != 0:
                 raise SystemExit(f"{binary.name} failed")
             # One "ladder" line opens each; then one line per rung that was verified, one per
-            # contestant that was timed.
+            # implementation that was timed.
             for part in process.stdout.split("ladder\t")[1:]:
                 head, *lines = (line.split("\t") for line in part.splitlines())
                 title, unit, work = head

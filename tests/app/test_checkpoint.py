@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from mnist_ext.app import UserError
 from mnist_ext.app.cli.main import main
-from mnist_ext.app.files import atomic
+from mnist_ext.app.files import writing
 from mnist_ext.app.runs import checkpoint
 
 TENSORS = {
@@ -92,11 +92,11 @@ def test_of_two_writers_at_once_the_last_one_counts(path, monkeypatch):
     def slow(source, target):
         order.append(source)
         if len(order) == 1:
-            atomic.replace_file(path, b"second")
+            writing.replace_file(path, b"second")
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", slow)
-    atomic.replace_file(path, b"first")
+    writing.replace_file(path, b"first")
     assert path.read_bytes() == b"first"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
@@ -107,7 +107,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write(path, TENSORS, {})
     assert path.read_bytes() == before
@@ -116,10 +116,10 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
 
 def test_file_and_folder_are_synced_before_and_after_the_rename(path, monkeypatch):
     calls = []
-    replace = atomic.os.replace
-    monkeypatch.setattr(atomic.os, "fsync", lambda descriptor: calls.append("sync"))
+    replace = writing.os.replace
+    monkeypatch.setattr(writing.os, "fsync", lambda descriptor: calls.append("sync"))
     monkeypatch.setattr(
-        atomic.os, "replace", lambda *paths: (calls.append("rename"), replace(*paths))
+        writing.os, "replace", lambda *paths: (calls.append("rename"), replace(*paths))
     )
     checkpoint.write(path, TENSORS, VALUES)
     assert calls == ["sync", "rename", "sync"]
@@ -130,10 +130,10 @@ WRITER = """
 import sys
 from pathlib import Path
 import torch
-from mnist_ext.app.files import atomic
+from mnist_ext.app.files import writing
 from mnist_ext.app.runs import checkpoint
 # A killed process loses nothing that the system has; a busy disk would take minutes.
-atomic.os.fsync = lambda descriptor: None
+writing.os.fsync = lambda descriptor: None
 path = Path(sys.argv[1])
 n = int(sys.argv[2])
 while True:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mnist_ext.app.cli.main import main
-from mnist_ext.app.files.locks import locked
+from mnist_ext.app.files.folders import locked
 from mnist_ext.app.runs import checkpoint
 from mnist_ext.app.runs import run as run_module
 from mnist_ext.app.runs.run import Run

@@ -96,7 +96,7 @@ def measure(
 
     Args:
         limits: of this machine.
-        turns: so many of each contestant.
+        turns: so many of each implementation.
         seconds_per_turn: how long one lasts, at least one call.
 
     Yields:
@@ -167,14 +167,14 @@ def _steps(timed: Callable[..., Iterator[Result]]) -> Iterator[Result]:
         }
         shape = f"batch {batch_size}"
         expected = torch.stack(torchs.run(_CHECKED_STEPS))
-        for name, contestant in ours.items():
-            losses = torch.tensor([float(x) for x in contestant.run(_CHECKED_STEPS)])
+        for name, implementation in ours.items():
+            losses = torch.tensor([float(x) for x in implementation.run(_CHECKED_STEPS)])
             _check(f"a training step, {name}, {shape}", losses, expected)
         # Many steps in a call, so that the timing itself costs nothing.
         calls = max(1, round(0.01 / seconds(partial(torchs.run, 5), 1) * 5))
         yield from timed(
             partial(torchs.run, calls),
-            {name: partial(contestant.run, calls) for name, contestant in ours.items()},
+            {name: partial(implementation.run, calls) for name, implementation in ours.items()},
             work=step_arithmetic(batch_size),
             group="step",
             what="training step",

@@ -1,6 +1,6 @@
-"""Paired timing: contestants take turns, so that a change of the machine's speed meets all of them.
+"""Paired timing: implementations take turns, so that a change of the machine's speed meets all.
 
-Each turn gives one ratio between two contestants; medians of these ratios are what the tables
+Each turn gives one ratio between two implementations; medians of these ratios are what the tables
 compare, never the quotient of two medians from different moments.
 """
 
@@ -29,7 +29,7 @@ def percentiles(values: Iterable[float]) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call, by contestant: one for each turn."""
+    """Seconds per call, by implementation: one for each turn."""
 
     turns: Mapping[str, list[float]]
 
@@ -44,25 +44,25 @@ class Times:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]],
+    implementations: Mapping[str, Callable[[], object]],
     turns: int = TURNS,
     seconds_per_turn: float = SECONDS_PER_TURN,
     untimed: int = 0,
 ) -> Times:
-    """Time the contestants A B C, C B A, ...; a turn is as many calls as fill its time.
+    """Time the implementations A B C, C B A, ...; a turn is as many calls as fill its time.
 
     Before them come so many untimed calls, which bring back what the others' turns have displaced.
     """
     calls = {}
-    for name, function in contestants.items():
+    for name, function in implementations.items():
         function()  # warm: code, caches, memory
         function()
         calls[name] = max(1, round(seconds_per_turn / max(seconds(function, 3), 1e-9)))
-    results: dict[str, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    results: dict[str, list[float]] = {name: [] for name in implementations}
+    order = list(implementations)
     for turn in range(turns):
         for name in order if turn % 2 == 0 else reversed(order):
             for _ in range(untimed):
-                contestants[name]()
-            results[name].append(seconds(contestants[name], calls[name]))
+                implementations[name]()
+            results[name].append(seconds(implementations[name], calls[name]))
     return Times(results)

@@ -1,10 +1,20 @@
-"""Folders that can be taken back: what a failed step made, it removes again."""
+"""Folders that can be removed again after a failure, and a lock on a folder."""
 
 import errno
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from mnist_ext.app import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK = "lock"
 
 
 def make_folders(path: Path) -> list[Path]:
@@ -42,3 +52,67 @@ def remove_folders(created: Sequence[Path]) -> None:
     for folder in created:
         with suppress(OSError):
             folder.rmdir()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock on a folder within this context.
+
+    The system releases it when the process ends, however that ends: the file ``lock`` of a process
+    that was killed locks nothing.
+
+    Yields:
+        Whether the lock is held: some file systems have none.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be opened.
+    """
+    path = folder / _LOCK
+    file = None if fcntl is None else _lock(path)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            _remove(path, file)
+
+
+def _lock(path: Path) -> int | None:
+    """Return the open file, or None where files cannot be locked."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(file, 1000, 0).decode(errors="replace").split()
+            os.close(file)
+            raise UserError(_in_use(path.parent, owner)) from None
+        except OSError:
+            _remove(path, file)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
+        os.close(file)  # its owner has removed it meanwhile
+    with suppress(OSError):  # a full disk; the lock is held all the same
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()} {socket.gethostname()}\n".encode())
+    return file
+
+
+def _remove(path: Path, file: int) -> None:
+    # In this order: who opens the name from now on makes a new file, and locks that.
+    with suppress(OSError):
+        path.unlink()
+    os.close(file)
+
+
+def _in_use(folder: Path, owner: list[str]) -> str:
+    if len(owner) != 2:
+        return f"{folder} is in use: another process trains it; wait until that has ended"
+    process, host = owner
+    where = "" if host == socket.gethostname() else f" on {host}"
+    return (
+        f"{folder} is in use: process {process}{where} trains it; wait until that has ended, or "
+        f"end it with 'kill {process}'{where}, which saves a checkpoint"
+    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mnist_ext.app import UserError
-from mnist_ext.app.files.outputs import write_output
+from mnist_ext.app.files.writing import write_output
 from mnist_ext.app.report.scores import Scores, sure
 from mnist_ext.app.runs.trained import Trained
 from mnist_ext.app.training.trainer import EpochMetrics

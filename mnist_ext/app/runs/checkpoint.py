@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mnist_ext.app import UserError
-from mnist_ext.app.files.atomic import replace_file
+from mnist_ext.app.files.writing import replace_file
 
 FILE_NAME = "checkpoint.safetensors"
 FORMAT = "mnist_ext checkpoint 1"

@@ -16,8 +16,8 @@ from torch import nn
 
 from mnist_ext.app import UserError
 from mnist_ext.app.data.datasets import Dataset
-from mnist_ext.app.files.atomic import replace_file, sync_file
 from mnist_ext.app.files.folders import make_folders, remove_folders
+from mnist_ext.app.files.writing import replace_file, sync_file
 from mnist_ext.app.runs import checkpoint
 from mnist_ext.app.runs.trained import parse_epochs
 from mnist_ext.app.training.settings import TrainConfig

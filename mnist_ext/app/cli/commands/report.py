@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mnist_ext.app.cli.commands.scoring import add_data_options, add_run, score
 from mnist_ext.app.cli.streams import printable
-from mnist_ext.app.files.outputs import write_output
+from mnist_ext.app.files.writing import write_output
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

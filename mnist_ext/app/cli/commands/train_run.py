@@ -19,8 +19,8 @@ from mnist_ext.app.cli.commands.train_output import Json, Lines, Output
 from mnist_ext.app.cli.interrupts import StopRequest
 from mnist_ext.app.cli.streams import print_message
 from mnist_ext.app.data import datasets
-from mnist_ext.app.files.atomic import remove_partials
-from mnist_ext.app.files.locks import locked
+from mnist_ext.app.files.folders import locked
+from mnist_ext.app.files.writing import remove_partials
 from mnist_ext.app.runs import checkpoint
 from mnist_ext.app.runs.run import REPLACED, Run, describe
 from mnist_ext.app.training import distributed
@@ -155,7 +155,9 @@ def _judge(
     if target is None or reached >= target:
         return 0
     if processes.rank == 0:
-        output.print_message(f"error: test accuracy {reached:.2f} % is below the target of {target:g} %")
+        output.print_message(
+            f"error: test accuracy {reached:.2f} % is below the target of {target:g} %"
+        )
     return 1
 
 
