@@ -1,30 +1,25 @@
-"""A small run for the tests of the commands that read one, and a place to run them in."""
+"""What a run has written, and what a command says where it fails."""
 
+import csv
+import json
 from pathlib import Path
-
-import pytest
-
-from mnist_ext.app.cli.main import main
+from typing import Any
 
 
-def train_digits(folder: Path, name: str = "run") -> Path:
-    """Train on the embedded digits for two epochs; return the run's folder."""
-    options = ["--dataset", "digits", "--recipe", "best", "--epochs", "2", "--hidden", "32"]
-    assert main(["train", *options, "--output-dir", str(folder), "--name", name]) == 0
-    return folder / name
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def isolate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder, without the machine's own data, cache, network and colours."""
-    for name in ("MNIST_EXT_DATA", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
+def config_of(run: Path) -> dict[str, Any]:
+    """Return the content of a run's `config.json`."""
+    return json.loads((run / "config.json").read_text())
+
+
+def names_in(folder: Path | str = ".") -> list[str]:
+    """Return the sorted names of what lies in a folder."""
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def assert_one_line(err: str, *parts: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import names_in, rows_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,7 +28,8 @@ VALUES = {"epoch": 3, "loss_sum": 0.1 + 0.2, "settings": {"hidden": [128, 64], "
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    path = tmp_path / checkpoint.FILE_NAME
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / checkpoint.FILE_NAME
     checkpoint.write(path, TENSORS, VALUES)
     return path
 
@@ -39,7 +41,7 @@ def test_what_is_read_is_what_was_written(path):
     for name, value in tensors.items():
         assert value.dtype == TENSORS[name].dtype
         assert torch.equal(value, TENSORS[name])
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 def test_the_same_content_gives_the_same_bytes(path):
@@ -69,19 +71,19 @@ def test_every_damaged_byte_is_noticed(path):
             checkpoint.read(path)
 
 
-def test_foreign_files(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, f"has no {checkpoint.FILE_NAME}"),
+        (lambda path: torch.save(TENSORS, path), "no safetensors file"),
+        (lambda path: save_file(TENSORS, path), "is not a checkpoint"),
+        (Path.mkdir, f"{checkpoint.FILE_NAME}: Is a directory"),
+    ],
+)
+def test_foreign_files(tmp_path, write, message):
     path = tmp_path / checkpoint.FILE_NAME
-    with pytest.raises(UserError, match=f"has no {checkpoint.FILE_NAME}"):
-        checkpoint.read(path)
-    torch.save(TENSORS, path)
-    with pytest.raises(UserError, match="no safetensors file"):
-        checkpoint.read(path)
-    save_file(TENSORS, path)
-    with pytest.raises(UserError, match="is not a checkpoint"):
-        checkpoint.read(path)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(UserError, match=str(path)):
+    write(path)
+    with pytest.raises(UserError, match=message):
         checkpoint.read(path)
 
 
@@ -98,7 +100,7 @@ def test_of_two_writers_at_once_the_last_one_counts(path, monkeypatch):
     monkeypatch.setattr(os, "replace", slow)
     writing.replace_file(path, b"first")
     assert path.read_bytes() == b"first"
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
@@ -111,7 +113,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         checkpoint.write(path, TENSORS, {})
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert names_in(path.parent) == [path.name]
 
 
 def test_file_and_folder_are_synced_before_and_after_the_rename(path, monkeypatch):
@@ -188,9 +190,8 @@ print("whole", flush=True)
     assert result.stdout.endswith("whole\n"), result.stderr
 
 
-def test_a_killed_run_can_go_on(tmp_path, monkeypatch, capsys):
+def test_a_killed_run_can_go_on(capsys):
     """The process itself, killed between and within epochs."""
-    monkeypatch.chdir(tmp_path)
     argv = ["train", "--dataset", "digits", "--threads", "1", "--output-dir", "runs"]
     start = ["--epochs", "100000", "--name", "run", *argv[1:]]
     process = subprocess.Popen(
@@ -208,5 +209,5 @@ def test_a_killed_run_can_go_on(tmp_path, monkeypatch, capsys):
     assert main(["train", "--resume", str(run), "--epochs", str(done + 1), "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [e["epoch"] for e in events if e["event"] == "epoch"] == [done + 1]
-    rows = (run / "metrics.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == [str(n + 1) for n in range(done + 1)]
+    rows = rows_of(run / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [str(n + 1) for n in range(done + 1)]

@@ -6,19 +6,23 @@ import pytest
 import torch
 from idx_files import FILES, write_mnist
 
-from mnist_ext import _C, _build_info, _library
+from mnist_ext import _C, _build_info, _library, self_check
 from mnist_ext.app.cli import diagnosis
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.data import datasets
 
-pytestmark = pytest.mark.usefixtures("isolated")
 
+@pytest.fixture
+def examine(capsys):
+    """Return a function that runs the command and returns its exit code and report."""
 
-def examine(capsys) -> tuple[int, dict]:
-    code = main(["doctor", "--json"])
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    return code, json.loads(out)
+    def run() -> tuple[int, dict]:
+        code = main(["doctor", "--json"])
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        return code, json.loads(out)
+
+    return run
 
 
 @pytest.fixture
@@ -29,8 +33,8 @@ def found_mnist(tmp_path, monkeypatch):
     return raw
 
 
-def test_all_is_well(capsys, found_mnist, tmp_path):
-    code, report = examine(capsys)
+def test_all_is_well(examine, found_mnist, tmp_path):
+    code, report = examine()
     assert code == 0
     assert report["problems"] == []
     assert report["next_step"].startswith("mnist-ext train")
@@ -55,36 +59,44 @@ def test_table(capsys, found_mnist, tmp_path):
     assert rows[-1][0] == "next"
 
 
-def test_without_mnist_a_hint_says_where_to_put_it(capsys):
-    code, report = examine(capsys)
-    assert code == 0
-    assert any("MNIST_EXT_DATA=DIR" in hint for hint in report["hints"])
-
-
-def test_damaged_data(capsys, found_mnist):
+def test_damaged_data(capsys, examine, found_mnist):
     path = found_mnist / FILES[0]
     path.write_bytes(path.read_bytes()[:-100])
-    code, report = examine(capsys)
+    code, report = examine()
     assert code == 1
     assert report["problems"][0].startswith(f"{path} is truncated")
     assert main(["doctor"]) == 1
     assert f"next step      {path} is truncated" in capsys.readouterr().out
 
 
-def test_two_openmp_runtimes(capsys, monkeypatch):
-    monkeypatch.setattr(_build_info, "openmp_runtimes", lambda: ["/a/libgomp.so", "/b/libomp.so"])
-    code, report = examine(capsys)
+@pytest.mark.parametrize(
+    ("where", "name", "value", "problem"),
+    [
+        (_build_info, "openmp_runtimes", lambda: ["a/libgomp.so", "b/libomp.so"], "2 OpenMP runti"),
+        (torch.nn.functional, "linear", lambda *_: torch.ones(7, 17), "the kernels for baseline, "),
+        (_library, "cuda_reason", "mnist_ext._cuda cannot be loaded (x)", "mnist_ext._cuda cannot"),
+        (
+            diagnosis,
+            "_version",
+            lambda name: None if name == "tqdm" else "1.0",
+            "tqdm missing: run pip install tqdm",
+        ),
+    ],
+)
+def test_a_problem(examine, monkeypatch, where, name, value, problem):
+    monkeypatch.setattr(_library, "cuda", None)
+    monkeypatch.setattr(where, name, value)
+    code, report = examine()
     assert code == 1
-    assert "2 OpenMP runtimes are loaded" in report["problems"][0]
+    (found,) = report["problems"]
+    assert found.startswith(problem)
+    assert report["next_step"] == found
 
 
-def test_wrong_kernels(capsys, monkeypatch):
-    linear = diagnosis.F.linear
-    monkeypatch.setattr(diagnosis.F, "linear", lambda *args: linear(*args) + 0.01)
-    code, report = examine(capsys)
-    assert code == 1
-    assert "give wrong results here" in report["problems"][0]
-    assert not any(report["kernels_right"].values())
+def test_wrong_kernels(monkeypatch):
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: linear(*args) + 0.01)
+    assert set(self_check.kernels_right().values()) == {False}
 
 
 @pytest.fixture
@@ -96,39 +108,19 @@ def baseline():
     _C.set_isa(before, reason)
 
 
-def test_the_instruction_set_in_use_stays(capsys, baseline):
-    examine(capsys)
+def test_another_instruction_set_is_hinted_at_and_stays(examine, baseline):
+    code, report = examine()
+    assert code == 0
+    hinted = any("unset MNIST_EXT_ISA" in hint for hint in report["hints"])
+    assert hinted == (report["cpu_isa_available"] != ["baseline"])
     assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", "a test asked for it")
 
 
-def test_a_cuda_library_that_cannot_be_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(_library, "cuda", None)
-    monkeypatch.setattr(_library, "cuda_reason", "mnist_ext._cuda cannot be loaded (x): build")
-    code, report = examine(capsys)
-    assert code == 1
-    assert report["problems"] == ["mnist_ext._cuda cannot be loaded (x): build"]
-
-
-def test_a_missing_package(capsys, monkeypatch):
-    version = diagnosis._version
-    monkeypatch.setattr(diagnosis, "_version", lambda n: None if n == "tqdm" else version(n))
-    code, report = examine(capsys)
-    assert code == 1
-    assert report["problems"] == ["tqdm missing: run pip install tqdm"]
-
-
-def test_another_instruction_set_is_hinted_at(capsys, baseline):
-    code, report = examine(capsys)
-    assert code == 0
-    best = report["cpu_isa_available"][-1]
-    assert (best == "baseline") or any("unset MNIST_EXT_ISA" in hint for hint in report["hints"])
-
-
-def test_more_threads_than_cpus(capsys, monkeypatch):
+def test_hints_without_mnist_and_with_too_many_threads(examine, monkeypatch):
+    """And nothing is downloaded."""
     monkeypatch.setattr(diagnosis, "cpus", lambda: 0)
-    assert any("OMP_NUM_THREADS" in hint for hint in examine(capsys)[1]["hints"])
-
-
-def test_data_is_not_downloaded(capsys, monkeypatch):
     monkeypatch.setattr(datasets, "_download", lambda *args: pytest.fail("downloads"))
-    assert examine(capsys)[0] == 0
+    code, report = examine()
+    assert code == 0
+    for part in ("MNIST_EXT_DATA=DIR", "OMP_NUM_THREADS=0"):
+        assert any(part in hint for hint in report["hints"])
