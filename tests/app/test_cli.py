@@ -148,9 +148,7 @@ class TestTrain:
         assert main([*DIGITS, "--target-accuracy", "1"]) == 0
         assert capsys.readouterr().err == ""
         parts = ("is below the target of 99.9 %",)
-        refused(
-            *DIGITS, "--target-accuracy", "99.9", "--name", "x", parts=parts, code=1, out=True
-        )
+        refused(*DIGITS, "--target-accuracy", "99.9", "--name", "x", parts=parts, code=1, out=True)
         assert names_in("runs/x") == FILES_OF_A_RUN
 
 

@@ -1,17 +1,16 @@
 """``mnist-ext eval``: figures, pictures, and runs that cannot be read."""
 
-import csv
 import json
 import math
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from idx_files import TEST_SIZE, write_mnist
 from PIL import Image
-from run_folders import assert_one_line
+from run_folders import config_of, rows_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -21,14 +20,6 @@ from mnist_ext.app.cli.terminal import Terminal, table
 from mnist_ext.app.report import plots
 from mnist_ext.app.report.scores import Scores
 from mnist_ext.app.runs import trained
-
-pytestmark = pytest.mark.usefixtures("isolated")
-
-
-@pytest.fixture
-def own_run(digits_run, tmp_path) -> Path:
-    """Copy the run, to be damaged."""
-    return Path(shutil.copytree(digits_run, tmp_path / "own"))
 
 
 class TestScores:
@@ -69,8 +60,7 @@ class TestEval:
         out = capsys.readouterr().out
         report = json.loads(out)
         assert out.count("\n") == 1
-        with (digits_run / "metrics.csv").open() as file:
-            last = list(csv.DictReader(file))[-1]
+        last = rows_of(digits_run / "metrics.csv")[-1]
         assert report["accuracy"] == pytest.approx(float(last["test_accuracy"]))
         assert report["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-5)
         assert report["images"] == sum(map(sum, report["confusion"])) == 360
@@ -91,15 +81,13 @@ class TestEval:
         assert [row[0] for row in rows] == list("0123456789")
         assert {len(line) for line in lines[start + 1 :]} == {len(lines[start])}
 
-    def test_another_data_set(self, capsys, digits_run):
-        assert main(["eval", str(digits_run), "--dataset", "mnist"]) == 2
-        assert_one_line(capsys.readouterr().err, "MNIST was not found", "--data-dir")
+    def test_another_data_set(self, refused, digits_run):
+        parts = ("MNIST was not found", "--data-dir")
+        refused("eval", digits_run, "--dataset", "mnist", parts=parts)
 
     def test_the_data_folder_of_the_run_is_remembered(self, capsys, own_run, tmp_path):
-        from idx_files import TEST_SIZE, write_mnist
-
         write_mnist(tmp_path / "data")
-        config = json.loads((own_run / "config.json").read_text())
+        config = config_of(own_run)
         config["settings"]["data_dir"] = str(tmp_path / "data")
         (own_run / "config.json").write_text(json.dumps(config))
         assert main(["eval", str(own_run), "--dataset", "mnist", "--json"]) == 0
@@ -110,15 +98,16 @@ class TestEval:
             (own_run / name).unlink()
         assert main(["eval", str(own_run)]) == 0
 
-    @pytest.mark.parametrize(("target", "code"), [("10", 0), ("100", 1)])
-    def test_target_accuracy(self, capsys, digits_run, target, code):
-        assert main(["eval", str(digits_run), "--target-accuracy", target]) == code
-        if code:
-            assert_one_line(capsys.readouterr().err, "below the target of 100 %")
+    def test_target_accuracy(self, refused, digits_run):
+        assert main(["eval", str(digits_run), "--target-accuracy", "10"]) == 0
+        argv = ["eval", digits_run, "--target-accuracy", "100"]
+        refused(*argv, parts=("below the target of 100 %",), code=1, out=True)
 
 
 class TestPlots:
-    def test_pictures_are_written_into_the_run(self, capsys, own_run):
+    def test_pictures_are_written_into_the_run(self, capsys, own_run, tmp_path):
+        """And where links in it lead."""
+        (own_run / "weights.png").symlink_to(tmp_path / "elsewhere.png")
         assert main(["eval", str(own_run), "--plots"]) == 0
         out = capsys.readouterr().out
         for name in ("curves.png", "confusion.png", "mistakes.png", "weights.png"):
@@ -128,13 +117,8 @@ class TestPlots:
                 assert image.width > 300
                 # Drawn on: neither blank nor of one colour.
                 assert len(image.convert("RGB").getcolors(2**24)) > 20
-
-    def test_links_are_kept(self, own_run, tmp_path):
-        (own_run / "weights.png").symlink_to(tmp_path / "elsewhere.png")
-        assert main(["eval", str(own_run), "--plots"]) == 0
         assert (own_run / "weights.png").is_symlink()
-        with Image.open(tmp_path / "elsewhere.png") as image:
-            assert image.format == "PNG"
+        assert (tmp_path / "elsewhere.png").is_file()
 
     def test_no_mistakes_no_picture_of_them(self, digits_run, tmp_path):
         logits = torch.eye(10) * 9
@@ -144,23 +128,23 @@ class TestPlots:
         paths = plots.draw(tmp_path, model, record.epochs, scores, images, list("0123456789"))
         assert [path.name for path in paths] == ["curves.png", "confusion.png", "weights.png"]
 
-    def test_without_matplotlib_one_line_says_what_to_install(self, capsys, own_run, monkeypatch):
+    def test_without_matplotlib_one_line_says_what_to_install(self, refused, own_run, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        assert main(["eval", str(own_run), "--plots"]) == 2
-        assert_one_line(capsys.readouterr().err, "matplotlib", "pip install 'mnist-ext[plots]'")
+        parts = ("matplotlib", "pip install 'mnist-ext[plots]'")
+        refused("eval", own_run, "--plots", parts=parts)
 
-    def test_a_folder_that_cannot_be_written(self, capsys, own_run):
+    def test_a_folder_that_cannot_be_written(self, refused, own_run):
         (own_run / "curves.png").mkdir()
-        assert main(["eval", str(own_run), "--plots"]) == 2
-        assert_one_line(capsys.readouterr().err, "cannot write", "curves.png")
+        refused("eval", own_run, "--plots", parts=("cannot write", "curves.png"))
 
 
-def rewrite(path: Path, metadata: dict[str, str | None], change=lambda tensors: None) -> None:
+def rewrite(path: Path, metadata: dict[str, str | None], change=None) -> None:
     """Write the model again with other metadata, or other tensors."""
     with safe_open(path, "pt") as file:
         merged = {**file.metadata(), **metadata}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    change(tensors)
+    if change is not None:
+        change(tensors)
     save_file(tensors, path, {k: v for k, v in merged.items() if v is not None})
 
 
@@ -176,84 +160,64 @@ def to_double(tensors: dict[str, torch.Tensor]) -> None:
     tensors["1.bias"] = tensors["1.bias"].double()
 
 
-def to_nan(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["1.bias"][3] = math.nan
-
-
 class TestDamagedRuns:
-    def refuse(self, capsys, run: Path, *parts: str) -> None:
-        for command in (
-            ["eval", str(run)],
-            ["predict", str(run), "none.png"],
-            ["report", str(run)],
-        ):
-            assert main(command) == 2
-            captured = capsys.readouterr()
-            assert_one_line(captured.err, *parts)
-            assert captured.out == ""
+    @pytest.fixture
+    def all_refuse(self, refused):
+        """Return a function that runs all commands that read a run."""
 
-    def test_no_such_folder(self, capsys):
-        self.refuse(capsys, Path("nothing"), "there is no nothing", "'mnist-ext train'")
+        def run(folder: Path | str, *parts: str) -> None:
+            for command in (["eval", folder], ["predict", folder, "a.png"], ["report", folder]):
+                refused(*command, parts=parts)
 
-    def test_a_file(self, capsys):
+        return run
+
+    def test_no_run(self, all_refuse, digits_run):
+        all_refuse("nothing", "there is no nothing", "'mnist-ext train'")
         Path("file").touch()
-        self.refuse(capsys, Path("file"), "file is a file", "expected a folder")
-
-    def test_another_folder(self, capsys):
+        all_refuse("file", "file is a file", "expected a folder")
         Path("empty").mkdir()
-        self.refuse(capsys, Path("empty"), "empty has no ", "expected a folder")
+        all_refuse("empty", "empty has no ", "expected a folder")
+        all_refuse(digits_run.parent, "holds runs", str(digits_run))
 
-    def test_the_folder_of_runs_names_the_newest(self, capsys, digits_run):
-        self.refuse(capsys, digits_run.parent, "holds runs", str(digits_run))
-
-    @pytest.mark.parametrize("kept", [0, 4, 100, -1])
-    def test_a_truncated_model(self, capsys, own_run, kept):
+    @pytest.mark.parametrize("kept", [0, 4, 100, -1, None])
+    def test_a_truncated_model_and_a_pickle(self, all_refuse, own_run, kept):
         path = own_run / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:kept])
-        self.refuse(capsys, own_run, str(path), "is damaged or not a safetensors file")
-
-    def test_a_pickle_is_not_opened(self, capsys, own_run):
-        path = own_run / "model.safetensors"
-        torch.save({"1.weight": torch.zeros(1)}, path)
-        self.refuse(capsys, own_run, str(path), "is damaged or not a safetensors file")
+        if kept is None:
+            torch.save({"1.weight": torch.zeros(1)}, path)
+        else:
+            path.write_bytes(path.read_bytes()[:kept])
+        all_refuse(own_run, str(path), "is damaged or not a safetensors file")
 
     @pytest.mark.parametrize(
-        ("metadata", "part"),
+        ("metadata", "change", "part"),
         [
-            ({"hidden": None}, "'hidden'"),
-            ({"hidden": "32,x"}, "hidden '32,x'"),
-            ({"hidden": "32,16"}, "4 tensors for 3 layers"),
-            ({"hidden": "999999999"}, "1.bias is float32 of shape (32,)"),
-            ({"hidden": "9" * 5000}, "hidden"),
-            ({"activation": "tanh"}, "activation 'tanh'"),
-            ({"activation": "none"}, "the tensors"),
-            ({"std": "0"}, "std 0.0"),
-            ({"mean": "nan"}, "mean 'nan'"),
-            ({"epoch": "-1"}, "epoch '-1'"),
+            ({"hidden": None}, None, "'hidden'"),
+            ({"hidden": "32,x"}, None, "hidden '32,x'"),
+            ({"hidden": "32,16"}, None, "4 tensors for 3 layers"),
+            ({"hidden": "999999999"}, None, "1.bias is float32 of shape (32,)"),
+            ({"hidden": "9" * 5000}, None, "hidden"),
+            ({"activation": "tanh"}, None, "activation 'tanh'"),
+            ({"activation": "none"}, None, "the tensors"),
+            ({"std": "0"}, None, "std 0.0"),
+            ({"mean": "nan"}, None, "mean 'nan'"),
+            ({"epoch": "-1"}, None, "epoch '-1'"),
+            (
+                {},
+                transpose,
+                "1.weight is float32 of shape (784, 32) where float32 of shape (32, 784)",
+            ),
+            ({}, rename, "first.weight"),
+            ({}, to_double, "1.bias is float64"),
         ],
     )
-    def test_foreign_metadata(self, capsys, own_run, metadata, part):
+    def test_a_foreign_model(self, all_refuse, own_run, metadata, change, part):
         path = own_run / "model.safetensors"
-        rewrite(path, metadata)
-        self.refuse(capsys, own_run, f"{path} is not a model of 'mnist-ext train'", part)
+        rewrite(path, metadata, change)
+        all_refuse(own_run, f"{path} is not a model of 'mnist-ext train'", part)
 
-    @pytest.mark.parametrize(
-        ("change", "part"),
-        [
-            (transpose, "1.weight is float32 of shape (784, 32) where float32 of shape (32, 784)"),
-            (rename, "first.weight"),
-            (to_double, "1.bias is float64"),
-        ],
-    )
-    def test_foreign_tensors(self, capsys, own_run, change, part):
-        path = own_run / "model.safetensors"
-        rewrite(path, {}, change)
-        self.refuse(capsys, own_run, f"{path} is not a model of 'mnist-ext train'", part)
-
-    def test_an_unknown_data_set(self, capsys, own_run):
+    def test_an_unknown_data_set(self, refused, own_run):
         rewrite(own_run / "model.safetensors", {"dataset": "cifar"})
-        assert main(["eval", str(own_run)]) == 2
-        assert_one_line(capsys.readouterr().err, "'cifar'", "--dataset")
+        refused("eval", own_run, parts=("'cifar'", "--dataset"))
 
     @pytest.mark.parametrize(
         ("name", "content"),

@@ -62,35 +62,21 @@ IMPORTS = {
 @pytest.mark.parametrize("torch", IMPORTS)
 def test_ctrl_c_while_torch_is_imported(entry, torch):
     Path("torch.py").write_text(f"import sys, time\nprint('now', flush=True)\n{IMPORTS[torch]}")
-    with started([*entry, "train"]) as process:
+    with subprocess.Popen(
+        [*entry, "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "now\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, LINE)
 
 
-def started(argv: list[str]) -> subprocess.Popen:
-    # What a shell starts in the background ignores Ctrl-C, and so would this.
-    return subprocess.Popen(
-        argv,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-@pytest.fixture
-def answered():
-    """Ctrl-C as in a process of the command line."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    interrupts.answer()
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("answered")
 class TestCleaningUp:
+    @pytest.fixture(autouse=True)
+    def answered(self):
+        """Ctrl-C as in a process of the command line."""
+        interrupts.answer()
+
     def test_ctrl_c_raises_each_time(self):
         for _ in range(2):
             with cleaning_up():
@@ -126,14 +112,11 @@ class TestCleaningUp:
 
 
 def test_what_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        interrupts.answer()
-        with StopRequest() as stop:
-            signal.raise_signal(signal.SIGINT)
-        assert stop.signal is None
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts.answer()
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.signal is None
 
 
 def test_a_terminal_that_is_gone_takes_what_is_printed_later(monkeypatch):

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from run_folders import assert_one_line
+from run_folders import config_of, names_in
 
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.report import charts
 from mnist_ext.app.runs import trained
-
-pytestmark = pytest.mark.usefixtures("isolated")
 
 VOID = {"meta", "img", "br", "line", "polyline"}
 
@@ -55,10 +53,10 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def own_run(digits_run, tmp_path) -> Path:
-    """Copy the run, with settings that must be escaped."""
-    run = Path(shutil.copytree(digits_run, tmp_path / "a<b>&c"))
-    config = json.loads((run / "config.json").read_text())
+def odd_run(own_run) -> Path:
+    """Return a run with settings that must be escaped."""
+    run = own_run.rename(own_run.with_name("a<b>&c"))
+    config = config_of(run)
     config["resumed"] = [{"started": "first time"}, {"started": "second time"}]
     config["settings"]["name"] = "<script>alert('x')</script> & <img src=http://example.com/x>"
     (run / "config.json").write_text(json.dumps(config))
@@ -66,27 +64,27 @@ def own_run(digits_run, tmp_path) -> Path:
 
 
 @pytest.fixture
-def written(own_run, capsys) -> str:
-    assert main(["report", str(own_run)]) == 0
-    path = own_run / "report.html"
+def written(odd_run, capsys) -> str:
+    assert main(["report", str(odd_run)]) == 0
+    path = odd_run / "report.html"
     assert capsys.readouterr().out == f"written to {path}\n"
     return path.read_text(encoding="utf-8")
 
 
 class TestPage:
-    def test_it_contains_the_figures(self, written, own_run, capsys):
-        assert main(["eval", str(own_run), "--json"]) == 0
+    def test_it_contains_the_figures(self, written, odd_run, capsys):
+        assert main(["eval", str(odd_run), "--json"]) == 0
         scores = json.loads(capsys.readouterr().out)
         page = Page(written)
         assert f"{scores['accuracy']:.2f} %" in page.text
         assert f"standard error {scores['accuracy_standard_error']:.2f}" in page.text
         for row in scores["classes"]:
             assert f"{row['recall']:.2f}" in page.text
-        for epoch in trained.load_record(own_run).epochs:
+        record = trained.load_record(odd_run)
+        for epoch in record.epochs:
             assert f"{epoch.train_loss:.4f}" in page.text
-        record = trained.load_record(own_run).config
-        for value in (record["environment"]["torchvision"], str(record["settings"]["lr"])):
-            assert value in page.text
+        assert record.config["environment"]["torchvision"] in page.text
+        assert str(record.config["settings"]["lr"]) in page.text
         wrong = scores["images"] - sum(scores["confusion"][i][i] for i in range(10))
         assert len(page.all("img")) == min(24, wrong) > 0
         cells = re.search(r'<table class="confusion">.*?</table>', written, re.DOTALL)[0]
@@ -127,7 +125,7 @@ class TestPage:
     def test_output(self, digits_run, capsys):
         assert main(["report", str(digits_run), "--output", "page.html"]) == 0
         assert Path("page.html").read_text().startswith("<!doctype html>")
-        assert [path.name for path in Path().iterdir()] == ["page.html"]
+        assert names_in() == ["page.html"]
 
     def test_output_to_what_is_no_regular_file(self, digits_run, capfdbinary):
         """Devices and pipes are written to and stay what they are; links lead to the file."""
@@ -161,14 +159,13 @@ class TestPage:
         assert "lat\\xe9\\x1b[31m/report.html" in capsys.readouterr().out
         Page((run / "report.html").read_text(encoding="utf-8"))
 
-    def test_a_file_that_cannot_be_written(self, digits_run, capsys):
-        assert main(["report", str(digits_run), "--output", "no/page.html"]) == 2
-        assert_one_line(capsys.readouterr().err, "cannot write no/page.html", "--output")
+    def test_a_file_that_cannot_be_written(self, digits_run, refused):
+        argv = ["report", digits_run, "--output", "no/page.html"]
+        refused(*argv, parts=("cannot write no/page.html", "--output"))
 
-    def test_a_run_without_metrics(self, own_run, capsys):
+    def test_a_run_without_metrics(self, own_run, refused):
         (own_run / "metrics.csv").unlink()
-        assert main(["report", str(own_run)]) == 2
-        assert_one_line(capsys.readouterr().err, "has no metrics.csv", "first epoch")
+        refused("report", own_run, parts=("has no metrics.csv", "first epoch"))
 
 
 class TestCharts:

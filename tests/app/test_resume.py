@@ -353,7 +353,10 @@ class TestWhatMayChange:
     @pytest.mark.parametrize(
         ("change", "part"),
         [
-            (lambda _, v: v["dataset"].update(mean=v["dataset"]["mean"] + 1e-9), "other data: mean"),
+            (
+                lambda _, v: v["dataset"].update(mean=v["dataset"]["mean"] + 1e-9),
+                "other data: mean",
+            ),
             (lambda t, _: t.update({"model.1.weight": torch.zeros(3, 3)}), "does not fit"),
             (lambda _, v: v["settings"].update(speed=1), "of another version of mnist_ext"),
         ],

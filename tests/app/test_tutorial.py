@@ -37,10 +37,8 @@ def test_on_the_digits(tutorial, capsys):
 
 @pytest.mark.mnist
 def test_on_mnist(tutorial, capsys):
-    assert tutorial("--data-dir", MNIST_FOLDER) == 0
-    out = capsys.readouterr().out
-    assert "mnist: 60,000 training images" in out
-    assert "epoch 5 " in out
+    assert tutorial("--data-dir", MNIST_FOLDER, "--epochs", "1") == 0
+    assert "mnist: 60,000 training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("operator", ["linear", "cross_entropy"])
