@@ -4,14 +4,11 @@ import html.parser
 import json
 import os
 import re
-import shutil
 import stat
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from run_folders import config_of, names_in
 
 from mnist_ext.app.cli.main import main
@@ -202,59 +199,3 @@ class TestCharts:
         few = charts.thinned(range(1000))
         assert len(few) == 200
         assert (few[0], few[-1]) == (0, 999)
-
-
-def browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-@pytest.mark.skipif(browser() is None, reason="needs a browser: chromium or chrome, headless")
-class TestInABrowser:
-    FLAGS = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-    )
-
-    def run(self, tmp_path: Path, *options: str) -> str:
-        command = [browser(), *self.FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *options]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    @pytest.mark.parametrize(("scheme", "bright"), [("light", True), ("dark", False)])
-    def test_it_is_drawn_in_both_colour_schemes(self, written, tmp_path, scheme, bright):
-        page, shot = tmp_path / "page.html", tmp_path / "shot.png"
-        page.write_text(written)
-        # 0 is dark, 1 is light, in Chromium's list of settings.
-        setting = f"--blink-settings=preferredColorScheme={int(bright)}"
-        self.run(tmp_path, setting, "--window-size=800,1200", f"--screenshot={shot}", page.as_uri())
-        with Image.open(shot) as image:
-            corner = image.convert("L").getpixel((2, 2))
-            colors = len(image.convert("RGB").getcolors(2**24))
-        assert (corner > 200) == bright
-        assert colors > 50
-
-    def test_nothing_is_wider_than_a_phone(self, written, tmp_path):
-        """The page does not scroll sideways: its tables do so by themselves."""
-        probe = (
-            "<script>document.title = document.documentElement.scrollWidth + ' of ' + "
-            "innerWidth</script></body>"
-        )
-        page = tmp_path / "page.html"
-        without_policy = re.sub(r"<meta http-equiv=.*?>", "", written)
-        # In a frame, as no window of a browser is that narrow.
-        page.write_text(without_policy.replace("</body>", probe))
-        frame = tmp_path / "frame.html"
-        frame.write_text(
-            '<iframe src="page.html" width="360" height="800"></iframe><script>onload = () => '
-            "{ document.title = document.querySelector('iframe').contentDocument.title }</script>"
-        )
-        options = ("--allow-file-access-from-files", "--dump-dom", "--virtual-time-budget=2000")
-        dom = self.run(tmp_path, *options, frame.as_uri())
-        assert re.search(r"<title>360 of 360</title>", dom), dom[:500]

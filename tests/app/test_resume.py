@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed is, in every bit, the run that was not."""
 
+import csv
 import errno
 import os
 import shlex
@@ -193,27 +194,38 @@ def change_checkpoint(change) -> None:
 
 
 class TestDisk:
-    def test_full_after_an_epoch(self, refused, monkeypatch):
-        replace_file = run_module.replace_file
+    @pytest.mark.parametrize("file", ["model.safetensors", "metrics.csv"])
+    def test_full_after_an_epoch(self, refused, monkeypatch, file):
+        replace_file, writer = run_module.replace_file, csv.DictWriter
 
-        def full(path, content):
-            if path.name == "model.safetensors" and path.exists():
+        def full_for_models(path, content):
+            if path.name == file and path.exists():
                 failing(errno.ENOSPC)()
             replace_file(path, content)
 
+        def full_for_metrics(stream, *args, **options):
+            if Path(stream.name).name == file and stream.tell():
+                failing(errno.ENOSPC)()
+            return writer(stream, *args, **options)
+
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "replace_file", full)
-            parts = ("error: cannot write runs/a run/model.safetensors: No space",)
+            patch.setattr(run_module, "replace_file", full_for_models)
+            patch.setattr(csv, "DictWriter", full_for_metrics)
+            parts = (f"error: cannot write runs/a run/{file}: No space",)
             err = refused(*DIGITS, "--epochs", "3", "--name", "a run", parts=parts)
         # The advice is obeyed word by word.
         command = err.split("; mend that, then continue with: mnist-ext ")[1]
         assert main([*shlex.split(command), "--quiet"]) == 0
         assert [row["epoch"] for row in metrics_of(Path("runs/a run"))] == ["1", "2", "3"]
 
-    def test_full_before_the_first_epoch(self, refused, monkeypatch):
+    @pytest.mark.parametrize("others", [[], ["other"]])
+    def test_full_before_the_first_epoch(self, refused, monkeypatch, others):
+        for name in others:
+            Path("runs", name).mkdir(parents=True)
         monkeypatch.setattr(checkpoint, "replace_file", failing(errno.ENOSPC))
         refused(*DIGITS, parts=("choose another folder with --output-dir",))
-        assert names_in() == []
+        assert names_in() == ["runs"] * len(others)
+        assert [path.name for path in Path("runs").glob("*")] == others
 
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
     def test_folders_that_cannot_be_synced(self, monkeypatch, number):
@@ -353,10 +365,7 @@ class TestWhatMayChange:
     @pytest.mark.parametrize(
         ("change", "part"),
         [
-            (
-                lambda _, v: v["dataset"].update(mean=v["dataset"]["mean"] + 1e-9),
-                "other data: mean",
-            ),
+            (lambda _, v: v["dataset"].update(mean=0.1), "other data: mean of digits was 0.1, "),
             (lambda t, _: t.update({"model.1.weight": torch.zeros(3, 3)}), "does not fit"),
             (lambda _, v: v["settings"].update(speed=1), "of another version of mnist_ext"),
         ],

@@ -107,10 +107,3 @@ class TestOutput:
         monkeypatch.setitem(sys.modules, module, None)
         refused(*argv, parts=(f"pip install 'mnist-ext[{package}]'",))
         assert names_in() == []
-
-    def test_help_is_in_groups(self, capsys):
-        with pytest.raises(SystemExit, match="0"):
-            main(["train", "--help"])
-        out = capsys.readouterr().out
-        for group in ("data:", "model:", "training:", "output:", "(default: 100)"):
-            assert group in out
