@@ -11,16 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from idx_files import FILES, write_mnist
 from run_folders import assert_one_line, config_of, names_in, rows_of
 from safetensors import safe_open
 
 from mnist_ext.app.cli.commands import train_run
 from mnist_ext.app.cli.main import main
-from mnist_ext.app.data import datasets
-from mnist_ext.app.training.models import mlp
 from mnist_ext.app.training.settings import TrainConfig
-from mnist_ext.app.training.trainer import EpochMetrics, Trainer, evaluate
+from mnist_ext.app.training.trainer import EpochMetrics, Trainer
 
 DIGITS = ["train", "--dataset", "digits", "--epochs", "2", "--lr", "0.1"]
 FILES_OF_A_RUN = ["checkpoint.safetensors", "config.json", "metrics.csv", "model.safetensors"]
@@ -106,28 +103,6 @@ class TestTrain:
         assert config["environment"]["build"]["torch"] == torch.__version__
         assert config["started"].startswith("20")
 
-    @pytest.mark.parametrize("impl", ["ext", "torch"])
-    def test_the_model_reloads_with_the_accuracy_written(self, impl):
-        assert main([*DIGITS, "--impl", impl, "--activation", "relu", "--hidden", "32,16"]) == 0
-        assert names_in(the_run()) == FILES_OF_A_RUN
-        with safe_open(the_run() / "model.safetensors", "pt") as file:
-            metadata = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        assert (metadata["dataset"], metadata["epoch"]) == ("digits", "2")
-        assert metadata["hidden"] == "32,16"
-        model = mlp((32, 16), metadata["activation"])
-        model.load_state_dict(state)
-        loss, accuracy = evaluate(
-            model,
-            torch.nn.CrossEntropyLoss(),
-            datasets.load("digits").test,
-            float(metadata["mean"]),
-            float(metadata["std"]),
-        )
-        last = rows_of(the_run() / "metrics.csv")[-1]
-        assert accuracy == pytest.approx(float(last["test_accuracy"]))
-        assert loss == pytest.approx(float(last["test_loss"]), rel=1e-5)
-
     def test_no_run_is_overwritten(self):
         for _ in range(3):
             assert main([*DIGITS, "--name", "mine", "--output-dir", "new/folder"]) == 0
@@ -207,15 +182,6 @@ def test_help(capsys, command, parts):
     assert [part for part in parts if part not in out] == []
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "auto"])
-def test_a_damaged_data_file_is_named(refused, tmp_path, dataset):
-    path = write_mnist(tmp_path / "data") / FILES[0]
-    path.write_bytes(path.read_bytes()[:-100])
-    argv = ["train", "--dataset", dataset, "--data-dir", tmp_path / "data"]
-    refused(*argv, parts=(f"{path} is truncated",))
-    assert names_in() == []
-
-
 @pytest.mark.parametrize("output", ["file", "file/below/it"])
 def test_an_output_folder_that_cannot_be_written(refused, output):
     Path("file").touch()
@@ -235,17 +201,6 @@ class TestStreams:
             monkeypatch.setattr(sys, "stdout", stream)
             refused(*argv, parts=("standard output: No space left on device",))
             stream.flush()  # as Python does when it exits
-
-    @pytest.mark.parametrize("argv", [["--version"], ["doctor"]])
-    def test_standard_output_is_closed(self, refused, monkeypatch, argv):
-        monkeypatch.setattr(sys, "stdout", None)
-        refused(*argv, parts=("standard output: Bad file descriptor",))
-
-    def test_standard_error_takes_nothing(self, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "stderr", None)
-        assert main(["--nothing"]) == 2
-        assert capsys.readouterr().out == ""
-        sys.stderr.flush()
 
     @pytest.mark.parametrize("stream", [">/dev/full", ">&-", ">/dev/full 2>&1", ">&- 2>&-"])
     def test_as_a_process(self, stream, monkeypatch):

@@ -55,12 +55,16 @@ class TestScores:
 
 
 class TestEval:
-    def test_json_agrees_with_the_training(self, capsys, digits_run):
-        assert main(["eval", str(digits_run), "--json"]) == 0
+    @pytest.mark.parametrize("impl", ["ext", "torch"])
+    def test_json_agrees_with_the_training(self, capsys, impl):
+        argv = ["train", "--dataset", "digits", "--epochs", "2", "--hidden", "32,16"]
+        assert main([*argv, "--name", "run", "--impl", impl, "--quiet"]) == 0
+        assert main(["eval", "runs/run", "--json"]) == 0
         out = capsys.readouterr().out
         report = json.loads(out)
         assert out.count("\n") == 1
-        last = rows_of(digits_run / "metrics.csv")[-1]
+        assert report["epoch"] == 2
+        last = rows_of(Path("runs/run/metrics.csv"))[-1]
         assert report["accuracy"] == pytest.approx(float(last["test_accuracy"]))
         assert report["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-5)
         assert report["images"] == sum(map(sum, report["confusion"])) == 360

@@ -1,13 +1,11 @@
 """The tutorial runs to its end, and notices an operator that computes something else."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
-MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")
 SCRIPT = Path(__file__).parents[2] / "examples" / "tutorial.py"
 
 
@@ -33,12 +31,6 @@ def test_on_the_digits(tutorial, capsys):
     assert out.endswith("all checks passed\n")
     for section in range(1, 7):
         assert f"\n{section}. " in out
-
-
-@pytest.mark.mnist
-def test_on_mnist(tutorial, capsys):
-    assert tutorial("--data-dir", MNIST_FOLDER, "--epochs", "1") == 0
-    assert "mnist: 60,000 training images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("operator", ["linear", "cross_entropy"])

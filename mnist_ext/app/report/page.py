@@ -1,4 +1,7 @@
-"""A run as one HTML page that needs nothing else: no script, no font, no request."""
+"""A run as one HTML page that needs nothing else: no script, no font, no request.
+
+It is XML too, so that any parser can check it.
+"""
 
 import base64
 import io
@@ -50,12 +53,12 @@ def page(trained: Trained, record: Record, dataset: Dataset, scores: Scores) -> 
         f'<section aria-labelledby="s{i}">\n<h2 id="s{i}">{title}</h2>\n{content}\n</section>'
         for i, (title, content) in enumerate(sections, start=1)
     )
-    return f"""<!doctype html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}"/>
 <title>{escape(name)} - mnist_ext</title>
 <style>
 {style}</style>
@@ -95,7 +98,7 @@ def _summary(trained: Trained, record: Record, dataset: Dataset, scores: Scores)
             for title, value, note in tiles
         )
         + "\n</dl>\n"
-        '<p class="soft">Standard error: sqrt(p (1 &minus; p) / n) in points of percent; it is of '
+        '<p class="soft">Standard error: sqrt(p (1 - p) / n) in points of percent; it is of '
         "the choice of the test images, not of the training's seed.</p>"
     )
 
@@ -183,8 +186,8 @@ def _mistakes(scores: Scores, images: Tensor, names: Sequence[str]) -> str:
         is_, taken = escape(names[mistake.label]), escape(names[mistake.prediction])
         items.append(
             f'<li><figure><img src="{_png(images[mistake.index])}" width="28" height="28" '
-            f'alt="test image {mistake.index}: {is_}, taken for {taken}">'
-            f"<figcaption>{is_}, not {taken}<br>{escape(sure(mistake.confidence))} sure"
+            f'alt="test image {mistake.index}: {is_}, taken for {taken}"/>'
+            f"<figcaption>{is_}, not {taken}<br/>{escape(sure(mistake.confidence))} sure"
             "</figcaption></figure></li>"
         )
     return (
