@@ -34,6 +34,8 @@ def unreachable(isolated, monkeypatch):
 
 class TestDigits:
     def test_shapes_and_types(self):
+        with pytest.raises(UserError, match="unknown data set 'cifar'"):
+            load("cifar")
         digits = load("digits")
         assert (len(digits.train), len(digits.test)) == (1437, 360)
         assert digits.notice is None
@@ -136,15 +138,18 @@ class TestSearch:
 
     @pytest.mark.parametrize("given", [".", "MNIST", "MNIST/raw", "elsewhere", "elsewhere/raw"])
     @pytest.mark.parametrize("dotted", [False, True])
-    @pytest.mark.parametrize("packed", [False, True])
-    def test_files_in_another_form(self, tmp_path, given, dotted, packed):
+    @pytest.mark.parametrize("form", ["plain", "packed", "in a folder of its name"])
+    def test_files_in_another_form(self, tmp_path, given, dotted, form):
+        """Kaggle's archive has each file twice, once in a folder of its name."""
         expected = load("auto", write_mnist(tmp_path / "as usual").parent.parent)
         raw = write_mnist(tmp_path)
         for file in FILES:
-            path = (raw / file).rename(raw / (file.replace("-idx", ".idx") if dotted else file))
-            if packed:
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-                path.unlink()
+            content = (raw / file).read_bytes()
+            (raw / file).unlink()
+            name = file.replace("-idx", ".idx") if dotted else file
+            path = raw / {"plain": name, "packed": f"{name}.gz"}.get(form, f"{name}/{name}")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(gzip.compress(content) if form == "packed" else content)
         if given.startswith("elsewhere"):
             (tmp_path / given).parent.mkdir(exist_ok=True)
             raw.rename(tmp_path / given)
@@ -153,31 +158,22 @@ class TestSearch:
         assert torch.equal(loaded.train.images, expected.train.images)
         assert torch.equal(loaded.test.labels, expected.test.labels)
 
-    def test_files_in_folders_of_their_names(self, tmp_path):
-        """Kaggle's archive has each file twice, once like that."""
-        raw = write_mnist(tmp_path)
-        for file in FILES:
-            (raw / file).rename(raw / "file")
-            (raw / file).mkdir()
-            (raw / "file").rename(raw / file / file)
-        assert load("auto", raw).name == "mnist"
-
-    @pytest.mark.parametrize("given", ["FashionMNIST", "FashionMNIST/raw", "my-fashion", "KMNIST"])
-    @pytest.mark.parametrize("name", ["auto", "mnist"])
-    def test_the_folder_of_another_data_set(self, tmp_path, given, name):
-        write_mnist(tmp_path, given.split("/")[0])
-        found = "kmnist, not MNIST: pass another folder"
-        if "ashion" in given:
-            found = "Fashion-MNIST, not MNIST: pass --dataset fashion-mnist"
+    @pytest.mark.parametrize(
+        ("folder", "given", "name", "found"),
+        [
+            ("FashionMNIST", "FashionMNIST", "auto", "Fashion-MNIST, not MNIST: pass --dataset"),
+            ("FashionMNIST", "FashionMNIST/raw", "mnist", "Fashion-MNIST, not MNIST: pass --data"),
+            ("my-fashion", "my-fashion", "mnist", "Fashion-MNIST, not MNIST: pass --dataset fash"),
+            ("KMNIST", "KMNIST", "auto", "kmnist, not MNIST: pass another folder"),
+            ("MNIST", "MNIST", "fashion-mnist", "MNIST, not Fashion-MNIST: pass --dataset mnist"),
+            ("MNIST", "MNIST/raw", "fashion-mnist", "MNIST, not Fashion-MNIST: pass --dataset "),
+        ],
+    )
+    def test_the_folder_of_another_data_set(self, tmp_path, folder, given, name, found):
+        write_mnist(tmp_path, folder)
         with pytest.raises(UserError, match=f" holds {found}"):
             load(name, tmp_path / given)
-
-    def test_mnists_folder_is_not_fashions(self, tmp_path):
-        raw = write_mnist(tmp_path)
-        for given in (raw, raw.parent):
-            with pytest.raises(UserError, match="holds MNIST, not Fashion-MNIST"):
-                load("fashion-mnist", given)
-        assert find("fashion-mnist", tmp_path) is None
+        assert find("fashion-mnist" if name == "fashion-mnist" else "mnist", tmp_path) is None
 
     def test_the_labels_distinguish_the_sets(self, tmp_path):
         raw = write_mnist(tmp_path, "files")
@@ -197,8 +193,6 @@ class TestSearch:
         with pytest.raises(UserError, match=r"\$MNIST_EXT_DATA is .*/misspelt, and there is no"):
             load("auto")
         assert not (tmp_path / "misspelt").exists()
-
-    def test_a_file_in_place_of_the_folder(self, tmp_path):
         (tmp_path / "archive.zip").touch()
         with pytest.raises(UserError, match=r"archive\.zip is a file; pass the folder"):
             load("auto", tmp_path / "archive.zip")
@@ -209,10 +203,6 @@ class TestSearch:
         assert load("auto", "data").source == source
         assert main(["train", "--data-dir", "data", "--epochs", "1", "--name", "run"]) == 0
         assert config_of(Path("runs/run"))["settings"]["data_dir"] == source
-
-    def test_unknown_name(self):
-        with pytest.raises(UserError, match="unknown data set 'cifar'"):
-            load("cifar")
 
     @pytest.mark.mnist
     def test_mnist_itself(self):
