@@ -29,15 +29,12 @@ class TestScores:
         labels=torch.tensor([0, 0, 0, 1, 2]),
     )
 
-    def test_confusion_has_truth_by_row(self):
+    def test_figures_by_class_and_of_all(self):
+        """Truth by row."""
         assert self.SCORES.confusion.tolist() == [[2, 0, 1], [1, 0, 0], [0, 0, 1]]
         assert self.SCORES.support == [3, 1, 1]
-
-    def test_precision_and_recall(self):
         assert self.SCORES.precision == [pytest.approx(200 / 3), None, 50]
         assert self.SCORES.recall == [pytest.approx(200 / 3), 0, 100]
-
-    def test_accuracy_and_its_standard_error(self):
         assert self.SCORES.accuracy == 60
         assert self.SCORES.standard_error == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 5))
 

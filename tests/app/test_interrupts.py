@@ -101,14 +101,11 @@ class TestCleaningUp:
             begun.append(True)
 
     def test_or_in_place_of_what_it_was_turned_into(self):
-        with pytest.raises(KeyboardInterrupt), cleaning_up():
-            self.turn_into(ImportError)
-
-    def turn_into(self, error: type[Exception]) -> None:
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise error from None
+        with pytest.raises(KeyboardInterrupt), cleaning_up():  # noqa: PT012
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError from None
 
 
 def test_what_is_ignored_stays_ignored():
