@@ -23,6 +23,9 @@ from mnist_ext.app.files.writing import replace_file
 FILE_NAME = "checkpoint.safetensors"
 FORMAT = "mnist_ext checkpoint 1"
 
+# The tensors, and the values that JSON can hold.
+Saved = tuple[dict[str, Tensor], dict[str, Any]]
+
 
 def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Replace the checkpoint ``path``; it is whole at every moment.
@@ -75,7 +78,7 @@ def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path) -> Saved:
     """Return the tensors, on the CPU, and the values of a checkpoint.
 
     Raises:

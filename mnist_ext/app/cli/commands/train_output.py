@@ -53,7 +53,9 @@ class Output:
         """Show that the run was complete before, and how to train on."""
 
     def note(self, text: str) -> None:
-        """Print what is worth knowing on standard error."""
+        """Print what is worth knowing on standard error, if this kind of output prints at all."""
+        if type(self) is not Output:
+            self.print_message(f"note: {text}")
 
     def print_message(self, text: str) -> None:
         """Print what must be known, an error above all, on standard error."""
@@ -125,10 +127,6 @@ class Lines(Output):
         """Print it."""
         self._print(text)
 
-    def note(self, text: str) -> None:
-        """Print it."""
-        self.print_message(f"note: {text}")
-
     def print_message(self, text: str) -> None:
         """Print it, not on the bar's line."""
         with self._without_bar():
@@ -181,10 +179,6 @@ class Json(Output):
     def end(self, metrics: EpochMetrics, path: Path | None) -> None:
         """Print where the run is, and its last metrics."""
         self._print("end", {"run": None if path is None else str(path), **asdict(metrics)})
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        self.print_message(f"note: {text}")
 
     def _print(self, event: str, values: dict[str, Any]) -> None:
         # JSON has neither NaN nor infinity.

@@ -22,6 +22,7 @@ from mnist_ext.app.data import datasets
 from mnist_ext.app.files.folders import locked
 from mnist_ext.app.files.writing import remove_partials
 from mnist_ext.app.runs import checkpoint
+from mnist_ext.app.runs.checkpoint import Saved
 from mnist_ext.app.runs.run import REPLACED, Run, describe
 from mnist_ext.app.training import distributed
 from mnist_ext.app.training.distributed import Processes
@@ -72,7 +73,7 @@ def run_training(request: Request) -> int:
 
 def _run(request: Request, processes: Processes) -> int:
     with ExitStack() as stack:
-        saved: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        saved: Saved | None = None
         config, first = request.config, processes.rank == 0
         if request.resume is not None:
             if first and (request.resume / checkpoint.FILE_NAME).is_file():
@@ -302,7 +303,7 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
 
 def _load(
     config: TrainConfig,
-    saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    saved: Saved | None,
     processes: Processes,
     device: torch.device,
 ) -> datasets.Dataset:
@@ -325,9 +326,7 @@ def _load(
     return dataset
 
 
-def _restore(
-    trainer: Trainer, saved: tuple[dict[str, Tensor], dict[str, Any]], path: Path | None
-) -> None:
+def _restore(trainer: Trainer, saved: Saved, path: Path | None) -> None:
     try:
         trainer.load_state(*saved)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -335,7 +334,7 @@ def _restore(
         raise UserError(f"the checkpoint in {path} does not fit its settings ({reason})") from error
 
 
-def _last_metrics(saved: tuple[dict[str, Tensor], dict[str, Any]] | None) -> EpochMetrics | None:
+def _last_metrics(saved: Saved | None) -> EpochMetrics | None:
     if saved is None or saved[1]["metrics"] is None:
         return None
     return EpochMetrics(**saved[1]["metrics"])
@@ -345,7 +344,7 @@ def _open_run(
     request: Request,
     config: TrainConfig,
     dataset: datasets.Dataset,
-    saved: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    saved: Saved | None,
 ) -> Run:
     environment = _environment(request.command)
     if saved is None or request.resume is None:
