@@ -262,7 +262,9 @@ class TestTerminal:
         pixels = torch.tensor([[0, 255, 0, 255], [0, 0, 255, 255]], dtype=torch.uint8)
         assert Terminal(False, True).picture(pixels) == [" ▀▄█"]
         assert Terminal(False, False).picture(pixels) == [" ==@"]
-        assert Terminal(True, True).picture(pixels[:, :1]) == ["\x1b[38;5;16;48;5;16m▀\x1b[0m"]
+        greys = torch.tensor([[0, 128], [255, 128]], dtype=torch.uint8)
+        colored = "\x1b[38;5;16;48;5;231m▀\x1b[38;5;244;48;5;244m▀\x1b[0m"
+        assert Terminal(True, True).picture(greys) == [colored]
 
     def test_table(self):
         rows = [["a", "bb"], ["ccc", "1"]]
