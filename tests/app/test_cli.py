@@ -224,9 +224,10 @@ class TestStreams:
 
         with ThreadPoolExecutor(1) as pool:
             line = pool.submit(read_a_line)
-            argv = [*DIGITS, "--epochs", "100000", "--name", "run"]
-            assert main(argv) == 141
-        stream.close()  # has nothing left to write
+            try:
+                assert main([*DIGITS, "--epochs", "100000", "--name", "run"]) == 141
+            finally:
+                stream.close()  # has nothing left to write
         assert line.result().startswith("dataset    digits")
         assert capsys.readouterr().err == ""
         assert Path("runs/run/checkpoint.safetensors").exists()

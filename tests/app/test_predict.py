@@ -316,8 +316,10 @@ class TestPredict:
 
         with ThreadPoolExecutor(1) as pool:
             shown = pool.submit(read)
-            refused("predict", digits_run, seven, "-", parts=("-: ", "is a terminal"))
-            print("the end", flush=True)
+            try:
+                refused("predict", digits_run, seven, "-", parts=("-: ", "is a terminal"))
+            finally:
+                print("the end", flush=True)
         assert b"\x1b[38;5;231" in shown.result()
         assert "▀".encode() in shown.result()
         for file in (sys.stdin, sys.stdout):

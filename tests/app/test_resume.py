@@ -310,6 +310,8 @@ class TestDivergence:
         assert main(["eval", str(RUN)]) == 0
         err = capsys.readouterr().err
         assert err.count("% is at chance: the same answer to every image ") == notes
+        assert train("--epochs", "2", "--lr", lr) == 0  # quietly
+        assert capsys.readouterr().err == ""
 
 
 class TestWhatMayChange:
