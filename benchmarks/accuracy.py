@@ -10,7 +10,9 @@ import time
 import torch
 from provenance import describe
 
-from mnist_ext import data, settings, training
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training import settings
+from mnist_ext.app.training.trainer import Trainer, build
 
 
 def main() -> None:
@@ -21,12 +23,12 @@ def main() -> None:
     args = parser.parse_args()
 
     print(describe())
-    dataset = data.load("mnist", args.data_dir)
+    dataset = datasets.load("mnist", args.data_dir)
     accuracies = []
     for seed in args.seeds:
         config = settings.TrainConfig(impl=args.impl, seed=seed, **settings.RECIPES["best"])
         started = time.perf_counter()
-        trainer = training.Trainer(*training.build(config, torch.device("cpu")), config, dataset)
+        trainer = Trainer(*build(config, torch.device("cpu")), config, dataset)
         *_, last = (trainer.train_epoch() for _ in range(config.epochs))
         accuracies.append(last.test_accuracy)
         print(

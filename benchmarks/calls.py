@@ -35,10 +35,10 @@ class Empty(torch.autograd.Function):
         return grad_output
 
 
-def show(what: str, **contestants: Callable[[], object]) -> None:
-    best = dict.fromkeys(contestants, float("inf"))
+def show(what: str, **implementations: Callable[[], object]) -> None:
+    best = dict.fromkeys(implementations, float("inf"))
     for _ in range(TURNS):
-        for name, function in contestants.items():
+        for name, function in implementations.items():
             seconds = timeit.timeit(function, number=CALLS_PER_TURN) / CALLS_PER_TURN
             best[name] = min(best[name], seconds * 1e6)
     cells = (f"{best[name]:8.2f}" if name in best else " " * 8 for name in ("ours", "torch"))

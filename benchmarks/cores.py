@@ -14,7 +14,7 @@ from pathlib import Path
 
 from compiling import compile_cpp
 
-from mnist_ext.machine import cpus
+from mnist_ext.app.bench.machine import cpus
 
 
 class Cores:

@@ -35,8 +35,8 @@ from table import Table
 
 import mnist_ext
 from mnist_ext import functional
-from mnist_ext.models import mlp
-from mnist_ext.timing import take_turns
+from mnist_ext.app.bench.timing import take_turns
+from mnist_ext.app.training.models import mlp
 
 SHAPES = [
     *((8192, n) for n in (4096, 8192, 32_000, 65_536, 128_256)),

@@ -18,7 +18,7 @@ from table import Table
 from torch import Tensor
 
 from mnist_ext import functional
-from mnist_ext.timing import take_turns
+from mnist_ext.app.bench.timing import take_turns
 
 Call = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 

@@ -14,7 +14,7 @@ try:
 except ImportError:
     jax = None
 
-Contestants = dict[str, Callable[[], object]]
+Implementations = dict[str, Callable[[], object]]
 
 
 def notice() -> str:
@@ -30,7 +30,7 @@ def array(tensor: Tensor):
     return jnp.asarray(detached.numpy())
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Contestants:
+def linear(input: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Implementations:
     """Forward and backward of one layer."""
     if jax is None:
         return {}
@@ -45,7 +45,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Contest
     return {"jax": lambda: jax.block_until_ready(run(*arguments, grad_array))}
 
 
-def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Contestants, Contestants]:
+def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Implementations, Implementations]:
     """Forward; forward and backward."""
     if jax is None:
         return {}, {}

@@ -9,12 +9,12 @@ cross_entropy: forward, and forward + backward through autograd; "ours as op" is
 without autograd and Python around it, "copy" a copy of the logits into new memory. sgd: one
 optimizer step.
 
-Every contestant's result is compared with PyTorch eager's before anything is timed; a peer that is
-wrong is left out, and named. Times are medians in
-microseconds; "ratio" is how many times as long a contestant takes as ours, the median of the ratio
-of each turn, with its 20th and 80th percentile. "rate" counts the FLOP of a product, or the bytes
-that must be read and written at least; "limit" is its share of what this machine reached in the
-same run: FLOP/s of a large product of PyTorch's, bytes/s of a large copy.
+Every implementation's result is compared with PyTorch eager's before anything is timed; a peer that
+is wrong is left out, and named. Times are medians in microseconds; "ratio" is how many times as
+long an implementation takes as ours, the median of the ratio of each turn, with its 20th and 80th
+percentile. "rate" counts the FLOP of a product, or the bytes that must be read and written at
+least; "limit" is its share of what this machine reached in the same run: FLOP/s of a large product
+of PyTorch's, bytes/s of a large copy.
 
 --cold: every call gets other tensors, as many in turns as no cache can hold.
 
@@ -38,9 +38,9 @@ from table import Table
 
 import mnist_ext
 from mnist_ext import _C, functional
-from mnist_ext.contestants import linear_products, relative_error
-from mnist_ext.machine import copy_bandwidth, matrix_peak
-from mnist_ext.timing import TURNS, take_turns
+from mnist_ext.app.bench.baselines import linear_products, relative_error
+from mnist_ext.app.bench.machine import copy_bandwidth, matrix_peak
+from mnist_ext.app.bench.timing import TURNS, take_turns
 
 LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
 ROWS = [1, 8, 64, 256, 1024, 4096]
@@ -54,7 +54,7 @@ COLUMNS = {
     "what": "<32",
     "shape": "<16",
     "dtype": "<8",
-    "contestant": "<24",
+    "implementation": "<24",
     "us": ">10.1f",
     "p20": ">10.1f",
     "p80": ">10.1f",
@@ -68,7 +68,7 @@ COLUMNS = {
 
 
 def is_right(name: str, result, expected, dtype: torch.dtype) -> bool:
-    """Compare, before the timing, what a contestant computes. Ours must be right."""
+    """Compare, before the timing, what an implementation computes. Ours must be right."""
     result, expected = (x if isinstance(x, (tuple, list)) else [x] for x in (result, expected))
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(dtype, 5e-2)
     for found, true in zip(result, expected, strict=True):
@@ -83,12 +83,12 @@ def is_right(name: str, result, expected, dtype: torch.dtype) -> bool:
 
 
 def only_right(
-    what: str, contestants: dict[str, Callable[[], object]], expected, dtype: torch.dtype
+    what: str, implementations: dict[str, Callable[[], object]], expected, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Return those contestants whose result is that of PyTorch eager."""
+    """Return those implementations whose result is that of PyTorch eager."""
     return {
         name: function
-        for name, function in contestants.items()
+        for name, function in implementations.items()
         if is_right(f"{what} of {name}", function(), expected, dtype)
     }
 
@@ -111,22 +111,22 @@ class Work:
 
 def compare(
     table: Table,
-    contestants: dict[str, Callable[[], object]],
+    implementations: dict[str, Callable[[], object]],
     best: str,
     work: Work | None = None,
     **row: object,
 ) -> None:
-    """Time the contestants and add their rows; ratios are to `best`, the time of ours."""
+    """Time the implementations and add their rows; ratios are to `best`, the time of ours."""
     # As in a training loop, where one call soon follows another: the memory of a large result comes
     # back as it was left. (A virtual machine hands it to its host after a while, and gets it back
     # slowly.)
-    times = take_turns(contestants, turns=table.turns, untimed=1)
-    for name in contestants:
+    times = take_turns(implementations, turns=table.turns, untimed=1)
+    for name in implementations:
         low, middle, high = times.percentiles(name)
         ratio = times.ratio(name, best)
         table.add(
             **row,
-            contestant=name,
+            implementation=name,
             us=middle * 1e6,
             p20=low * 1e6,
             p80=high * 1e6,
@@ -168,13 +168,13 @@ def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str], cold: bo
     for rows, (k, n) in grid:
         for what, (ours, torchs, tensors) in linear_products(rows, k, n, dtype).items():
             arguments = copies(tensors, cold)
-            contestants = {"torch": in_turns(torchs, arguments)}
+            implementations = {"torch": in_turns(torchs, arguments)}
             for isa in isas:
-                contestants[f"ours {isa}"] = on_isa(isa, in_turns(ours, arguments))
-            contestants = only_right(what, contestants, torchs(*tensors), dtype)
+                implementations[f"ours {isa}"] = on_isa(isa, in_turns(ours, arguments))
+            implementations = only_right(what, implementations, torchs(*tensors), dtype)
             compare(
                 table,
-                contestants,
+                implementations,
                 best=f"ours {isas[-1]}",
                 work=Work(2 * rows * k * n, peak, "GFLOP/s"),
                 what=f"linear {what}" + (", cold" if cold else ""),
@@ -200,18 +200,18 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
         def run(layer, parameters, x=input, g=grad):
             return torch.autograd.grad(layer(x), [x, *parameters], g)
 
-        contestants: dict[str, Callable[[], object]] = {
+        implementations: dict[str, Callable[[], object]] = {
             "torch": partial(run, torchs, list(torchs.parameters())),
             "torch.compile": partial(run, compiled, list(torchs.parameters())),
             "compile max-autotune": partial(run, tuned, list(torchs.parameters())),
             "ours": partial(run, ours, list(ours.parameters())),
         }
-        expected = contestants["torch"]()
-        contestants = only_right("linear forward + backward", contestants, expected, dtype)
-        contestants |= jax_peers.linear(input, *torchs.parameters(), grad)
+        expected = implementations["torch"]()
+        implementations = only_right("linear forward + backward", implementations, expected, dtype)
+        implementations |= jax_peers.linear(input, *torchs.parameters(), grad)
         compare(
             table,
-            contestants,
+            implementations,
             best="ours",
             what="linear forward + backward",
             shape=f"{rows}x{k}x{n}",
@@ -252,15 +252,15 @@ def cross_entropy(table: Table, dtype: torch.dtype, shapes, cold: bool) -> None:
             lambda x, t: op.cross_entropy_with_gradient.default(x, t, *options)[1], arguments
         )
         peers = jax_peers.cross_entropy(logits, target) if not cold else ({}, {})
-        for what, contestants, jax, passes in (
+        for what, implementations, jax, passes in (
             ("forward", forward, peers[0], 1),
             ("forward + backward", backward, peers[1], 2),
         ):
-            truth = contestants["torch"]()
-            contestants = only_right(f"cross_entropy {what}", contestants, truth, dtype)
+            truth = implementations["torch"]()
+            implementations = only_right(f"cross_entropy {what}", implementations, truth, dtype)
             compare(
                 table,
-                {**contestants, **jax, "copy": in_turns(lambda x, _: x.clone(), arguments)},
+                {**implementations, **jax, "copy": in_turns(lambda x, _: x.clone(), arguments)},
                 best="ours",
                 work=Work(passes * logits.nbytes, bandwidth, "GB/s"),
                 what=f"cross_entropy {what}" + (", cold" if cold else ""),
@@ -275,7 +275,7 @@ def sgd(table: Table) -> None:
     print("\nSGD, one step over the parameters of 784-128-64-10")
     table.header()
     for momentum in (0.0, 0.9):
-        contestants = {}
+        implementations = {}
         results = {}
         for name, make in {
             "torch": torch.optim.SGD,
@@ -291,12 +291,12 @@ def sgd(table: Table) -> None:
             optimizer = make(params, lr=0.01, momentum=momentum)
             optimizer.step()
             results[name] = [p.detach().clone() for p in params]
-            contestants[name] = optimizer.step
+            implementations[name] = optimizer.step
         for name, result in results.items():
             is_right(f"SGD of {name}", result, results["torch"], torch.float32)
         compare(
             table,
-            contestants,
+            implementations,
             best="ours",
             # Parameter and gradient are read, the parameter is written; so is the momentum buffer.
             work=Work((5 if momentum else 3) * 4 * 109386, bandwidth, "GB/s"),

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py --training FILE --kernels FILE [--folder docs]
 
-step.svg: a training step, by contestant and, where it was measured, by part. roofline.svg: each
+step.svg: a training step, by implementation and, where it was measured, by part. roofline.svg: each
 product of a linear layer against what the machine can do with that many operations per byte.
 """
 
@@ -47,10 +47,10 @@ def source(row: dict[str, str]) -> str:
 
 def draw_step(rows: Rows, path: Path, batch: str = "64", activation: str = "relu") -> None:
     rows = [r for r in rows if r["batch"] == batch and r["activation"] == activation]
-    names = [name for name in NAMES if any(r["contestant"] == name for r in rows)]
+    names = [name for name in NAMES if any(r["implementation"] == name for r in rows)]
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for y, name in enumerate(names):
-        us = {r["part"]: float(r["us"]) for r in rows if r["contestant"] == name}
+        us = {r["part"]: float(r["us"]) for r in rows if r["implementation"] == name}
         left = 0.0
         for part, color in PARTS.items():
             if part in us:
@@ -83,7 +83,7 @@ def draw_roofline(rows: Rows, path: Path) -> None:
     for ours, color, label in ((False, "#9aa5b1", "PyTorch eager"), (True, "#e15759", "mnist_ext")):
         points = []
         for r in products:
-            if r["contestant"].startswith("ours") is ours:
+            if r["implementation"].startswith("ours") is ours:
                 m, k, n = map(int, r["shape"].split("x"))
                 points.append((2 * m * k * n / (4 * (m * k + k * n + m * n)), float(r["rate"])))
         axes.scatter(*zip(*points, strict=True), s=14, color=color, label=label, alpha=0.8)

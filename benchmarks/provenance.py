@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import mnist_ext
-from mnist_ext.machine import cpu_model
+from mnist_ext.app.bench.machine import cpu_model
 
 
 def commit() -> str:

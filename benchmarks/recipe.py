@@ -19,21 +19,22 @@ from provenance import describe
 from torch import nn
 
 import mnist_ext
-from mnist_ext import data, training
-from mnist_ext.models import mlp
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.trainer import evaluate
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 64, 0.4
 TARGET = 98.0
 
 
-def middle(split: data.Split, side: int) -> data.Split:
+def middle(split: datasets.Split, side: int) -> datasets.Split:
     """Return the side x side pixels in the middle of each image."""
     edge = (split.images.shape[-1] - side) // 2
     pixels = slice(edge, edge + side)
-    return data.Split(split.images[:, pixels, pixels].contiguous(), split.labels)
+    return datasets.Split(split.images[:, pixels, pixels].contiguous(), split.labels)
 
 
-def train(dataset: data.Dataset, side: int, seed: int) -> tuple[float, float, float | None]:
+def train(dataset: datasets.Dataset, side: int, seed: int) -> tuple[float, float, float | None]:
     """Return the accuracy, the seconds of training, and those to the target, if it was reached."""
     torch.manual_seed(seed)
     model = mlp(activation="relu", in_features=side * side)
@@ -56,7 +57,7 @@ def train(dataset: data.Dataset, side: int, seed: int) -> tuple[float, float, fl
         order = torch.randperm(len(split))
         step.epoch(split.images, split.labels, BATCH_SIZE, order, scheduler)
         seconds += time.perf_counter() - started
-        _, accuracy = training.evaluate(model, criterion, test, dataset.mean, dataset.std)
+        _, accuracy = evaluate(model, criterion, test, dataset.mean, dataset.std)
         if to_target is None and accuracy >= TARGET:
             to_target = seconds
     return accuracy, seconds, to_target
@@ -70,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
 
     print(describe())
-    dataset = data.load("mnist", args.data_dir)
+    dataset = datasets.load("mnist", args.data_dir)
     for side in args.sides:
         print(f"\n{side}x{side} pixels")
         runs = []

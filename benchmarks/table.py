@@ -4,7 +4,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from mnist_ext.timing import TURNS
+from mnist_ext.app.bench.timing import TURNS
 
 
 class Table:

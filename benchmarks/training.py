@@ -4,8 +4,8 @@
                                   [--data-dir DIR] [--csv FILE]
 
 Step: zero_grad, forward, criterion, backward, step of the 784-128-64-10 model on batches that lie
-ready in memory. Contestants: PyTorch eager; the same with model and loss under torch.compile, also
-with max-autotune; JAX, a whole run of steps jit-compiled with lax.scan, its fastest form; the
+ready in memory. Implementations: PyTorch eager; the same with model and loss under torch.compile,
+also with max-autotune; JAX, a whole run of steps jit-compiled with lax.scan, its fastest form; the
 model after `mnist_ext.nn.swap`, with `mnist_ext.optim.SGD`; and `mnist_ext.TrainStep`, one native
 call per step, or with `epoch` one for many. All start from the same weights and see the same
 batches; their losses are compared before anything is timed. They take turns; each turn gives one
@@ -41,11 +41,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import mnist_ext
-from mnist_ext import data, training
-from mnist_ext.contestants import LEARNING_RATE, OneCall, loop, step_arithmetic
-from mnist_ext.models import mlp
+from mnist_ext.app.bench.baselines import LEARNING_RATE, OneCall, loop, step_arithmetic
+from mnist_ext.app.bench.timing import percentiles, seconds, take_turns
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.models import mlp
+from mnist_ext.app.training.settings import TrainConfig
+from mnist_ext.app.training.trainer import Trainer, build
 from mnist_ext.nn import swap
-from mnist_ext.timing import percentiles, seconds, take_turns
 
 TURNS = 25
 SECONDS_PER_TURN = 0.04
@@ -54,7 +56,7 @@ EPOCHS = 5
 STEP_COLUMNS = {
     "batch": ">6",
     "activation": "<10",
-    "contestant": "<20",
+    "implementation": "<20",
     "part": "<10",
     "us": ">9.1f",
     "p20": ">9.1f",
@@ -87,7 +89,7 @@ def time_step(table: Table, cores: Cores, batch_size: int, activation: str) -> N
     images = torch.randn(number, batch_size, 1, 28, 28)
     labels = torch.randint(0, 10, (number, batch_size))
 
-    contestants = {
+    implementations = {
         "torch": loop(model, images, labels, ours=False),
         "torch.compile": loop(model, images, labels, ours=False, compiled={}),
         "compile max-autotune": loop(
@@ -99,24 +101,24 @@ def time_step(table: Table, cores: Cores, batch_size: int, activation: str) -> N
         "ours epoch": OneCall(model, images, labels, epoch=True),
         "matrix product": MatrixProduct(),
     }
-    expected = torch.tensor(contestants["torch"].run(30))
-    for name, contestant in contestants.items():
+    expected = torch.tensor(implementations["torch"].run(30))
+    for name, implementation in implementations.items():
         if name in ("torch", "matrix product"):
             continue
-        found = torch.tensor([float(loss) for loss in contestant.run(30)])
+        found = torch.tensor([float(loss) for loss in implementation.run(30)])
         right = expected
         if name == "ours epoch":
             right = torch.stack([losses.mean() for losses in expected.split(len(images))])
         torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4, msg=name)
 
-    per_step = seconds(lambda: contestants["torch"].run(20), 1) / 20
+    per_step = seconds(lambda: implementations["torch"].run(20), 1) / 20
     steps = max(1, round(SECONDS_PER_TURN / per_step))
-    runs = {name: lambda c=c: c.run(steps) for name, c in contestants.items()}
+    runs = {name: lambda c=c: c.run(steps) for name, c in implementations.items()}
     before = cores.nanoseconds()
     times = take_turns(runs, TURNS, seconds_per_turn=0)  # one call is a turn's worth
     after = cores.nanoseconds()
     products = steps * step_arithmetic(batch_size) / (2 * MatrixProduct.side**3)
-    for name in contestants:
+    for name in implementations:
         if name == "matrix product":
             continue
         low, middle, high = (value / steps * 1e6 for value in times.percentiles(name))
@@ -124,7 +126,7 @@ def time_step(table: Table, cores: Cores, batch_size: int, activation: str) -> N
         table.add(
             batch=batch_size,
             activation=activation,
-            contestant=name,
+            implementation=name,
             part="step",
             us=middle,
             p20=low,
@@ -205,7 +207,7 @@ def kernel_parts(batch_size: int, activation: str) -> list[Part]:
 
 
 def time_parts(table: Table, batch_size: int, activation: str) -> None:
-    contestants = {
+    implementations = {
         "torch": loop_parts(False, batch_size, activation),
         "ours": loop_parts(True, batch_size, activation),
         "our kernels alone": kernel_parts(batch_size, activation),
@@ -214,7 +216,7 @@ def time_parts(table: Table, batch_size: int, activation: str) -> None:
     seconds_of: dict[tuple[str, str], list[float]] = {}
     steps = max(5, round(SECONDS_PER_TURN / 5e-4 / max(1, batch_size / 64)))
     for turn in range(-1, TURNS):  # the first one warms
-        for name, parts in contestants.items():
+        for name, parts in implementations.items():
             sums = dict.fromkeys([part for part, _ in parts], 0.0)
             for _ in range(steps):
                 started = clock()
@@ -231,7 +233,7 @@ def time_parts(table: Table, batch_size: int, activation: str) -> None:
         table.add(
             batch=batch_size,
             activation=activation,
-            contestant=name,
+            implementation=name,
             part=part,
             us=middle,
             p20=low,
@@ -263,7 +265,7 @@ def time_threads(table: Table, batch_size: int, activation: str) -> None:
         table.add(
             batch=batch_size,
             activation=activation,
-            contestant=name,
+            implementation=name,
             part="kernels",
             us=middle,
             p20=low,
@@ -280,7 +282,7 @@ class TutorialDataset(torch.utils.data.Dataset):
     Without `pil` the transforms get the pixels as an array, which spares them the image.
     """
 
-    def __init__(self, split: data.Split, mean: float, std: float, pil: bool):
+    def __init__(self, split: datasets.Split, mean: float, std: float, pil: bool):
         self.images = split.images.numpy()
         self.labels = split.labels
         self.pil = pil
@@ -299,7 +301,7 @@ class TutorialDataset(torch.utils.data.Dataset):
 
 
 def tutorial_epochs(
-    config: training.TrainConfig, dataset: data.Dataset, pil: bool
+    config: TrainConfig, dataset: datasets.Dataset, pil: bool
 ) -> Iterator[tuple[float, float]]:
     """Train as the tutorial does; yield the seconds and the test accuracy of each epoch."""
     torch.manual_seed(config.seed)
@@ -325,20 +327,18 @@ def tutorial_epochs(
         yield time.perf_counter() - started, 100 * correct / len(test_set)
 
 
-def package_epochs(
-    config: training.TrainConfig, dataset: data.Dataset
-) -> Iterator[tuple[float, float]]:
+def package_epochs(config: TrainConfig, dataset: datasets.Dataset) -> Iterator[tuple[float, float]]:
     """Train as `mnist-ext train` does; yield the seconds and the test accuracy of each epoch."""
-    model, criterion = training.build(config, torch.device("cpu"))
-    trainer = training.Trainer(model, criterion, config, dataset)
+    model, criterion = build(config, torch.device("cpu"))
+    trainer = Trainer(model, criterion, config, dataset)
     while (metrics := trainer.train_epoch()) is not None:
         yield metrics.seconds, metrics.test_accuracy
 
 
-def time_epoch(dataset: data.Dataset) -> None:
-    config = training.TrainConfig(epochs=EPOCHS)
+def time_epoch(dataset: datasets.Dataset) -> None:
+    config = TrainConfig(epochs=EPOCHS)
     ours = "mnist-ext train"
-    contestants = {
+    implementations = {
         "torchvision's MNIST, DataLoader, eager ops": tutorial_epochs(config, dataset, pil=True),
         "the same without its PIL images": tutorial_epochs(config, dataset, pil=False),
         "mnist-ext train --impl torch: eager ops, our data": package_epochs(
@@ -346,11 +346,11 @@ def time_epoch(dataset: data.Dataset) -> None:
         ),
         ours: package_epochs(config, dataset),
     }
-    epochs = [{name: next(run) for name, run in contestants.items()} for _ in range(EPOCHS)]
+    epochs = [{name: next(run) for name, run in implementations.items()} for _ in range(EPOCHS)]
     accuracies = {name: accuracy for name, (_, accuracy) in epochs[-1].items()}
     if max(accuracies.values()) - min(accuracies.values()) > 5:
-        raise SystemExit(f"the contestants do not learn the same: {accuracies}")
-    for name in contestants:
+        raise SystemExit(f"the implementations do not learn the same: {accuracies}")
+    for name in implementations:
         median = statistics.median(epoch[name][0] for epoch in epochs)
         ratio = statistics.median(epoch[name][0] / epoch[ours][0] for epoch in epochs)
         print(f"{name:<50}{median:8.2f} s  {ratio:6.2f}x the time of ours")
@@ -384,7 +384,7 @@ def main() -> None:
     if args.no_epoch:
         return
 
-    dataset = data.load("auto", args.data_dir)
+    dataset = datasets.load("auto", args.data_dir)
     if dataset.notice:
         print(f"\nnote: {dataset.notice}")
     print(

@@ -16,9 +16,9 @@ import torch.nn.functional as theirs
 
 import mnist_ext.functional as ours
 import mnist_ext.nn
-from mnist_ext import data
-from mnist_ext.errors import UserError
-from mnist_ext.models import mlp
+from mnist_ext.app import UserError
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.models import mlp
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.01
@@ -53,7 +53,7 @@ class Checks:
         print(f"{what:38} {numbers}  {'ok' if passed else 'FAILED'}")
 
 
-def tutorial(dataset: data.Dataset, epochs: int) -> int:
+def tutorial(dataset: datasets.Dataset, epochs: int) -> int:
     """Walk through the tutorial and return the number of failed checks."""
     checks = Checks()
     print(f"{dataset.name}: {len(dataset.train):,} training images from {dataset.source}")
@@ -69,7 +69,7 @@ def tutorial(dataset: data.Dataset, epochs: int) -> int:
 
     generator = torch.Generator().manual_seed(0)
     images, labels = next(
-        data.batches(dataset.train, BATCH_SIZE, dataset.mean, dataset.std, generator)
+        datasets.batches(dataset.train, BATCH_SIZE, dataset.mean, dataset.std, generator)
     )
 
     checks.section(f"1. The first batch: {len(images)} images to {len(images)} x 10 logits")
@@ -135,7 +135,7 @@ def tutorial(dataset: data.Dataset, epochs: int) -> int:
     for epoch in range(1, epochs + 1):
         our_sum = their_sum = torch.zeros(())
         # Both networks see the same batches in the same order.
-        for images, labels in data.batches(
+        for images, labels in datasets.batches(
             dataset.train, BATCH_SIZE, dataset.mean, dataset.std, generator
         ):
             # The five lines of every PyTorch training loop, with our operators ...
@@ -177,10 +177,10 @@ def half_mean_squared_error(predicted: torch.Tensor, target: torch.Tensor) -> to
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, dataset: data.Dataset) -> torch.Tensor:
+def accuracy(model: torch.nn.Module, dataset: datasets.Dataset) -> torch.Tensor:
     """Return the percentage of test images that the model classifies correctly."""
     correct = torch.zeros(())
-    for images, labels in data.batches(dataset.test, 1000, dataset.mean, dataset.std):
+    for images, labels in datasets.batches(dataset.test, 1000, dataset.mean, dataset.std):
         correct += (model(images).argmax(dim=1) == labels).sum()
     return 100 * correct / len(dataset.test)
 
@@ -191,7 +191,7 @@ def main() -> int:
         description="A beginner's PyTorch tutorial with the operators of mnist_ext.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--dataset", choices=data.DATASETS, default="auto", help="the data set")
+    parser.add_argument("--dataset", choices=datasets.DATASETS, default="auto", help="the data set")
     parser.add_argument("--data-dir", help="folder that holds the data set")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of training")
     args = parser.parse_args()
@@ -199,7 +199,7 @@ def main() -> int:
         parser.error("argument --epochs: must be at least 1")
 
     try:
-        dataset = data.load(args.dataset, args.data_dir)
+        dataset = datasets.load(args.dataset, args.data_dir)
     except UserError as error:
         print(f"tutorial: error: {error}", file=sys.stderr)
         return 2

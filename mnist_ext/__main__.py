@@ -6,13 +6,13 @@ import sys
 def main() -> int:
     """Run the command line; return its exit code."""
     try:
-        from mnist_ext import interrupts
+        from mnist_ext.app.cli import interrupts
 
         interrupts.answer()
     except KeyboardInterrupt:  # in the milliseconds until then
         print("mnist-ext: interrupted", file=sys.stderr)
         return 130
-    from mnist_ext.cli import main
+    from mnist_ext.app.cli.main import main
 
     return main()
 

@@ -1,12 +1,10 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
 import os
-from pathlib import Path
 
 import emulated
 import pytest
 import torch
-from run_folders import isolate, train_digits
 
 import mnist_ext
 from mnist_ext import _C, _decision
@@ -70,15 +68,3 @@ def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train on the embedded digits; to be read only."""
-    return train_digits(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work in an empty folder, without the machine's own data, cache, network and colours."""
-    isolate(tmp_path, monkeypatch)

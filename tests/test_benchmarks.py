@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from table import Table
 
-from mnist_ext import data, timing, training
+from mnist_ext.app.bench import timing
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.settings import TrainConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -29,13 +31,13 @@ def test_ratios_are_paired_turn_by_turn():
     assert times.percentiles("fast")[1] == 2.0
 
 
-def test_contestants_take_turns():
+def test_implementations_take_turns():
     called = []
-    contestants = {name: lambda n=name: called.append(n) for name in "abc"}
-    times = timing.take_turns(contestants, turns=3, seconds_per_turn=0)
+    implementations = {name: lambda n=name: called.append(n) for name in "abc"}
+    times = timing.take_turns(implementations, turns=3, seconds_per_turn=0)
     assert called[-9:] == list("abccbaabc")
     assert all(len(turns) == 3 for turns in times.turns.values())
-    times = timing.take_turns(contestants, turns=1, seconds_per_turn=0, untimed=2)
+    times = timing.take_turns(implementations, turns=1, seconds_per_turn=0, untimed=2)
     assert called[-9:] == list("aaabbbccc")
     assert all(len(turns) == 1 for turns in times.turns.values())
 
@@ -106,11 +108,11 @@ def script(name: str):
 
 def test_epochs_and_recipes_train(monkeypatch, capsys):
     """The commands whose figures the README shows still go with the package, on little data."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     split = digits.train
-    few = replace(digits, train=data.Split(split.images[:300], split.labels[:300]))
-    monkeypatch.setattr(data, "load", lambda *_: few)
-    epochs = script("training").package_epochs(training.TrainConfig(batch_size=100), few)
+    few = replace(digits, train=datasets.Split(split.images[:300], split.labels[:300]))
+    monkeypatch.setattr(datasets, "load", lambda *_: few)
+    epochs = script("training").package_epochs(TrainConfig(batch_size=100), few)
     assert [0 <= accuracy <= 100 for _, accuracy in itertools.islice(epochs, 2)] == [True] * 2
     for name, arguments in (("accuracy", ["--seeds", "0"]), ("recipe", ["--seeds", "0", "1"])):
         monkeypatch.setattr(sys, "argv", [name, *arguments])

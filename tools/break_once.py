@@ -27,7 +27,11 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        ignored = shutil.ignore_patterns(".git", ".venv*", "runs", ".*_cache", "__pycache__")
+        patterns = shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__")
+
+        def ignored(path: str, names: list[str]) -> set[str]:
+            return patterns(path, names) | ({"runs"} if Path(path) == ROOT else set())
+
         shutil.copytree(ROOT, copy, ignore=ignored)
         broken = copy / args.file
         text = broken.read_text()

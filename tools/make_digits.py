@@ -1,9 +1,9 @@
-"""Rebuild mnist_ext/assets/digits.npz from scikit-learn's digits.csv.gz.
+"""Rebuild mnist_ext/app/data/digits.npz from scikit-learn's digits.csv.gz.
 
 The csv is sklearn/datasets/data/digits.csv.gz in any scikit-learn wheel or source archive. Each
 row holds the 64 pixels of an 8x8 image, from 0 to 16, and the label.
 
-    python tools/make_digits.py digits.csv.gz mnist_ext/assets/digits.npz
+    python tools/make_digits.py digits.csv.gz mnist_ext/app/data/digits.npz
 """
 
 import argparse

@@ -3,7 +3,7 @@
 // A ladder is one problem and functions that solve it, each with one idea more than the one before: its rungs. Every
 // rung's result is compared with one in float64 before anything is timed. Then the rungs take turns, A B C, C B A, ...,
 // and with them loops that reach a limit of this machine. What is printed are the times of each turn, one line per
-// contestant, fields separated by tabs; ladder.py makes the tables.
+// implementation, fields separated by tabs; ladder.py makes the tables.
 #pragma once
 
 #include <algorithm>
@@ -73,14 +73,14 @@ class Ladder {
   void start_from(std::function<void()> reset) { reset_ = std::move(reset); }
 
   void rung(const char* name, int threads, std::function<void()> run) {
-    contestants_.push_back({"rung", name, threads, work_, std::move(run)});
+    implementations_.push_back({"rung", name, threads, work_, std::move(run)});
   }
 
   // The same work as multiply-adds of registers, as many at once as keep the core busy.
   void flop_limit(int threads) {
     constexpr int64_t steps = 1 << 14;
     const double work = threads * 2.0 * steps * kChains * Vec<float>::width;
-    contestants_.push_back({"limit", "multiply-adds", threads, work,
+    implementations_.push_back({"limit", "multiply-adds", threads, work,
                             [threads] { parallel(threads, [](int, int) { multiply_add(steps); }); }});
   }
 
@@ -89,7 +89,7 @@ class Ladder {
   void copy_limit(int threads, int64_t footprint) {
     const int64_t half = footprint / 8;  // floats
     if (!copied_) copied_ = std::make_unique<Buffer>(2 * half);
-    contestants_.push_back({"limit", "copy", threads, 8.0 * half, [this, threads, half] {
+    implementations_.push_back({"limit", "copy", threads, 8.0 * half, [this, threads, half] {
                               parallel(threads, [&](int thread, int count) {
                                 const Range part = split(half, 16, thread, count);
                                 const float* from = copied_->data + part.begin;
@@ -101,32 +101,32 @@ class Ladder {
   // Verifies every rung, then times all; ends the program where a result is wrong.
   void run(const Options& options) {
     std::printf("ladder\t%s\t%s\t%.9g\n", title_.c_str(), unit_.c_str(), work_);
-    for (const Contestant& contestant : contestants_) {
-      if (contestant.kind == "rung") verify(contestant);
+    for (const Implementation& implementation : implementations_) {
+      if (implementation.kind == "rung") verify(implementation);
     }
     if (options.quick()) return;
     std::vector<int> calls;
     double turn = 0;
-    for (const Contestant& c : contestants_) {
+    for (const Implementation& c : implementations_) {
       double once = microseconds(c, 1);
       if (once < kTurn) once = microseconds(c, 3);  // the first call was slow for being the first
       calls.push_back(std::max(1, static_cast<int>(kTurn / once)));
       turn += calls.back() * once;
     }
     const int turns = std::clamp(static_cast<int>(kPatience / turn), std::min(3, options.turns), options.turns);
-    std::vector<std::vector<double>> times(contestants_.size());
+    std::vector<std::vector<double>> times(implementations_.size());
     for (int t = 0; t < turns; ++t) {
       for (std::size_t k = 0; k < times.size(); ++k) {
         const std::size_t i = t % 2 == 0 ? k : times.size() - 1 - k;
-        times[i].push_back(microseconds(contestants_[i], calls[i]));
+        times[i].push_back(microseconds(implementations_[i], calls[i]));
       }
     }
-    for (std::size_t i = 0; i < times.size(); ++i) print(contestants_[i], times[i]);
+    for (std::size_t i = 0; i < times.size(); ++i) print(implementations_[i], times[i]);
     std::fflush(stdout);
   }
 
  private:
-  struct Contestant {
+  struct Implementation {
     std::string kind, name;
     int threads;
     double work;
@@ -153,13 +153,13 @@ class Ladder {
     [[maybe_unused]] volatile float used = reduce_add(sum[0]);
   }
 
-  static double microseconds(const Contestant& contestant, int calls) {
+  static double microseconds(const Implementation& implementation, int calls) {
     const auto start = std::chrono::steady_clock::now();
-    for (int i = 0; i < calls; ++i) contestant.run();
+    for (int i = 0; i < calls; ++i) implementation.run();
     return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count() / calls;
   }
 
-  void verify(const Contestant& rung) {
+  void verify(const Implementation& rung) {
     for (const Output& o : outputs_) std::fill_n(o.values->data, o.values->size, std::nanf(""));
     if (reset_) reset_();
     rung.run();
@@ -181,7 +181,7 @@ class Ladder {
   }
 
   // A limit's times are those of the ladder's work.
-  void print(const Contestant& c, const std::vector<double>& times) const {
+  void print(const Implementation& c, const std::vector<double>& times) const {
     std::printf("%s\t%s\t%d", c.kind.c_str(), c.name.c_str(), c.threads);
     for (const double time : times) std::printf("\t%.6g", time * work_ / c.work);
     std::printf("\n");
@@ -191,7 +191,7 @@ class Ladder {
   double work_, tolerance_ = 0;
   std::vector<Output> outputs_;
   std::function<void()> reset_;
-  std::vector<Contestant> contestants_;
+  std::vector<Implementation> implementations_;
   std::unique_ptr<Buffer> copied_;
 };
 

@@ -29,8 +29,8 @@ from provenance import commit
 from table import Table
 
 from mnist_ext import _C
-from mnist_ext.machine import cpu_model
-from mnist_ext.timing import TURNS, Times
+from mnist_ext.app.bench.machine import cpu_model
+from mnist_ext.app.bench.timing import TURNS, Times
 
 HERE = Path(__file__).resolve().parent
 LADDERS = ("linear", "grad_weight", "cross_entropy", "sgd")
@@ -133,7 +133,7 @@ def main() -> None:
             if process.returncode != 0:
                 raise SystemExit(f"{binary.name} failed")
             # One "ladder" line opens each; then one line per rung that was verified, one per
-            # contestant that was timed.
+            # implementation that was timed.
             for part in process.stdout.split("ladder\t")[1:]:
                 head, *lines = (line.split("\t") for line in part.splitlines())
                 title, unit, work = head

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mnist_ext import TrainStep, train_step
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 
 
 def trainer(model, loss=None, sgd=None, **options):

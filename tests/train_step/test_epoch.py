@@ -13,7 +13,7 @@ from torch import nn
 from train_loops import assert_same_bits, first_batch, pair
 
 from mnist_ext import TrainStep
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 
 
 @pytest.mark.parametrize("number", [1, 64, 65, 1000])

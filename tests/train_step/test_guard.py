@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from train_loops import Written, assert_same_bits, batches, first_batch, ordinary_step, pair
 
 from mnist_ext import TrainStep
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
 

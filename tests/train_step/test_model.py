@@ -9,7 +9,7 @@ from torch import nn
 from train_loops import Written, assert_same_bits, batches, check_steps, ordinary_step, pair
 
 import mnist_ext
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
 FUNCTIONS = [

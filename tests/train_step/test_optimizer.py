@@ -9,7 +9,7 @@ from train_loops import assert_same_bits, batches, first_batch, ordinary_step, p
 
 import mnist_ext
 from mnist_ext import TrainStep
-from mnist_ext.models import mlp
+from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
 

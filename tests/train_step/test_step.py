@@ -19,8 +19,9 @@ from train_loops import (
 )
 
 import mnist_ext
-from mnist_ext import TrainStep, data
-from mnist_ext.models import mlp
+from mnist_ext import TrainStep
+from mnist_ext.app.data import datasets
+from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
 
@@ -116,7 +117,7 @@ class TestAgainstPyTorch:
         criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         digits = data.load("digits")
-        images = data.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
+        images = datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
         losses = []
@@ -164,7 +165,7 @@ class TestPixels:
         step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, normalize=(mean, std))
         rtol, rtol_params = (1e-5, 1e-4) if dtype is torch.float32 else (1e-13, 1e-11)
         for x, y in zip(pixels, labels, strict=True):
-            images = data.normalize(x, mean, std)
+            images = datasets.normalize(x, mean, std)
             if dtype is torch.float64:
                 images = (x.double() / 255 - mean) / std
             expected = ordinary_step(*loop, images, y)

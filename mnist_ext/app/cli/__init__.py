@@ -1,0 +1,1 @@
+"""The command line. Nothing but ``interrupts`` is imported before Ctrl-C is answered."""

@@ -1,0 +1,44 @@
+"""Whether the kernels compute on this CPU what PyTorch's ops do."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnist_ext import _C, functional
+
+
+def kernels_right() -> dict[str, bool]:
+    """Run a layer and a loss, forward and backward, on each instruction set of this CPU.
+
+    Returns:
+        For each instruction set whether its results agree with those of PyTorch's ops.
+    """
+    expected = _results(ours=False)
+    verdicts = {}
+    before, reason = _C.active_isa(), _C.active_isa_reason()
+    try:
+        for isa in _C.available_isas():
+            _C.set_isa(isa)
+            pairs = zip(_results(ours=True), expected, strict=True)
+            verdicts[isa] = all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
+    finally:
+        _C.set_isa(before, reason)
+    return verdicts
+
+
+def _results(ours: bool) -> tuple[Tensor, ...]:
+    """Return the outputs of a layer with ReLU, their loss, and the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    input, weight, bias = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((7, 33), (17, 33), (17,))
+    )
+    if ours:
+        outputs = functional.linear(input, weight, bias, activation="relu")
+        loss = functional.cross_entropy(outputs, torch.arange(7))
+    else:
+        outputs = F.linear(input, weight, bias).relu()
+        loss = F.cross_entropy(outputs, torch.arange(7))
+    return outputs, loss, *torch.autograd.grad(loss, (input, weight, bias))

@@ -1,0 +1,62 @@
+"""Fixtures for the tests of the application: a place of one's own, a trained run, refusals."""
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from run_folders import assert_one_line
+
+from mnist_ext.app.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder, without the machine's own data, cache, network and colours."""
+    for name in ("MNIST_EXT_DATA", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    threads = torch.get_num_threads()
+    # What a shell starts in the background ignores Ctrl-C, and so would this.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train on the embedded digits for two epochs; the run's folder is to be read only."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = ["--dataset", "digits", "--recipe", "best", "--epochs", "2", "--hidden", "32"]
+    assert main(["train", *options, "--output-dir", str(folder), "--name", "run"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def own_run(digits_run: Path, tmp_path: Path) -> Path:
+    """Copy the run, to be changed."""
+    return Path(shutil.copytree(digits_run, tmp_path / "own"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Return a function that runs a command which fails in one line, and returns that."""
+
+    def run(*argv: object, parts: tuple[str, ...] = (), code: int = 2, out: bool = False) -> str:
+        capsys.readouterr()
+        assert main(list(map(str, argv))) == code
+        captured = capsys.readouterr()
+        assert_one_line(captured.err, *parts)
+        assert out or captured.out == ""
+        return captured.err
+
+    return run
