@@ -48,16 +48,15 @@ bench-kernels: install  ## time each kernel, ours against PyTorch
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
 # With the Python at hand instead of .venv, so that it works on a GPU machine without a network; that Python has torch,
-# torchvision, setuptools, ninja, pybind11, numpy, pytest, safetensors and tqdm. Every test that wants a GPU is in these files.
+# torchvision, setuptools, ninja, pybind11, numpy, pytest, safetensors and tqdm.
 SANITIZER := build/sanitizer
 RESULTS := benchmarks/results/$(shell date +%F)-gpu
 
 gpu: SHELL := /bin/bash
 gpu: .SHELLFLAGS := -o pipefail -c  # tee would hide that the benchmark failed
 gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
-	MNIST_EXT_CUDA_ARCH=$$($(PYTHON) -c 'import torch; print(*torch.cuda.get_device_capability(), sep=".")') \
-		$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu tests/test_cuda*.py $(ARGS)
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu $(ARGS)
 	mkdir -p $(SANITIZER)
 	nvcc -std=c++20 -arch=$$($(PYTHON) -c 'import torch; c = "%d%d" % torch.cuda.get_device_capability(); \
 		print("sm_" + c.replace("90", "90a"))') -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels

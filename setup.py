@@ -5,8 +5,9 @@ stable ABI only, so that binaries built here run on every torch from 2.10 on. CP
 compiled once per instruction set; the best one that the CPU has is picked at run time. CUDA kernels
 are compiled for several architectures; the driver picks one.
 
-MNIST_EXT_CUDA=0 leaves CUDA out. MNIST_EXT_CUDA_ARCH names architectures instead of the default
-ones: "9.0" or "8.0;9.0".
+MNIST_EXT_CUDA=0 leaves CUDA out. CUDA kernels are for the GPUs that this machine has; where it has
+none, or with MNIST_EXT_CUDA_ARCH=all, for all that they know. MNIST_EXT_CUDA_ARCH may also name
+architectures: "9.0" or "8.0;9.0".
 """
 
 import os
@@ -53,7 +54,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
-ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version) if TOOLKIT else []
+GPUS = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version, GPUS) if TOOLKIT else []
 
 # No fast-math: inf and NaN are part of the contract. Contracting a * b + c is not fast-math.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
@@ -98,17 +100,23 @@ def cpu_library() -> Extension:
     )
 
 
+CUDA_SOURCES = ["csrc/cuda/table.cu", *sources("csrc/cuda/instantiate", "*.cu")]
+TENSOR_CORE_SOURCES = [path for path in CUDA_SOURCES if "tensor_cores" in path]
+
+
+def nvcc_flags(tensor_cores: bool) -> list[str]:
+    code = cuda_toolkit.code_flags(ARCHITECTURES, tensor_cores)
+    return ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", *code]
+
+
 def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
-    numbers = [architecture.replace(".", "") for architecture in ARCHITECTURES]
-    # wgmma, the H100's and H200's own tensor core instruction, is in 9.0a alone. No later device
-    # runs code for 9.0a: the PTX, which is for those, is plain 9.0's.
-    names = [n.replace("90", "90a") for n in numbers]
-    code = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names]
-    code.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
     return Extension(
         "mnist_ext._cuda",
-        sources=["csrc/bindings/cuda.cpp", *sources("csrc/cuda", "*.cu")],
-        depends=DEPENDS,
+        sources=[
+            "csrc/bindings/cuda.cpp",
+            *(path for path in CUDA_SOURCES if path not in TENSOR_CORE_SOURCES),
+        ],
+        depends=[*TENSOR_CORE_SOURCES, *DEPENDS],
         # The CUDA runtime is linked in, so that none needs to be found where this runs.
         library_dirs=[*library_paths(), str(toolkit.libraries)],
         libraries=["torch_cuda", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
@@ -120,7 +128,7 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
         ],
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *WARNINGS, *INCLUDES, f"-isystem{toolkit.home / 'include'}"],
-            "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden", *code],
+            "nvcc": nvcc_flags(tensor_cores=False),
         },
         language="c++",
     )
@@ -129,7 +137,8 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
 class BuildWithIsaFlags(BuildExtension):
     """BuildExtension that compiles each csrc/cpu/isa/<isa>.cpp with its instruction set's flags.
 
-    The ops are compiled once, and linked into each library.
+    And CUDA's tensor cores for their architectures. The ops are compiled once, and linked into each
+    library.
     """
 
     op_objects: list[str] | None = None
@@ -152,6 +161,13 @@ class BuildWithIsaFlags(BuildExtension):
         if ext.name == "mnist_ext._C":
             for isa, flags in ISA_FLAGS.items():
                 ext.extra_objects += self.objects([isa_source(isa)], flags, ext.depends)
+        else:
+            ext.extra_objects += self.compiler.compile(
+                TENSOR_CORE_SOURCES,
+                output_dir=self.build_temp,
+                extra_postargs={"cxx": [], "nvcc": nvcc_flags(tensor_cores=True)},
+                depends=ext.depends,
+            )
         if self.op_objects is None:
             flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *INCLUDES]
             self.op_objects = self.objects(OP_SOURCES, flags, ext.depends)

@@ -28,6 +28,6 @@ def compiler_version() -> str:
 
 def compile_cpp(source: Path, binary: Path, isa: str, optimize: str = "-O3") -> None:
     """Compile one file, with what the kernels need besides their headers."""
-    sources = [source, ROOT / "csrc/kernels/cpu/scratch.cpp"]
+    sources = [source, ROOT / "csrc/cpu/threads/scratch.cpp"]
     flags = [optimize, *FLAGS, *isa_flags(isa), f"-DMNIST_EXT_ISA={isa}"]
     subprocess.run([compiler(), *flags, *sources, "-o", binary], check=True)

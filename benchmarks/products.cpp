@@ -1,5 +1,5 @@
 // The two matrix products of the linear layer's forward against each other: dot products (dot_gemm.h) and packed outer
-// products (gemm.h). Built and run by products.py; the choice between them is in csrc/kernels/cpu/linear_impl.h.
+// products (gemm.h). Built and run by products.py; the choice between them is in csrc/cpu/product/plan.h.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../csrc/kernels/cpu/linear_impl.h"
+#include "../csrc/cpu/product/plan.h"
 
 using namespace mnist_ext;
 using namespace mnist_ext::MNIST_EXT_ISA;
@@ -38,20 +38,14 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-void compare(int64_t rows, int64_t depth, int64_t columns, int threads) {
-  const Floats x(rows * depth), w(columns * depth), bias(columns), by_dot(rows * columns), by_outer(rows * columns);
+void compare(int64_t M, int64_t N, int64_t K, int threads) {
+  const Floats a(M * K), b(N * K), bias(N), by_dot(M * N), by_outer(M * N);
   const auto product = [&](float* c) {
-    return forward_product<float>({.rows = rows,
-                                   .in_features = depth,
-                                   .out_features = columns,
-                                   .input = {x.data, depth, 1},
-                                   .weight = {w.data, depth, 1},
-                                   .bias = bias.data,
-                                   .activation = Activation::relu,
-                                   .out = c});
+    return Block<float>::whole(
+        {.M = M, .N = N, .K = K, .a = {a.data, K, 1}, .b = {b.data, K, 1}, .bias = bias.data, .relu = true, .c = c});
   };
-  const auto run = [&](const Product<float>& g, bool dots) {
-    parallel(threads, [&](int thread, int count) { product_share(g, dots, thread, count); });
+  const auto run = [&](const Block<float>& block, bool dots) {
+    parallel(threads, [&](int thread, int count) { product_share(block, dots, thread, count); });
   };
   const auto dot = [&] { run(product(by_dot.data), true); };
   const auto outer = [&] { run(product(by_outer.data), false); };
@@ -70,26 +64,26 @@ void compare(int64_t rows, int64_t depth, int64_t columns, int threads) {
     times[1].push_back(microseconds(outer, calls));
     ratios.push_back(times[1].back() / times[0].back());
   }
-  const bool chosen = use_dot_products<float>(rows, depth, columns);
-  std::printf("%5ld x %4ld x %4ld  %10.1f  %10.1f  %5.2f  %s\n", static_cast<long>(rows), static_cast<long>(depth),
-              static_cast<long>(columns), median(times[0]), median(times[1]), median(ratios), chosen ? "dot" : "outer");
+  const bool chosen = use_dot_products<float>(M, N, K);
+  std::printf("%5ld x %4ld x %4ld  %10.1f  %10.1f  %5.2f  %s\n", static_cast<long>(M), static_cast<long>(K),
+              static_cast<long>(N), median(times[0]), median(times[1]), median(ratios), chosen ? "dot" : "outer");
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
-  std::printf("%-19s  %10s  %10s  %5s  %s\n", "rows x depth x cols", "dot us", "outer us", "ratio", "chosen");
-  for (const int64_t rows : {8, 64, 128, 256, 1024, 4096}) {
-    for (const auto& [depth, columns] : {std::pair<int64_t, int64_t>{784, 128},
-                                         {128, 64},
-                                         {64, 10},
-                                         {256, 256},
-                                         {512, 512},
-                                         {1024, 1024},
-                                         {789, 333},
-                                         {4096, 1024}}) {
-      compare(rows, depth, columns, threads);
+  std::printf("%-19s  %10s  %10s  %5s  %s\n", "M x K x N", "dot us", "outer us", "ratio", "chosen");
+  for (const int64_t M : {8, 64, 128, 256, 1024, 4096}) {
+    for (const auto& [K, N] : {std::pair<int64_t, int64_t>{784, 128},
+                               {128, 64},
+                               {64, 10},
+                               {256, 256},
+                               {512, 512},
+                               {1024, 1024},
+                               {789, 333},
+                               {4096, 1024}}) {
+      compare(M, N, K, threads);
     }
   }
 }

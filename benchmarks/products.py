@@ -4,7 +4,7 @@
 
 Compiles products.cpp with the flags of setup.py for one instruction set and runs it. "ratio" is the
 outer products' time over the dot products', the median over turns; "chosen" is what
-csrc/kernels/cpu/linear_impl.h picks.
+csrc/cpu/product/plan.h picks.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -58,13 +57,8 @@ def isa(request: pytest.FixtureRequest):
 @pytest.fixture
 def emulator():
     """Send CPU tensors to the emulated CUDA kernels."""
-    with contextlib.ExitStack() as stack:
-        for patch in emulated.patches():
-            stack.enter_context(patch)
+    with emulated.kernels():
         yield
-    emulated.set_seed(0)
-    emulated.set_device()
-    emulated.set_train_step_graphs()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 `python tests/emulated.py` builds them, and says how long that took.
 """
 
+import contextlib
 import ctypes
 import functools
 import time
@@ -10,55 +11,41 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mnist_ext import _autograd, optim, train_step
+from mnist_ext import _C, _autograd
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
 BUILD = ROOT / "build" / "emulator"
 
-OPS = (  # that mnist_ext._autograd calls
-    "linear",
-    "linear_backward",
-    "cross_entropy",
-    "cross_entropy_with_gradient",
-    "cross_entropy_gradient_",
-    "cross_entropy_backward",
-)
+MAIN_LOOPS = ("simt", "mma", "wgmma")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Build, where something changed, and load; registers torch.ops.mnist_ext_emulated."""
+    """Build, where something changed, and load."""
     folder = BUILD / torch.__version__
     folder.mkdir(parents=True, exist_ok=True)
     path = cpp_extension.load(
         "mnist_ext_emulated",
-        [
-            str(EMULATOR / "kernels.cpp"),
-            str(EMULATOR / "library.cpp"),
-            str(EMULATOR / "instructions.cpp"),
-            str(EMULATOR / "linear_mma.cpp"),
-            str(EMULATOR / "linear_wgmma.cpp"),
-            str(EMULATOR / "mistakes.cpp"),
-            str(EMULATOR / "train_step_kernels.cpp"),
-            str(ROOT / "csrc/ops/cuda/captured_step.cpp"),
-            str(ROOT / "csrc/ops/cuda/cross_entropy.cpp"),
-            str(ROOT / "csrc/ops/cuda/linear.cpp"),
-            str(ROOT / "csrc/ops/cuda/sgd.cpp"),
-            str(ROOT / "csrc/ops/cuda/train_step.cpp"),
-        ],
+        [str(EMULATOR / f"{name}.cpp") for name in ("library", "instructions", "mistakes")],
         # -O1: the kernels are small, and most of the time goes to switching threads.
-        extra_cflags=["-std=c++20", "-O1", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+        extra_cflags=["-std=c++20", "-O1", "-w", "-fvisibility=hidden"],
         extra_include_paths=[str(EMULATOR)],
         build_directory=str(folder),
         with_cuda=False,
         is_python_module=False,
     )
     return ctypes.CDLL(path)
+
+
+def table_address() -> int:
+    """Return the address of the CUDA kernels' KernelTable, for `_C.register_kernels`."""
+    function = library().emulator_kernel_table
+    function.restype = ctypes.c_void_p
+    return function()
 
 
 def set_seed(seed: int) -> None:
@@ -75,30 +62,30 @@ def set_device(
     library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
 
 
-def set_train_step_graphs(enabled: bool = True) -> None:
-    """Choose whether TrainStep may make CUDA graphs, as mnist_ext._cuda does."""
-    library().emulator_set_train_step_graphs(enabled)
+def refuse_graphs(refuse: bool = True) -> None:
+    """Choose whether the driver that is played makes CUDA graphs."""
+    library().emulator_refuse_graphs(refuse)
 
 
-def linear_plan(rows: int, columns: int, depth: int) -> tuple[str, int]:
-    """Return the tile, and the splits of the depth, by which a float32 product is made."""
-    plan = library().emulator_linear_plan(*map(ctypes.c_int64, (rows, columns, depth)))
-    return ("small", "medium", "large")[plan // 1000], plan % 1000
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Send CPU tensors to the emulated CUDA kernels, through the same ops."""
+    before, reason = _C.active_isa(), _C.active_isa_reason()
+    _C.register_kernels("emulated cuda", table_address())
+    _C.set_isa("emulated cuda")
+    try:
+        with mock.patch.object(_autograd, "_has_cuda_kernels", return_value=True):
+            yield
+    finally:
+        _C.set_isa(before, reason)
+        reset()
 
 
-def linear_product(
-    a: torch.Tensor,
-    strides: tuple[int, int],
-    b: torch.Tensor,
-    out: torch.Tensor,
-    row_sums: torch.Tensor,
-) -> None:
-    """Make out = a' @ b.t() and the sums of a's rows; a' begins where a does, with its strides."""
-    sizes = map(ctypes.c_int64, (*out.shape, b.shape[1]))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, b, out, row_sums)]
-    library().emulator_linear_product(
-        *sizes, pointers[0], *map(ctypes.c_int64, strides), *pointers[1:]
-    )
+def reset() -> None:
+    """Undo what the three above have chosen."""
+    set_seed(0)
+    set_device()
+    refuse_graphs(False)
 
 
 def launches() -> int:
@@ -111,13 +98,13 @@ def graph_launches() -> int:
     return library().emulator_graph_launches()
 
 
-def refuse_graphs(refuse: bool) -> None:
-    """Choose whether the driver that is played makes CUDA graphs."""
-    library().emulator_refuse_graphs(refuse)
+def bank_conflicts() -> int:
+    """Count the bank conflicts of ldmatrix and load_word so far."""
+    return library().emulator_bank_conflicts()
 
 
 def captured(call: Callable[[], object]) -> int:
-    """Call while the ops' stream is being captured; count what it would have started."""
+    """Call while the current stream is being captured; count what it would have started."""
     library().emulator_begin_capture()
     try:
         call()
@@ -127,21 +114,23 @@ def captured(call: Callable[[], object]) -> int:
 
 
 class Product(ctypes.Structure):
-    """mnist_ext::cuda::Product, for any dtype."""
+    """mnist_ext::Product, for any dtype."""
 
     _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("depth", ctypes.c_int64),
+        ("M", ctypes.c_int64),
+        ("N", ctypes.c_int64),
+        ("K", ctypes.c_int64),
         ("a", ctypes.c_void_p),
         ("a_strides", ctypes.c_int64 * 2),
-        ("gate", ctypes.c_void_p),
-        ("gate_strides", ctypes.c_int64 * 2),
+        ("relu_mask", ctypes.c_void_p),
+        ("mask_strides", ctypes.c_int64 * 2),
         ("b", ctypes.c_void_p),
         ("b_strides", ctypes.c_int64 * 2),
         ("bias", ctypes.c_void_p),
         ("relu", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
+        ("allow_tf32", ctypes.c_int64),
+        ("c_mask", ctypes.c_void_p),
+        ("c", ctypes.c_void_p),
         ("row_sums", ctypes.c_void_p),
     )
 
@@ -151,31 +140,33 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _product(a, b, gate, bias, relu, out, sums) -> Product:
+def _product(a, b, mask, bias, relu, tf32, c, sums) -> tuple[bytes, ctypes.Structure]:
     pair = ctypes.c_int64 * 2
-    return Product(
+    product = Product(
         *(len(a), len(b), a.shape[1]),
         *(pointer(a), pair(*a.stride())),
-        *(pointer(gate), pair(*(gate.stride() if gate is not None else (0, 0)))),
+        *(pointer(mask), pair(*(mask.stride() if mask is not None else (0, 0)))),
         *(pointer(b), pair(*b.stride())),
-        *(pointer(bias), relu, pointer(out), pointer(sums)),
+        *(pointer(bias), relu, tf32, None, pointer(c), pointer(sums)),
     )
+    return str(a.dtype).removeprefix("torch.").encode(), product
 
 
-def wgmma_takes(a, b, tf32: bool, row_sums=False) -> bool:
-    """Ask whether this float32 product is made by wgmma."""
-    out = torch.empty(1)
-    takes = library().emulator_wgmma_takes_float32
-    takes.restype = ctypes.c_bool
-    return takes(
-        ctypes.byref(_product(a, b, None, None, False, out, out if row_sums else None)), tf32
-    )
+def product(
+    main_loop: str,
+    a,
+    b,
+    mask=None,
+    bias=None,
+    relu=False,
+    row_sums=False,
+    c=True,
+    c_mask=None,
+    a_strides=None,
+):
+    """Make a [M, K] times b [N, K]^T by this main loop; a_strides: instead of those of a.
 
-
-def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row_sums=False):
-    """Call one of the kernels of linear layers: a [rows, depth] times b [columns, depth]^T.
-
-    Returns out and row_sums, with what lies around them in memory checked.
+    Returns C and the row sums, with what lies around them in memory checked.
     """
 
     def guarded(*shape):
@@ -183,58 +174,36 @@ def tensor_core_product(kernel: str, a, b, gate=None, bias=None, relu=False, row
         whole = torch.full((size + 32,), torch.nan, dtype=a.dtype)
         return whole, whole[16 : 16 + size].view(shape)
 
-    whole_out, out = guarded(len(a), len(b))
+    whole_c, made = guarded(len(a), len(b))
     whole_sums, sums = guarded(len(a))
-    product = _product(a, b, gate, bias, relu, out, sums if row_sums else None)
-    function = getattr(library(), f"emulator_{kernel}_{str(a.dtype).removeprefix('torch.')}")
+    wanted = (made if c else None, sums if row_sums else None)
+    dtype, arguments = _product(a, b, mask, bias, relu, True, *wanted)
+    arguments.c_mask = pointer(c_mask)
+    arguments.a_strides = (ctypes.c_int64 * 2)(*(a_strides or a.stride()))
+    function = library().emulator_product
     function.restype = ctypes.c_char_p
-    error = function(ctypes.byref(product))
+    error = function(dtype, MAIN_LOOPS.index(main_loop), ctypes.byref(arguments))
     if error is not None:
         raise RuntimeError(error.decode())
-    for whole in (whole_out, whole_sums):
+    for whole in (whole_c, whole_sums):
         assert torch.cat((whole[:16], whole[-16:])).isnan().all(), "written beyond the result"
-    return out, sums if row_sums else None
+    return wanted
 
 
-def bank_conflicts() -> int:
-    """Count the bank conflicts of ldmatrix and load_word so far."""
-    return library().emulator_bank_conflicts()
+def plan(a, b, tf32=False, row_sums=False) -> tuple[str, int, int]:
+    """Return the main loop, its tile from small to large, and the splits of K of this product."""
+    chosen = (ctypes.c_int * 3)()
+    some = torch.empty(1)
+    dtype, arguments = _product(a, b, None, None, False, tf32, some, some if row_sums else None)
+    library().emulator_plan(dtype, ctypes.byref(arguments), chosen)
+    return MAIN_LOOPS[chosen[0]], chosen[1], chosen[2]
 
 
 def error_of(function: str) -> bytes:
     """Call one of tests/emulator/mistakes.cpp; return what it throws, or nothing."""
     error = library().emulator_error_of
     error.restype = ctypes.c_char_p
-    return error(getattr(library(), function))
-
-
-def patches() -> list:
-    """Make mnist_ext run its CUDA kernels on the emulator, for CPU tensors."""
-    library()
-    ops = torch.ops.mnist_ext_emulated
-    return [
-        *(mock.patch.object(_autograd, f"_{n}", getattr(ops, n).default) for n in OPS),
-        mock.patch.object(_autograd, "_has_cuda_kernels", return_value=True),
-        mock.patch.object(optim, "_sgd_step", ops.sgd_step.default),
-        mock.patch.object(train_step, "_train_steps", ops.train_steps.default),
-        mock.patch.object(train_step, "_new_step_graph", ops.new_step_graph.default),
-        mock.patch.object(train_step, "_free_step_graph", ops.free_step_graph.default),
-    ]
-
-
-# For a fixture: the emulated kernels, or those on a GPU, for tensors made without a device.
-KERNELS = ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)]
-
-
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test on request.param, one of KERNELS."""
-    if request.param == "emulated":
-        request.getfixturevalue("emulator")
-        yield request.param
-        return
-    torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
+    return error(getattr(library(), function)) or b""
 
 
 if __name__ == "__main__":

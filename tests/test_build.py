@@ -85,6 +85,42 @@ def test_architectures_asked_for(monkeypatch):
         cuda_toolkit.architectures("13.0")
 
 
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([(8, 6), (9, 0), (9, 0)], ["8.0", "9.0"]),
+        ([(12, 1)], ["12.0"]),
+        ([(7, 5)], ["8.0", "9.0", "10.0", "12.0"]),  # which has no use for any
+    ],
+)
+def test_architectures_of_the_gpus_that_are_there(monkeypatch, gpus, expected):
+    assert cuda_toolkit.architectures("13.0", gpus) == expected
+    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "all")
+    assert cuda_toolkit.architectures("13.0", gpus) == ["8.0", "9.0", "10.0", "12.0"]
+    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "9.0")
+    assert cuda_toolkit.architectures("13.0", gpus) == ["9.0"]
+
+
+def test_passes_of_the_compiler():
+    """Two for each file with all architectures; those of tensor cores need others."""
+
+    def code(architectures, tensor_cores):
+        flags = cuda_toolkit.code_flags(architectures, tensor_cores)
+        return [flag.removeprefix("-gencode=arch=compute_").split(",code=") for flag in flags]
+
+    known = ["8.0", "9.0", "10.0", "12.0"]
+    assert code(known, False) == [
+        *(["80", "sm_80"], ["90", "sm_90"], ["90", "sm_100"], ["90", "sm_120"]),
+        ["90", "compute_90"],
+    ]
+    assert code(known, True) == [
+        *(["80", "sm_80"], ["80", "sm_100"], ["80", "sm_120"], ["80", "compute_80"]),
+        ["90a", "sm_90a"],
+    ]
+    assert code(["8.6"], False) == [["80", "sm_86"], ["80", "compute_80"]]
+    assert code(["9.0"], True) == [["80", "compute_80"], ["90a", "sm_90a"]]
+
+
 def test_compiler_on_path_that_is_a_script_elsewhere(tmp_path):
     home = make_toolkit(tmp_path / "toolkit", 13000)
     script = tmp_path / "bin" / "nvcc"

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,23 +55,48 @@ def requirements(torch_cuda: str) -> list[str]:
     return [f"{package}=={version}.*" for package in packages]
 
 
-def architectures(toolkit_version: str) -> list[str]:
-    """Name the compute capabilities to compile for, the newest last.
+def architectures(toolkit_version: str, gpus: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """Name the compute capabilities to compile for, the newest last; gpus: of those that are here.
 
-    A100, H100 and H200; B200 and RTX 50 where the toolkit knows them. A GPU of the same major
+    All: A100, H100 and H200; B200 and RTX 50 where the toolkit knows them. A GPU of the same major
     number runs the code of the one before it, and a newer one compiles the last one's for itself.
     """
-    if asked := os.environ.get("MNIST_EXT_CUDA_ARCH", "").strip():
-        names = asked.split(";")
-    else:
-        blackwell = _numbers(toolkit_version) >= (12, 8)
-        names = ["8.0", "9.0", *(["10.0", "12.0"] if blackwell else [])]
-    try:
-        return sorted(names, key=_numbers)
-    except ValueError:
-        raise SystemExit(
-            f"MNIST_EXT_CUDA_ARCH: expected compute capabilities such as 8.0;9.0, got {asked!r}"
-        ) from None
+    asked = os.environ.get("MNIST_EXT_CUDA_ARCH", "").strip()
+    if asked and asked != "all":
+        try:
+            return sorted(asked.split(";"), key=_numbers)
+        except ValueError:
+            raise SystemExit(
+                "MNIST_EXT_CUDA_ARCH: expected all, or compute capabilities such as 8.0;9.0, got "
+                f"{asked!r}"
+            ) from None
+    blackwell = _numbers(toolkit_version) >= (12, 8)
+    known = ["8.0", "9.0", *(["10.0", "12.0"] if blackwell else [])]
+    majors = {major for major, _ in gpus}
+    here = [name for name in known if _numbers(name)[0] in majors]
+    return here if here and not asked else known
+
+
+def code_flags(architectures: Sequence[str], tensor_cores: bool) -> list[str]:
+    """Tell nvcc what to make of the kernels of tensor cores, or of all others.
+
+    Its front end, half of its time, makes a pass for each arch, from which the assembler makes code
+    for several GPUs: the passes are those for which kernels differ. wgmma, the H100's and H200's
+    own instruction of tensor cores, is in 9.0a alone; mma.sync is the same from 8.0 on. Clusters of
+    blocks, which other kernels use, exist from 9.0 on. No later GPU runs code for 9.0a: the PTX,
+    which is for those, is of another pass.
+    """
+    flags = []
+    for number in (name.replace(".", "") for name in architectures):
+        if not tensor_cores:
+            flags.append((min(int(number) // 10 * 10, 90), f"sm_{number}"))
+        elif number != "90":
+            flags.append((80, f"sm_{number}"))
+    newest = 80 if tensor_cores else flags[-1][0]
+    flags.append((newest, f"compute_{newest}"))
+    if tensor_cores and "9.0" in architectures:
+        flags.append(("90a", "sm_90a"))
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in flags]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 // Softmax cross-entropy of rows of logits against class indices, mean, forward and backward: from a pass per operation
-// to cross_entropy_rows.h and cross_entropy_short_rows.h. Once for 4096x1000, which is more than the second-level cache
+// to csrc/cpu/cross_entropy/rows.h and short_rows.h. Once for 4096x1000, which is more than the second-level cache
 // holds, and once for 4096x10, where a row is less than a vector.
 //
 //   pass_per_op        each operation reads and writes whole matrices; the exponential is libm's
@@ -16,7 +16,8 @@
 //
 // Finite logits only, and no more than one block of each row's sum: what the kernel in use does beyond is in
 // cross_entropy.h.
-#include "../../csrc/kernels/cpu/cross_entropy_impl.h"
+#include "../../csrc/cpu/cross_entropy/cross_entropy.h"
+
 #include "ladder.h"
 
 namespace {
@@ -28,11 +29,11 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 struct Problem {
   int64_t rows, classes;
-  const float* logits;                         // [rows, classes]
-  const int64_t* target;                       // [rows]
-  float *loss, *grad;                          // [1], [rows, classes]
-  float *row_loss, *row_max, *row_log_sum;     // [rows]
-  float *log_p, *exponentials, *total_weight;  // [rows, classes] twice, for pass_per_op; [1]
+  const float* logits;                      // [rows, classes]
+  const int64_t* target;                    // [rows]
+  float *loss, *grad;                       // [1], [rows, classes]
+  float *row_loss, *row_max, *row_log_sum;  // [rows]
+  float *log_p, *exponentials;              // [rows, classes], for pass_per_op
 
   float scale() const { return 1 / static_cast<float>(rows); }
 };
@@ -244,7 +245,7 @@ void threads(const Problem& x, int threads, const Body& body) {
   mean_loss(x);
 }
 
-void cross_entropy(const Problem& x, int threads) {
+void cross_entropy(const Problem& x, float* workspace, int threads) {
   MNIST_EXT_ISA::cross_entropy_forward<float>({.problem = {.batch = x.rows,
                                                            .classes = x.classes,
                                                            .positions = 1,
@@ -256,24 +257,19 @@ void cross_entropy(const Problem& x, int threads) {
                                                            .ignore_index = -100,
                                                            .label_smoothing = 0,
                                                            .reduction = Reduction::mean},
-                                               .position_loss = x.row_loss,
-                                               .position_max = x.row_max,
-                                               .position_log_sum = x.row_log_sum,
-                                               .total_weight = x.total_weight,
-                                               .grad_logits = x.grad,
-                                               .loss = x.loss},
-                                              threads);
+                                               .loss = x.loss,
+                                               .grad_logits = x.grad},
+                                              workspace, {.threads = threads});
 }
 
 void climb(int64_t rows, int64_t classes, const Options& options) {
   Buffer logits(rows * classes), grad(rows * classes), log_p(rows * classes), exponentials(rows * classes);
-  Buffer loss(1), row_loss(rows), row_max(rows), row_log_sum(rows), total_weight(1);
+  Buffer loss(1), row_loss(rows), row_max(rows), row_log_sum(rows), workspace(3 * rows);
   for (int64_t j = 0; j < logits.size; ++j) logits.data[j] *= 10;
   std::vector<int64_t> target(rows);
   for (int64_t& t : target) t = std::rand() % classes;
-  const Problem x = {
-      rows,          classes,      logits.data,      target.data(), loss.data,         grad.data,
-      row_loss.data, row_max.data, row_log_sum.data, log_p.data,    exponentials.data, total_weight.data};
+  const Problem x = {rows,          classes,      logits.data,      target.data(), loss.data,        grad.data,
+                     row_loss.data, row_max.data, row_log_sum.data, log_p.data,    exponentials.data};
   const int n = options.threads;
 
   std::vector<double> loss_truth(1), grad_truth(rows * classes);
@@ -304,7 +300,8 @@ void climb(int64_t rows, int64_t classes, const Options& options) {
   const bool short_rows = classes <= kFewClasses;
   if (short_rows) ladder.rung("transposed", 1, [=] { threads(x, 1, transposed); });
   if (n > 1) ladder.rung("threads", n, [=] { threads(x, n, short_rows ? transposed : one_exp<InUse>); });
-  ladder.rung("cross_entropy", n, [=] { cross_entropy(x, n); });
+  float* const of_kernel = workspace.data;
+  ladder.rung("cross_entropy", n, [=] { cross_entropy(x, of_kernel, n); });
   ladder.run(options);
 }
 

@@ -15,7 +15,7 @@
 //   python benchmarks/ladder/ladder.py grad_weight
 //
 // Rungs of vectors take a number of columns that is a multiple of the vector's width; the kernel in use takes any.
-#include "../../csrc/kernels/cpu/linear_impl.h"
+#include "../../csrc/cpu/executor.h"
 #include "ladder.h"
 
 namespace {
@@ -23,18 +23,18 @@ namespace {
 using namespace ladder;
 using V = Vec<float>;
 
-struct Layer {
+struct Problem {
   int64_t batch, in, out;
   const float *grad_output, *input;  // [batch, out], [batch, in]
   float *grad_weight, *grad_bias;    // [out, in], [out]
 };
 
-void store_bias(const Layer& x, const std::vector<double>& sums) {
+void store_bias(const Problem& x, const std::vector<double>& sums) {
   for (int64_t n = 0; n < x.out; ++n) x.grad_bias[n] = static_cast<float>(sums[n]);
 }
 
 // A pass of its own over grad_output, in all rungs up to the one that packs it.
-void bias_pass(const Layer& x) {
+void bias_pass(const Problem& x) {
   std::vector<double> sums(x.out);
   for (int64_t m = 0; m < x.batch; ++m) {
     for (int64_t n = 0; n < x.out; ++n) sums[n] += x.grad_output[m * x.out + n];
@@ -42,7 +42,7 @@ void bias_pass(const Layer& x) {
   store_bias(x, sums);
 }
 
-void dot_order(const Layer& x) {
+void dot_order(const Problem& x) {
   for (int64_t n = 0; n < x.out; ++n) {
     for (int64_t k = 0; k < x.in; ++k) {
       float sum = 0;
@@ -53,7 +53,7 @@ void dot_order(const Layer& x) {
   bias_pass(x);
 }
 
-void row_order(const Layer& x) {
+void row_order(const Problem& x) {
   for (int64_t n = 0; n < x.out; ++n) {
     float* row = x.grad_weight + n * x.in;
     std::fill_n(row, x.in, 0.0f);
@@ -118,13 +118,13 @@ struct Part {
   Range rows, columns, batch;
 };
 
-Part whole(const Layer& x) { return {{0, x.out}, {0, x.in}, {0, x.batch}}; }
+Part whole(const Problem& x) { return {{0, x.out}, {0, x.in}, {0, x.batch}}; }
 
 constexpr int64_t kPanel = kTileColumns<float>;
 
 // The part's input in panels as wide as a tile, each [batch][kPanel], one after the other: the tile reads contiguously.
-const float* packed_input(const Layer& x, const Part& part) {
-  float* packed = static_cast<float*>(scratch(Scratch::b_block, kDepthBlock * kColumnBlock<float> * sizeof(float)));
+const float* packed_input(const Problem& x, const Part& part) {
+  float* packed = static_cast<float*>(scratch(Scratch::b_block, kBlockK * kColumnBlock<float> * sizeof(float)));
   float* to = packed;
   for (int64_t column = part.columns.begin; column < part.columns.end; column += kPanel) {
     const int64_t n = std::min(kPanel, part.columns.end - column);
@@ -137,10 +137,10 @@ const float* packed_input(const Layer& x, const Part& part) {
 
 // The rows' part of grad_output, [batch][kTileRows]; whole vectors are stored, and the next step overwrites what was
 // too much. Sums for the bias are in float over 32 steps, then in double.
-const float* packed_grad_output(const Layer& x, Range rows, Range batch, double* sums) {
+const float* packed_grad_output(const Problem& x, Range rows, Range batch, double* sums) {
   constexpr int64_t chain = 32;
   constexpr int vectors = (kTileRows + V::width - 1) / V::width;
-  float* packed = static_cast<float*>(scratch(Scratch::a_tile, kDepthBlock * kTileRows * sizeof(float) + kVectorBytes));
+  float* packed = static_cast<float*>(scratch(Scratch::a_tile, kBlockK * kTileRows * sizeof(float) + kVectorBytes));
   float* to = packed;
   for (int64_t begin = batch.begin; begin < batch.end; begin += chain) {
     V sum[vectors] = {};
@@ -162,7 +162,7 @@ enum class Packing { none, input, both };
 
 // All tiles of a part. sums: of grad_output's columns, to be added to while it is packed.
 template <Packing packing>
-void tiles(const Layer& x, const Part& part, double* sums = nullptr) {
+void tiles(const Problem& x, const Part& part, double* sums = nullptr) {
   const float* input = x.input + part.batch.begin * x.in + part.columns.begin;
   int64_t step = x.in, panel = kPanel;  // from one step of the batch to the next, from one panel to the next
   if (packing != Packing::none) {
@@ -195,27 +195,27 @@ void tiles(const Layer& x, const Part& part, double* sums = nullptr) {
 
 template <class Body>
 void for_blocks(const Part& part, const Body& body) {
-  for (int64_t m = part.batch.begin; m < part.batch.end; m += kDepthBlock) {
+  for (int64_t m = part.batch.begin; m < part.batch.end; m += kBlockK) {
     for (int64_t k = part.columns.begin; k < part.columns.end; k += kColumnBlock<float>) {
       const Range columns = {k, std::min(k + kColumnBlock<float>, part.columns.end)};
-      body(Part{part.rows, columns, {m, std::min(m + kDepthBlock, part.batch.end)}});
+      body(Part{part.rows, columns, {m, std::min(m + kBlockK, part.batch.end)}});
     }
   }
 }
 
-void register_tile(const Layer& x) {
+void register_tile(const Problem& x) {
   tiles<Packing::none>(x, whole(x));
   bias_pass(x);
 }
 
 template <Packing packing>
-void blocks(const Layer& x) {
+void blocks(const Problem& x) {
   for_blocks(whole(x), [&](const Part& block) { tiles<packing>(x, block); });
   bias_pass(x);
 }
 
 // With one thread: all packed.
-void threads(const Layer& x, int threads) {
+void threads(const Problem& x, int threads) {
   std::vector<double> sums(x.out);
   parallel(threads, [&](int thread, int count) {
     Part part = whole(x);
@@ -227,7 +227,7 @@ void threads(const Layer& x, int threads) {
 
 void climb(int64_t batch, int64_t in, int64_t out, const Options& options) {
   Buffer grad_output(batch * out), input(batch * in), grad_weight(out * in), grad_bias(out);
-  const Layer x = {batch, in, out, grad_output.data, input.data, grad_weight.data, grad_bias.data};
+  const Problem x = {batch, in, out, grad_output.data, input.data, grad_weight.data, grad_bias.data};
   const int n = options.threads;
 
   std::vector<double> weight_truth(out * in), bias_truth(out);
@@ -254,19 +254,14 @@ void climb(int64_t batch, int64_t in, int64_t out, const Options& options) {
   ladder.rung("packed_grad_output", 1, [=] { threads(x, 1); });
   if (n > 1) ladder.rung("threads", n, [=] { threads(x, n); });
   ladder.rung("linear_backward", n, [=] {
-    MNIST_EXT_ISA::linear_backward<float>({.rows = x.batch,
-                                           .in_features = x.in,
-                                           .out_features = x.out,
-                                           .grad_output = x.grad_output,
-                                           .grad_output_stride = x.out,
-                                           .output = nullptr,
-                                           .output_stride = 0,
-                                           .input = {x.input, x.in, 1},
-                                           .weight = {},
-                                           .grad_input = nullptr,
-                                           .grad_weight = x.grad_weight,
-                                           .grad_bias = x.grad_bias},
-                                          n);
+    const Entry<float> entry = {Product<float>{.M = x.out,
+                                               .N = x.in,
+                                               .K = x.batch,
+                                               .a = {x.grad_output, 1, x.out},
+                                               .b = {x.input, 1, x.in},
+                                               .c = x.grad_weight,
+                                               .row_sums = x.grad_bias}};
+    run_program<float>({&entry, 1, 1}, nullptr, {.threads = n});
   });
   ladder.run(options);
 }
@@ -276,7 +271,7 @@ void climb(int64_t batch, int64_t in, int64_t out, const Options& options) {
 int main(int argc, char** argv) {
   const Options options(argc, argv);
   if (options.quick()) {
-    climb(2 * kDepthBlock + 8, kColumnBlock<float> + 5 * V::width, 33, options);
+    climb(2 * kBlockK + 8, kColumnBlock<float> + 5 * V::width, 33, options);
   } else {
     climb(4096, 4096, 512, options);
   }

@@ -17,8 +17,8 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/memory.h"
-#include "../../csrc/kernels/cpu/parallel.h"
+#include "../../csrc/cpu/simd/elements.h"
+#include "../../csrc/cpu/threads/parallel.h"
 
 namespace ladder {
 

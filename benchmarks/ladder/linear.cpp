@@ -15,7 +15,7 @@
 //
 // Rungs of vectors take a depth that is a multiple of the vector's width, and tiles a number of neurons that is a
 // multiple of theirs; the kernel in use takes any.
-#include "../../csrc/kernels/cpu/linear_impl.h"
+#include "../../csrc/cpu/executor.h"
 #include "ladder.h"
 
 namespace {
@@ -23,25 +23,25 @@ namespace {
 using namespace ladder;
 using V = Vec<float>;
 
-struct Layer {
+struct Problem {
   int64_t rows, depth, neurons;
   const float *input, *weight, *bias;  // [rows, depth], [neurons, depth], [neurons]
   float* out;                          // [rows, neurons]
 };
 
 // As the ops of a framework do it: each pass reads and writes the whole result.
-void add_bias(const Layer& x) {
+void add_bias(const Problem& x) {
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t n = 0; n < x.neurons; ++n) x.out[row * x.neurons + n] += x.bias[n];
   }
 }
 
-void relu(const Layer& x) {
+void relu(const Problem& x) {
   for (int64_t i = 0; i < x.rows * x.neurons; ++i) x.out[i] = x.out[i] < 0 ? 0 : x.out[i];
 }
 
 template <class Dot>
-void by_element(const Layer& x, const Dot& dot) {
+void by_element(const Problem& x, const Dot& dot) {
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t n = 0; n < x.neurons; ++n) {
       x.out[row * x.neurons + n] = dot(x.input + row * x.depth, x.weight + n * x.depth, x.depth);
@@ -57,7 +57,7 @@ float scalar_dot(const float* a, const float* b, int64_t depth) {
   return sum;
 }
 
-void scalar_chain(const Layer& x) { by_element(x, scalar_dot); }
+void scalar_chain(const Problem& x) { by_element(x, scalar_dot); }
 
 template <int chains>
 float vector_dot(const float* a, const float* b, int64_t depth) {
@@ -74,9 +74,9 @@ float vector_dot(const float* a, const float* b, int64_t depth) {
   return reduce_add(sum[0]);
 }
 
-void vector_chain(const Layer& x) { by_element(x, vector_dot<1>); }
+void vector_chain(const Problem& x) { by_element(x, vector_dot<1>); }
 
-void four_chains(const Layer& x) { by_element(x, vector_dot<4>); }
+void four_chains(const Problem& x) { by_element(x, vector_dot<4>); }
 
 // R rows by N neurons: per step R + N loads for R * N multiply-adds, in as many chains.
 template <int R, int N>
@@ -96,7 +96,7 @@ MNIST_EXT_INLINE void dots(const float* a, const float* b, int64_t depth, V (&su
 
 struct SumEach {
   template <int R, int N>
-  static void tile(const Layer& x, int64_t row, int64_t n) {
+  static void tile(const Problem& x, int64_t row, int64_t n) {
     V sum[R][N] = {};
     dots(x.input + row * x.depth, x.weight + n * x.depth, x.depth, sum);
     for (int r = 0; r < R; ++r) {
@@ -108,7 +108,7 @@ struct SumEach {
 template <bool epilogue>
 struct SumFour {
   template <int R, int N>
-  static void tile(const Layer& x, int64_t row, int64_t n) {
+  static void tile(const Problem& x, int64_t row, int64_t n) {
     V sum[R][N] = {};
     dots(x.input + row * x.depth, x.weight + n * x.depth, x.depth, sum);
     const Four<float> bias = Four<float>::load(x.bias + n, 4);
@@ -125,7 +125,7 @@ struct SumFour {
 
 // A tile of `rows` rows, at most R.
 template <class Sum, int R, int N>
-void tile_of(const Layer& x, int64_t row, int64_t rows, int64_t n) {
+void tile_of(const Problem& x, int64_t row, int64_t rows, int64_t n) {
   if constexpr (R > 1) {
     if (rows < R) return tile_of<Sum, R - 1, N>(x, row, rows, n);
   }
@@ -134,7 +134,7 @@ void tile_of(const Layer& x, int64_t row, int64_t rows, int64_t n) {
 
 // The weights of N neurons stay in the first-level cache while all rows of the input pass, from the second.
 template <class Sum, int R, int N>
-void tiles(const Layer& x, Range neurons) {
+void tiles(const Problem& x, Range neurons) {
   const int64_t count = (x.rows + R - 1) / R;
   for (int64_t n = neurons.begin; n < neurons.end; n += N) {
     for (int64_t i = 0; i < count; ++i) {
@@ -145,7 +145,7 @@ void tiles(const Layer& x, Range neurons) {
 }
 
 template <class Sum, int R, int N>
-void tiles_and_passes(const Layer& x) {
+void tiles_and_passes(const Problem& x) {
   tiles<Sum, R, N>(x, {0, x.neurons});
   add_bias(x);
   relu(x);
@@ -153,14 +153,14 @@ void tiles_and_passes(const Layer& x) {
 
 constexpr int kRows = kVectorRegisters == 32 ? 6 : 3;
 
-void fused(const Layer& x) { tiles<SumFour<true>, kRows, 4>(x, {0, x.neurons}); }
+void fused(const Problem& x) { tiles<SumFour<true>, kRows, 4>(x, {0, x.neurons}); }
 
-void threads(const Layer& x, int threads) {
+void threads(const Problem& x, int threads) {
   parallel(threads,
            [&](int thread, int count) { tiles<SumFour<true>, kRows, 4>(x, split(x.neurons, 4, thread, count)); });
 }
 
-std::vector<double> truth(const Layer& x) {
+std::vector<double> truth(const Problem& x) {
   std::vector<double> out;
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t n = 0; n < x.neurons; ++n) {
@@ -178,7 +178,7 @@ int main(int argc, char** argv) {
   const Options options(argc, argv);
   constexpr int64_t rows = 64, depth = 784, neurons = 128;
   Buffer input(rows * depth), weight(neurons * depth), bias(neurons), out(rows * neurons);
-  const Layer x = {rows, depth, neurons, input.data, weight.data, bias.data, out.data};
+  const Problem x = {rows, depth, neurons, input.data, weight.data, bias.data, out.data};
   const int n = options.threads;
 
   Ladder ladder("linear forward with bias and ReLU, 64x784 by 128", "GFLOP/s", 2.0 * rows * depth * neurons);
@@ -194,8 +194,15 @@ int main(int argc, char** argv) {
   ladder.rung("fused", 1, [=] { fused(x); });
   if (n > 1) ladder.rung("threads", n, [=] { threads(x, n); });
   ladder.rung("linear_forward", n, [=] {
-    MNIST_EXT_ISA::linear_forward<float>(
-        {rows, depth, neurons, {x.input, depth, 1}, {x.weight, depth, 1}, x.bias, Activation::relu, x.out}, n);
+    const Entry<float> entry = {Product<float>{.M = rows,
+                                               .N = neurons,
+                                               .K = depth,
+                                               .a = {x.input, depth, 1},
+                                               .b = {x.weight, depth, 1},
+                                               .bias = x.bias,
+                                               .relu = true,
+                                               .c = x.out}};
+    run_program<float>({&entry, 1, 1}, nullptr, {.threads = n});
   });
   ladder.run(options);
 }

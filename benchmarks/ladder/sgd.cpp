@@ -8,7 +8,8 @@
 //   sgd_step           the kernel in use: all tensors divided as if they were one
 //
 //   python benchmarks/ladder/ladder.py sgd
-#include "../../csrc/kernels/cpu/sgd_impl.h"
+#include "../../csrc/cpu/sgd.h"
+
 #include "ladder.h"
 
 namespace {
@@ -102,7 +103,7 @@ int main(int argc, char** argv) {
                               .maximize = false,
                               .first_step = false};
   ladder.rung("sgd_step", n, [&] {
-    MNIST_EXT_ISA::sgd_step<float>(tensors.data(), static_cast<int64_t>(tensors.size()), of_step, n);
+    MNIST_EXT_ISA::sgd_step<float>(tensors.data(), static_cast<int64_t>(tensors.size()), of_step, {.threads = n});
   });
   ladder.run(options);
 }

@@ -1,5 +1,5 @@
-// A product and what becomes of it: C = relu(A * B^T + bias), and the row sums of A. A linear layer is three of them
-// (programs/layer.h):
+// A product and what becomes of it: C = relu(A * B^T + bias) behind a mask, and the row sums of A. A linear layer is
+// three of them (programs/layer.h):
 //
 //                 M              N              K              A               B           row sums
 //   forward       batch          out_features   in_features    input           weight
@@ -54,9 +54,10 @@ struct Product {
   Operand<T> b{};   // [N, K]
   const T* bias = nullptr;  // [N], or null
   bool relu = false;
-  bool allow_tf32 = false;  // float32 on CUDA: the factors may be rounded to TF32, never what row_sums adds up
-  T* c = nullptr;           // [M, N]; null: not kept
-  T* row_sums = nullptr;    // [M], sums over K of A behind its mask; null: not kept
+  bool allow_tf32 = false;    // float32 on CUDA: the factors may be rounded to TF32, never what row_sums adds up
+  const T* c_mask = nullptr;  // [M, N], contiguous, ReLU's output: where it is <= 0, C is 0; or null
+  T* c = nullptr;             // [M, N]; null: not kept
+  T* row_sums = nullptr;      // [M], sums over K of A behind its mask; null: not kept
   // C and the row sums need no memory where they update a parameter and K is at most Kernels::largest_fused_k.
   ParameterUpdate<T> update{}, row_sums_update{};
 

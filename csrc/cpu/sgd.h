@@ -2,7 +2,7 @@
 // one.
 #pragma once
 
-#include "../api/sgd.h"
+#include "../api/backend.h"
 #include "simd/elements.h"
 #include "threads/parallel.h"
 

@@ -1,8 +1,8 @@
 // Stochastic gradient descent: many parameters in one launch, a chunk of one of them to each block.
 #pragma once
 
-#include "elements.cuh"
-#include "sgd.h"
+#include "../api/sgd.h"
+#include "device/elements.cuh"
 
 namespace mnist_ext::cuda {
 

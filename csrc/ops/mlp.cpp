@@ -146,19 +146,20 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     T* grad_input = need_input ? data_of<T>(gradients[0]) : nullptr;
     T* outputs = data_of<T>(hidden);
     T* grad_outputs = data_of<T>(grad_hidden);
+    bool follows_relu = false;
     for (const LayerOperands& operands : layers) {
       const bool is_last = &operands == &layers.back();
       Layer<T> layer = operands.on<T>(x.rows, from, outputs);
-      layer.output = {outputs, layer.out_features, 1};
-      layer.grad_output = {grad_outputs, layer.out_features, 1};
-      if (is_last) layer.grad_output = dy.view<T>();
+      layer.grad_output = is_last ? dy.view<T>() : MatrixView<T>{grad_outputs, layer.out_features, 1};
       if (is_last && y) layer.output = y->template view<T>();
+      layer.input_mask = follows_relu ? from.data : nullptr;
       layer.grad_input = grad_input;
       layer.grad_weight = data_of<T>(*weight_gradient++);
       if (operands.bias) layer.grad_bias = data_of<T>(*bias_gradient++);
       backward.push_back(layer);
       grad_input = grad_outputs;
-      from = layer.output;
+      from = {outputs, layer.out_features, 1};
+      follows_relu = layer.relu;
       outputs += x.rows * layer.out_features;
       grad_outputs += x.rows * layer.out_features;
     }

@@ -27,10 +27,12 @@ struct Layer {
   bool relu, allow_tf32;
   T* out;                       // [batch, out_features], contiguous
   MatrixView<T> grad_output{};  // [batch, out_features]
-  MatrixView<T> output{};       // with ReLU `out` again, for the backward
-  T* grad_input = nullptr;      // [batch, in_features], contiguous, or null: not wanted
-  T* grad_weight = nullptr;     // [out_features, in_features], contiguous, or null
-  T* grad_bias = nullptr;       // [out_features], or null
+  MatrixView<T> output{};       // of ReLU, where grad_output is not yet 0 where that was <= 0; or null data
+  const T* input_mask =
+      nullptr;               // [batch, in_features], contiguous: ReLU's output that input is, the mask of grad_input
+  T* grad_input = nullptr;   // [batch, in_features], contiguous, or null: not wanted
+  T* grad_weight = nullptr;  // [out_features, in_features], contiguous, or null
+  T* grad_bias = nullptr;    // [out_features], or null
   ParameterUpdate<T> update_weight{}, update_bias{};
 };
 
@@ -47,16 +49,17 @@ Product<T> forward_product(const Layer<T>& layer) {
           .c = layer.out};
 }
 
-// With dy = grad_output, set to 0 where ReLU's output was <= 0: dy * weight.
+// With dy = grad_output, 0 where ReLU's output was <= 0: dy * weight, behind the mask of the layer before.
 template <class T>
 Product<T> grad_input_product(const Layer<T>& layer) {
   return {.M = layer.batch,
           .N = layer.in_features,
           .K = layer.out_features,
           .a = layer.grad_output.over_columns(),
-          .relu_mask = layer.relu ? layer.output.over_columns() : Operand<T>{},
+          .relu_mask = layer.output.over_columns(),
           .b = layer.weight.over_rows(),
           .allow_tf32 = layer.allow_tf32,
+          .c_mask = layer.input_mask,
           .c = layer.grad_input};
 }
 
@@ -67,7 +70,7 @@ Product<T> grad_weight_product(const Layer<T>& layer) {
           .N = layer.in_features,
           .K = layer.batch,
           .a = layer.grad_output.over_rows(),
-          .relu_mask = layer.relu ? layer.output.over_rows() : Operand<T>{},
+          .relu_mask = layer.output.over_rows(),
           .b = layer.input.over_rows(),
           .allow_tf32 = layer.allow_tf32,
           .c = layer.grad_weight,

@@ -183,6 +183,7 @@ class TrainStepProgram {
     for (std::size_t l = 0; l < buffers_.size(); ++l) {
       const TrainedLayer<T>& layer = steps_.layers[l];
       const Buffers& buffers = buffers_[l];
+      const bool is_last = l + 1 == buffers_.size(), follows_relu = l > 0 && steps_.layers[l - 1].relu;
       const MatrixView<T> output = {buffers.output, layer.out_features, 1};
       layers.push_back({.batch = step.rows,
                         .in_features = layer.in_features,
@@ -194,7 +195,8 @@ class TrainStepProgram {
                         .allow_tf32 = false,
                         .out = buffers.output,
                         .grad_output = {buffers.grad_output, layer.out_features, 1},
-                        .output = output,
+                        .output = is_last && layer.relu ? output : MatrixView<T>{},
+                        .input_mask = follows_relu ? buffers_[l - 1].output : nullptr,
                         .grad_input = l > lowest_ ? buffers_[l - 1].grad_output : nullptr,
                         .grad_weight = fused ? nullptr : buffers.grad_weight,
                         .grad_bias = fused ? nullptr : buffers.grad_bias,

@@ -31,11 +31,12 @@ using cudaGraphExec_t = CUgraphExec_st*;
 
 namespace emulator {
 
-inline cudaStream_t current_stream = nullptr;  // of the ops
+inline cudaStream_t current_stream = nullptr;  // what null stands for, as ops of the CPU pass no stream
 inline int graph_launches = 0;                 // so far
 inline bool graphs_are_refused = false;        // by the driver that is played
 
 inline void start(cudaStream_t stream, std::function<void()> work) {
+  if (!stream) stream = current_stream;
   if (stream && stream->capture) {
     stream->capture->work.push_back(std::move(work));
   } else {
@@ -58,6 +59,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  if (!stream) stream = emulator::current_stream;
   *status = stream && stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

@@ -315,4 +315,14 @@ void wgmma(float* d, int tiles, const uint32_t* a_fragment, uint64_t a, uint64_t
   });
 }
 
+template <class T>
+void wgmma(float* d, int tiles, const uint32_t (&a_fragment)[4], uint64_t b, bool add, bool b_outer_major) {
+  wgmma<T>(d, tiles, a_fragment, 0, b, add, b_outer_major);
+}
+
+template <class T>
+void wgmma(float* d, int tiles, uint64_t a, uint64_t b, bool add, bool b_outer_major) {
+  wgmma<T>(d, tiles, nullptr, a, b, add, b_outer_major);
+}
+
 }  // namespace emulator

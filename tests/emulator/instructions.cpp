@@ -1,5 +1,6 @@
 // Single tensor-core instructions, for tests of what each lane holds; all arrays are indexed by lane first.
-#include "../../csrc/kernels/cuda/tensor_cores.cuh"
+#include "../../csrc/cuda/device/tensor_cores.cuh"
+#include "library.h"
 
 namespace {
 
@@ -32,18 +33,18 @@ void ldmatrix_kernel(const uint16_t* rows, uint32_t* parts) {
 extern "C" {
 
 // a: [32, 4] words, b: [32, 2] words, d: [32, 4] floats.
-void emulator_one_mma_bfloat16(const uint32_t* a, const uint32_t* b, float* d) {
+EXPORTED void emulator_one_mma_bfloat16(const uint32_t* a, const uint32_t* b, float* d) {
   launch("mma", mma_kernel_of<BFloat16>, {1, 32}, nullptr, a, b, d);
 }
-void emulator_one_mma_float16(const uint32_t* a, const uint32_t* b, float* d) {
+EXPORTED void emulator_one_mma_float16(const uint32_t* a, const uint32_t* b, float* d) {
   launch("mma", mma_kernel_of<Float16>, {1, 32}, nullptr, a, b, d);
 }
-void emulator_one_mma_float32(const uint32_t* a, const uint32_t* b, float* d) {
+EXPORTED void emulator_one_mma_float32(const uint32_t* a, const uint32_t* b, float* d) {
   launch("mma", mma_kernel_of<float>, {1, 32}, nullptr, a, b, d);
 }
 
 // rows: [32, 8] elements of four matrices, parts: [32, 4] words.
-void emulator_one_ldmatrix(bool transposed, const uint16_t* rows, uint32_t* parts) {
+EXPORTED void emulator_one_ldmatrix(bool transposed, const uint16_t* rows, uint32_t* parts) {
   launch("ldmatrix", transposed ? ldmatrix_kernel<true> : ldmatrix_kernel<false>, {1, 32, 1, 512}, nullptr, rows,
          parts);
 }

@@ -1,5 +1,6 @@
-// Kernels with mistakes that the emulator has to notice; tests/test_cuda.py calls them.
-#include "../../csrc/kernels/cuda/async_copy.cuh"
+// Kernels with mistakes that the emulator has to notice; tests/cuda/test_emulator.py calls them.
+#include "../../csrc/cuda/device/device.cuh"
+#include "library.h"
 
 namespace {
 
@@ -70,19 +71,19 @@ void overtaken(bool wait, int* sum) {
 
 extern "C" {
 
-int emulator_sum_of_cluster(bool wait) {
+EXPORTED int emulator_sum_of_cluster(bool wait) {
   int sum = 0;
   launch("stored_to_all", stored_to_all, {4, 1, 4, 4 * sizeof(int)}, nullptr, wait, &sum);
   return sum;
 }
 
-int emulator_sum_before_overtaking(bool wait) {
+EXPORTED int emulator_sum_before_overtaking(bool wait) {
   int sum = 0;
   launch("overtaken", overtaken, {4, 32, 4, sizeof(int)}, nullptr, wait, &sum);
   return sum;
 }
 
-int emulator_sum_of_copies(bool wait, bool of_neighbour) {
+EXPORTED int emulator_sum_of_copies(bool wait, bool of_neighbour) {
   alignas(16) int numbers[64];
   for (int i = 0; i < 64; ++i) numbers[i] = i;
   int sum = 0;
@@ -91,29 +92,21 @@ int emulator_sum_of_copies(bool wait, bool of_neighbour) {
   return sum;
 }
 
-int emulator_sum_of_neighbours(bool with_barrier) {
+EXPORTED int emulator_sum_of_neighbours(bool with_barrier) {
   int sum = 0;
   launch("sum_of_neighbours", sum_of_neighbours, {1, 64, 1, 64 * sizeof(int)}, nullptr, with_barrier, &sum);
   return sum;
 }
 
 // These throw: tests/emulated.py reads what.
-void emulator_deadlock() { launch("deadlock", deadlock, {1, 64}, nullptr); }
-void emulator_overflow() { launch("overflow", overflow, {1, 8, 1, 64}, nullptr); }
-void emulator_misaligned() { launch("misaligned", misaligned, {1, 1, 1, 64}, nullptr); }
-void emulator_misaligned_copy() {
+EXPORTED void emulator_deadlock() { launch("deadlock", deadlock, {1, 64}, nullptr); }
+EXPORTED void emulator_overflow() { launch("overflow", overflow, {1, 8, 1, 64}, nullptr); }
+EXPORTED void emulator_misaligned() { launch("misaligned", misaligned, {1, 1, 1, 64}, nullptr); }
+EXPORTED void emulator_misaligned_copy() {
   alignas(16) const int numbers[8] = {};
   launch("misaligned_copy", misaligned_copy, {1, 1, 1, 64}, nullptr, static_cast<const int*>(numbers));
 }
-void emulator_copy_beyond() { launch("copy_beyond", copy_beyond, {1, 1, 1, 64}, nullptr); }
+EXPORTED void emulator_copy_beyond() { launch("copy_beyond", copy_beyond, {1, 1, 1, 64}, nullptr); }
 
-const char* emulator_error_of(void (*function)()) {
-  static std::string what;
-  try {
-    function();
-  } catch (const std::exception& error) {
-    return (what = error.what()).c_str();
-  }
-  return "";
-}
+EXPORTED const char* emulator_error_of(void (*mistake)()) { return emulated::error_of(mistake); }
 }

@@ -26,7 +26,12 @@ constexpr Kernels<T> kernels_of() {
   return kernels;
 }
 
-inline constexpr KernelTable kTable = {
-    {kernels_of<float>()}, {kernels_of<double>()}, {kernels_of<BFloat16>()}, {kernels_of<Float16>()}, nullptr, nullptr};
+inline constexpr KernelTable kTable = {{kernels_of<float>()},
+                                       {kernels_of<double>()},
+                                       {kernels_of<BFloat16>()},
+                                       {kernels_of<Float16>()},
+                                       nullptr,
+                                       nullptr,
+                                       false};
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -17,6 +17,7 @@ struct Block {
   int64_t ldc;  // leading dimension
   const T* bias;
   bool one_bias = false;  // of a single row: one number, not one for each column
+  const T* c_mask;        // as C
   bool relu;
 
   static Block whole(const Product<T>& p) {
@@ -29,6 +30,7 @@ struct Block {
             .c = p.c,
             .ldc = p.N,
             .bias = p.bias,
+            .c_mask = p.c_mask,
             .relu = p.relu};
   }
 

@@ -69,6 +69,7 @@ template <class T, class Run>
 void run_widened(const Product<T>& p, int threads, const Run& run) {
   const Widened<T> a(p.a, p.M, p.K, threads), mask(p.relu_mask, p.M, p.K, threads);
   const Widened<T> b(p.c ? p.b : Operand<T>{}, p.N, p.K, threads), bias(p.bias, 1, p.N, p.N, threads);
+  const Widened<T> c_mask(p.c_mask, p.M, p.N, p.N, threads);
   const Widened<T> c(p.c, p.M, p.N), row_sums(p.row_sums, 1, p.M);
   run(Product<float>{.M = p.M,
                      .N = p.N,
@@ -77,7 +78,9 @@ void run_widened(const Product<T>& p, int threads, const Run& run) {
                      .relu_mask = mask.operand(),
                      .b = b.operand(),
                      .bias = bias.data(),
+
                      .relu = p.relu,
+                     .c_mask = c_mask.data(),
                      .c = c.data(),
                      .row_sums = row_sums.data()});
   c.narrow_to(p.c, threads);

@@ -33,13 +33,25 @@ bool is_better_transposed(const Block<T>& g) {
          (g.a.k_stride != 1 || !use_dot_products<T>(1, g.M, g.K));
 }
 
+// The mask of C, while that part is in the cache.
+template <class T>
+void mask_part(const Block<T>& g, Range rows, Range columns) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t begin = row * g.ldc + columns.begin;
+    for_each_vector<T>(columns.size(), [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const auto masked = where_positive(load(g.c_mask + begin + i, lanes), load(g.c + begin + i, lanes));
+      store(g.c + begin + i, masked, lanes);
+    });
+  }
+}
+
 // That part of C, on the calling thread.
 template <class T>
 void product_part(const Block<T>& g, bool dots, Range rows, Range columns) {
   if (rows.size() == 0 || columns.size() == 0) return;
   multiply_in_pieces(g, rows, columns, dots ? dot_gemm<T> : gemm<T>);
+  if (g.c_mask) mask_part(g, rows, columns);
 }
-
 template <class T>
 void product_part(const Block<T>& g, Range rows, Range columns) {
   if (is_better_transposed(g)) return product_part(g.transposed(), columns, rows);

@@ -1,0 +1,547 @@
+"""TrainStep on CUDA: its kernels one by one, and as a CUDA graph; on the emulator and on a GPU.
+
+That the numbers are the ordinary loop's is shown by the tests of TrainStep, which run on these
+kernels too. The truth here are the same kernels launched one by one: the bits have to be the same.
+"""
+
+import contextlib
+import copy
+import gc
+import threading
+from unittest import mock
+
+import emulated
+import pytest
+import torch
+from torch import nn
+
+from mnist_ext import TrainStep, train_step
+from mnist_ext.models import mlp
+
+
+def trainer(model, loss=None, sgd=None, **options):
+    """Return a TrainStep and what it consists of."""
+    criterion = nn.CrossEntropyLoss(**(loss or {}))
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(params, **{"lr": 0.05, **(sgd or {})})
+    return TrainStep(model, criterion, optimizer, **options), (model, criterion, optimizer)
+
+
+def small(hidden=(12, 9), features=20, classes=5, activation="relu"):
+    torch.manual_seed(0)
+    return mlp(hidden, activation, features, classes)
+
+
+def without_graphs(really=True):
+    """Let a TrainStep that is made here launch kernels alone."""
+    if not really:
+        return contextlib.nullcontext()
+    return mock.patch.object(train_step, "_new_step_graph", return_value=0)
+
+
+def launches_of(call):
+    before = emulated.launches()
+    call()
+    return emulated.launches() - before
+
+
+def graphs_since(device, before=0):
+    """Count the graphs started; on a GPU nobody does."""
+    return emulated.graph_launches() - before if device == "cpu" else None
+
+
+def assert_same(ours, theirs):
+    """Compare parameters and momentum buffers of two trainers, bit for bit."""
+    for models in zip(*(t[1][0].parameters() for t in (ours, theirs)), strict=True):
+        assert torch.equal(*models)
+    states = [t[1][2].state_dict()["state"] for t in (ours, theirs)]
+    for key, state in states[0].items():
+        for name, value in state.items():
+            assert torch.equal(value, states[1][key][name])
+
+
+def by_launches_and_as_graph(device, model, use, **options):
+    """Have two equal trainers used; return what came of them, and how many graphs started."""
+    trainers, results = [], []
+    for as_graph in (False, True):
+        with without_graphs(not as_graph):
+            trainers.append(trainer(copy.deepcopy(model).to(device), **options))
+        before = graphs_since(device)
+        results.append(use(*trainers[-1]))
+    assert_same(*trainers)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+    return results[1], graphs_since(device, before)
+
+
+def data(device, count=40, features=20, classes=5):
+    return torch.randn(count, features).to(device), torch.randint(0, classes, (count,)).to(device)
+
+
+class TestManyStepsOfACall:
+    @pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9}], ids=str)
+    @pytest.mark.parametrize("permuted", [False, True])
+    def test_all_whole_batches(self, device, sgd, permuted):
+        """Each with a learning rate of its own; the first one and the last, smaller one apart."""
+        images, labels = data(device)
+        order = torch.randperm(40).to(device) if permuted else None
+
+        def use(step, _):
+            rates = [0.1 / (i + 1) for i in range(7)]
+            return [step._run(images, labels, order, 6, rates) for _ in range(2)]
+
+        losses, graphs = by_launches_and_as_graph(device, small(), use, sgd=sgd)
+        assert [len(of_call) for of_call in losses] == [7, 7]
+        assert graphs in (5 + 6, None)
+
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_whatever_the_order_of_blocks(self, device, seed):
+        if device == "cpu":
+            emulated.set_seed(seed)
+        images, labels = data(device)
+
+        def use(step, _):
+            return [step._run(images, labels, None, 8, [0.1] * 5)]
+
+        by_launches_and_as_graph(device, small(), use)
+
+    def test_pixels(self, device):
+        images = torch.randint(0, 256, (40, 20), dtype=torch.uint8).to(device)
+        _, labels = data(device)
+
+        def use(step, _):
+            return [step._run(images, labels.int(), None, 6, [0.1] * 7)]
+
+        by_launches_and_as_graph(device, small(), use, normalize=(0.1, 0.3))
+
+    def test_float64(self, device):
+        images, labels = data(device)
+
+        def use(step, _):
+            return [step._run(images.double(), labels, None, 6, [0.1] * 7)]
+
+        by_launches_and_as_graph(device, small().double(), use, sgd={"momentum": 0.9})
+
+    @pytest.mark.parametrize("size", [2, 1100])
+    def test_a_loss_of_one_block_and_of_many(self, device, size):
+        images, labels = data(device, 3 * size + 1, 3)
+
+        def use(step, _):
+            return [step._run(images, labels, None, size, [0.1] * 4)]
+
+        model = nn.Linear(3, 5)
+        _, graphs = by_launches_and_as_graph(device, model, use)
+        assert graphs in (2, None)
+
+    @pytest.mark.parametrize("groups", [16, 17])
+    def test_more_rates_than_are_told_at_once(self, device, groups):
+        """And more groups than a graph is told of: then there is none."""
+        images, labels = data(device, 30, 3)
+        results = []
+        for graphs in (False, True):
+            torch.manual_seed(0)
+            model = mlp((2,) * 8, "none", 3, 5).to(device)
+            params = list(model.parameters())[:groups]
+            optimizer = torch.optim.SGD([{"params": [p]} for p in params])
+            with without_graphs(not graphs):
+                step = TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+            rates = [0.3 / (1 + i % 37) for i in range(30 * groups)]
+            before = graphs_since(device)
+            results.append((model, step._run(images, labels, None, 1, rates)))
+            started = graphs_since(device, before)
+        assert started in (29 if groups == 16 else 0, None)
+        assert torch.equal(results[0][1], results[1][1])
+        for ours, theirs in zip(*(m.parameters() for m, _ in results), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_a_schedule(self, device):
+        images, labels = data(device)
+
+        def use(step, parts):
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(parts[2], 0.7)
+            return [torch.tensor(step.epoch(images, labels, 6, None, scheduler)) for _ in range(2)]
+
+        by_launches_and_as_graph(device, small(), use)
+
+
+class TestOneStepACall:
+    @pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9, "nesterov": True}], ids=str)
+    def test_images_and_labels_of_their_own(self, device, sgd):
+        batches = [data(device, 6) for _ in range(5)]
+
+        def use(step, parts):
+            losses = []
+            for images, labels in batches:
+                losses.append(step(images, labels))
+                parts[2].param_groups[0]["lr"] *= 0.8
+            return losses
+
+        losses, graphs = by_launches_and_as_graph(device, small(), use, sgd=sgd)
+        assert len({loss.item() for loss in losses}) == 5
+        assert graphs in (4, None)
+
+    def test_a_smaller_batch_between(self, device):
+        """Does not displace the graph."""
+        images, labels = data(device, 15)
+
+        def use(step, _):
+            batches = list(zip(images.split(4), labels.split(4), strict=True))
+            return [step(*batch) for _ in range(3) for batch in batches]
+
+        _, graphs = by_launches_and_as_graph(device, small(), use)
+        assert graphs in (2 + 3 + 3, None)
+
+    def test_an_empty_batch_between(self, device):
+        images, labels = data(device, 4)
+
+        def use(step, _):
+            for _ in range(2):
+                step(images, labels)
+            step(images[:0], labels[:0])
+            return [step(images, labels)]
+
+        by_launches_and_as_graph(device, small(), use, loss={"reduction": "sum"})
+
+
+def weight_decay(_, parts):
+    parts[2].param_groups[0]["weight_decay"] = 0.3
+
+
+def momentum(_, parts):
+    parts[2].param_groups[0]["momentum"] = 0.5
+
+
+def dampening(_, parts):
+    parts[2].param_groups[0]["dampening"] = 0.5
+
+
+def nesterov(_, parts):
+    parts[2].param_groups[0]["nesterov"] = True
+
+
+def maximize(_, parts):
+    parts[2].param_groups[0]["maximize"] = True
+
+
+def label_smoothing(_, parts):
+    parts[1].label_smoothing = 0.3
+
+
+def ignore_index(_, parts):
+    parts[1].ignore_index = 2
+
+
+def reduction(_, parts):
+    parts[1].reduction = "sum"
+
+
+def class_weight(_, parts):
+    parts[1].weight = torch.arange(5.0, device=parts[0][1].weight.device)
+
+
+def frozen(_, parts):
+    parts[0][1].weight.requires_grad_(False)
+
+
+def other_memory_of_a_parameter(step, parts):
+    weight = parts[0][1].weight
+    step.kept = weight.data  # so that its address is not taken again
+    weight.data = weight.data.clone()
+
+
+def other_momentum_buffers(step, parts):
+    step.kept = parts[2].state_dict()
+    parts[2].load_state_dict(copy.deepcopy(step.kept))
+
+
+def no_momentum_buffers(step, parts):
+    step.kept = dict(parts[2].state)
+    parts[2].state.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight_decay,
+        momentum,
+        dampening,
+        nesterov,
+        maximize,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        class_weight,
+        frozen,
+        other_memory_of_a_parameter,
+        other_momentum_buffers,
+        no_momentum_buffers,
+    ],
+)
+def test_what_changes_between_calls_is_obeyed(device, change):
+    batches = [data(device, 6) for _ in range(6)]
+
+    def use(step, parts):
+        losses = [step(*batch) for batch in batches[:3]]
+        change(step, parts)
+        return losses + [step(*batch) for batch in batches[3:]]
+
+    _, graphs = by_launches_and_as_graph(device, small(), use, sgd={"momentum": 0.9})
+    assert graphs in (2 + 2, None)  # another graph after one step without any
+
+
+def test_new_momentum_buffers_where_the_old_ones_were(device, monkeypatch):
+    """Nothing that is fixed has changed, but the step does not read them."""
+    batches = [data(device, 6) for _ in range(6)]
+
+    def use(step, parts):
+        losses = [step(*batch) for batch in batches[:3]]
+        old = {param: state["momentum_buffer"] for param, state in parts[2].state.items()}
+        parts[2].state.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda param: old[param].fill_(torch.nan))
+            losses.append(step(*batches[3]))
+        return losses + [step(*batch) for batch in batches[4:]]
+
+    _, graphs = by_launches_and_as_graph(device, small(), use, sgd={"momentum": 0.9})
+    assert graphs in (2 + 2, None)
+
+
+def test_a_driver_that_makes_no_graphs(emulator):
+    images, labels = data("cpu")
+    emulated.refuse_graphs()
+
+    def use(step, _):
+        return [step._run(images, labels, None, 6, [0.1] * 7) for _ in range(2)]
+
+    _, graphs = by_launches_and_as_graph("cpu", small(), use)
+    assert graphs == 0
+
+
+def test_a_capture_of_the_callers_own_takes_the_kernels(emulator):
+    images, labels = data("cpu", 6)
+    step, (model, _, _) = trainer(small())
+    kernels = launches_of(lambda: step(images, labels))
+    step(images, labels)
+    before = copy.deepcopy(model)
+    graphs = graphs_since("cpu")
+    assert emulated.captured(lambda: [step(images, labels) for _ in range(2)]) == 2 * kernels
+    assert graphs_since("cpu", graphs) == 0
+    for param, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(param, old)
+
+
+@pytest.mark.parametrize("hidden", [(), (33,), (33, 9)])
+def test_results_do_not_depend_on_the_order_of_threads(emulator, hidden):
+    """A barrier that is missing shows here; several steps to a launch, for those between steps."""
+    images = torch.randint(0, 256, (40, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 5, (40,))
+    order = torch.arange(39, -1, -1)
+    results = []
+    for seed in (1, 2, 3, 4):
+        emulated.set_seed(seed)
+        step, (model, _, _) = trainer(
+            small(hidden, 16), sgd={"momentum": 0.9}, normalize=(0.1, 0.3)
+        )
+        losses = step._run(images, labels, order, 9, [0.05] * 5)
+        results.append([losses, *(p.detach().clone() for p in model.parameters())])
+    for tensors in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(tensors, results[0], strict=True))
+
+
+def test_the_readmes_model(emulator):
+    """At its real size, a batch of 64: 11 kernels, and 2 that add up split-K parts."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (64,))
+    model = mlp((128, 64), "relu")
+    truth = copy.deepcopy(model).double()
+    step, _ = trainer(model, sgd={"momentum": 0.9}, normalize=(0.13, 0.3))
+    losses = []
+    assert launches_of(lambda: losses.append(step(images, labels))) == 13
+    pixels = (images[:, None] / 255 - 0.13).double() / 0.3
+    expected = nn.functional.cross_entropy(truth(pixels), labels)
+    expected.backward()
+    torch.optim.SGD(truth.parameters(), lr=0.05).step()
+    torch.testing.assert_close(losses[0].double(), expected, rtol=1e-6, atol=0)
+    for ours, true in zip(model.parameters(), truth.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**40])
+def test_a_bad_label_ends_the_kernel(emulator, bad, capfd):
+    images, labels = data("cpu", 12)
+    labels[7] = bad
+    step, (model, _, _) = trainer(small())
+    before = copy.deepcopy(model)
+    with pytest.raises(IndexError):
+        step(images, labels)
+    assert f"expected indices in [0, 5), got {bad} at position 7" in capfd.readouterr().out
+    for ours, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(ours, old)
+
+
+def test_a_bad_index_ends_the_kernel(emulator, capfd):
+    images, labels = data("cpu", 12)
+    step, _ = trainer(small())
+    with pytest.raises(IndexError):
+        step._run(images, labels, torch.tensor([0, 12]), 2, [0.1])
+    assert "order: expected indices in [0, 12), got 12 at position 1" in capfd.readouterr().out
+
+
+class TestLifetime:
+    def test_it_goes_with_its_train_step(self, device):
+        images, labels = data(device, 6)
+        step, _ = trainer(small().to(device))
+        step(images, labels)
+        graph = step._graph
+        handle = graph.handle
+        del step, graph
+        gc.collect()
+        with pytest.raises(ValueError, match=f"expected 0 or a handle .*, got {handle}"):
+            train_step._free_step_graph(torch.empty(0, device=device), handle)
+
+    def test_a_copy_has_its_own(self, device):
+        images, labels = data(device, 6)
+        step, _ = trainer(small().to(device), sgd={"momentum": 0.9})
+        for _ in range(3):
+            step(images, labels)
+        other = copy.deepcopy(step)
+        assert other._graph.handle != step._graph.handle
+        for _ in range(3):
+            assert torch.equal(step(images, labels), other(images, labels))
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    def test_the_host_never_waits(self):
+        batches = [data("cuda", 64, 784, 10) for _ in range(5)]
+        step, _ = trainer(mlp((128, 64), "relu").cuda(), sgd={"momentum": 0.9})
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches:
+                step(*batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_the_readmes_model(self):
+        """At its real size, against launches."""
+        images, labels = data("cuda", 64 * 20 + 7, 784, 10)
+
+        def use(step, _):
+            return [step._run(images, labels, None, 64, [0.1 / (i + 1) for i in range(21)])]
+
+        model = mlp((128, 64), "relu")
+        by_launches_and_as_graph("cuda", model, use, sgd={"momentum": 0.9})
+
+    def test_a_graph_of_the_callers_own(self):
+        """Captured when there is one of TrainStep's, and replayed when that is gone."""
+        batches = [data("cuda", 6) for _ in range(4)]
+        model = small().cuda()
+        _, (truth, *_) = other = trainer(copy.deepcopy(model), sgd={"momentum": 0.9})
+        step, (model, *_) = trainer(model, sgd={"momentum": 0.9})
+        x, y = (t.clone() for t in batches[0])
+        for _ in range(3):
+            step(x, y)
+            other[0](x, y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(x, y)
+        del step
+        gc.collect()
+        for images, labels in batches:
+            x.copy_(images)
+            y.copy_(labels)
+            graph.replay()
+            assert torch.equal(loss, other[0](images, labels))
+        for ours, theirs in zip(model.parameters(), truth.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_streams(self):
+        """Calls from one stream and then another, which waits for it."""
+        batches = [data("cuda", 6) for _ in range(9)]
+        streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+
+        def use(step, _):
+            losses = []
+            for i, batch in enumerate(batches):
+                stream = streams[i // 3]
+                stream.wait_stream(streams[(i - 1) // 3])
+                with torch.cuda.stream(stream):
+                    losses.append(step(*batch))
+            torch.cuda.synchronize()
+            return losses
+
+        by_launches_and_as_graph("cuda", small(), use)
+
+    def test_beside_a_capture_of_another_thread(self):
+        """Theirs goes on, and ours is made."""
+        images, labels = data("cuda", 6)
+        step, _ = trainer(small().cuda())
+        x = torch.ones(4, device="cuda")
+        begun, made = threading.Event(), threading.Event()
+        errors = []
+
+        def capture():
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    y = x + 1
+                    begun.set()
+                    made.wait(60)
+                    y += 1
+                graph.replay()
+                assert (y == 3).all()
+            except BaseException as error:
+                errors.append(error)
+                begun.set()
+
+        thread = threading.Thread(target=capture)
+        step(images, labels)
+        torch.cuda.synchronize()
+        thread.start()
+        begun.wait(60)
+        try:
+            losses = [step(images, labels) for _ in range(3)]
+        finally:
+            made.set()
+            thread.join()
+        assert not errors
+        assert losses[2] < losses[0]
+
+    def test_memory_goes_with_the_train_step(self):
+        images, labels = data("cuda", 512, 784, 10)
+        model = mlp((128, 64), "relu").cuda()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        step, parts = trainer(model)
+        for _ in range(3):
+            step(images, labels)
+        assert torch.cuda.memory_allocated() > before
+        del step, parts
+        gc.collect()
+        assert torch.cuda.memory_allocated() == before
+
+    def test_a_large_step_holds_no_memory(self):
+        features = (65 << 20) // 4  # an image of more than 64 MiB
+        images, labels = torch.ones(1, features), torch.zeros(1).long()
+        model = nn.Linear(features, 1).cuda()
+        model.weight.requires_grad_(False)
+        step, _ = trainer(model)
+        images, labels = images.cuda(), labels.cuda()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step(images, labels)
+        assert torch.cuda.memory_allocated() == before
+
+    @pytest.mark.parametrize("size", [64, 4096])
+    def test_losses_of_the_cpu(self, size):
+        pixels = torch.randint(0, 256, (4 * size, 28, 28), dtype=torch.uint8)
+        labels = torch.randint(0, 10, (4 * size,))
+        model = mlp((128, 64), "relu")
+        losses = []
+        for device in ("cpu", "cuda"):
+            step, _ = trainer(copy.deepcopy(model).to(device), normalize=(0.13, 0.3))
+            x, y = pixels.to(device), labels.to(device)
+            losses.append([step(*b).item() for b in zip(x.split(size), y.split(size), strict=True)])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
