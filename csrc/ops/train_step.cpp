@@ -22,7 +22,7 @@ constexpr int64_t kLargestHeld = int64_t{64} << 20;
 // The weights of all layers, or their biases, and what else there is for each.
 struct Parameters {
   const char *kind, *name;  // "weight", "weights"
-  std::vector<std::optional<Tensor>> tensors;
+  const std::vector<std::optional<Tensor>>& tensors;
   const std::vector<std::optional<Tensor>>& momentum_buffers;
   const std::vector<int64_t>& groups;
   const std::vector<bool>& first_step;
@@ -31,7 +31,7 @@ struct Parameters {
 struct Model {
   Parameters weights, biases;
   const std::vector<bool>& relu;
-  std::vector<SgdOptions> groups;
+  const std::vector<SgdOptions>& groups;
 
   const Tensor& weight(std::size_t l) const { return *weights.tensors[l]; }
   bool has_momentum(int64_t group) const { return group != kFrozen && groups[group].momentum != 0; }
@@ -254,10 +254,11 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
                    const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
                    int64_t reduction, int64_t graph) {
   const std::vector<std::optional<Tensor>> all_weights(weights.begin(), weights.end());
+  const std::vector<SgdOptions> groups = groups_of(momentum, dampening, weight_decay, nesterov, maximize);
   const Model model = {{"weight", "weights", all_weights, weight_momentum_buffers, weight_groups, weight_first_step},
                        {"bias", "biases", biases, bias_momentum_buffers, bias_groups, bias_first_step},
                        relu,
-                       groups_of(momentum, dampening, weight_decay, nesterov, maximize)};
+                       groups};
   check_model(model);
   check<Refused>(batch_size >= 0, kTrainSteps, ": batch_size: expected at least 0, got ", batch_size);
   check<Refused>(0 <= label_smoothing && label_smoothing <= 1, kTrainSteps,
