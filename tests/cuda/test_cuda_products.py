@@ -154,6 +154,13 @@ def test_wgmma_accurate(shape, layout, dtype):
     check("wgmma", dtype, *sizes, layout, case, fragments=layout[2])
 
 
+def test_more_rows_than_tiles_run_side_by_side():
+    """Tiles are dealt out in bands of eight rows of them; the last band is shorter."""
+    a, b = torch.randn(1100, 9), torch.randn(130, 9)
+    assert emulated.plan(a, b) == ("simt", 0, 1)
+    assert_product("simt", a, b)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
 @pytest.mark.parametrize(("shape", "plan"), SHAPES[3:], ids=name)
 def test_simt_has_the_same_bits_in_every_layout(shape, plan, dtype):
