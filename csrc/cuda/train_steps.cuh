@@ -111,10 +111,6 @@ class StepRunner {
   TrainStepProgram<T> step_;
 };
 
-// Stands for the workspace while its bytes are counted: what a product needs depends on which results it is to have,
-// and on their alignment.
-inline char* const kNowhere = reinterpret_cast<char*>(uintptr_t{256});
-
 template <class T>
 Kernels<T> kernels_of() {
   Kernels<T> kernels = {

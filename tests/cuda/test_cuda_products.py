@@ -154,6 +154,13 @@ def test_wgmma_accurate(shape, layout, dtype):
     check("wgmma", dtype, *sizes, layout, case, fragments=layout[2])
 
 
+def test_more_rows_than_tiles_run_side_by_side():
+    """Tiles are dealt out in bands of eight rows of them; the last band is shorter."""
+    a, b = torch.randn(1100, 9), torch.randn(130, 9)
+    assert emulated.plan(a, b) == ("simt", 0, 1)
+    assert_product("simt", a, b)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=name)
 @pytest.mark.parametrize(("shape", "plan"), SHAPES[3:], ids=name)
 def test_simt_has_the_same_bits_in_every_layout(shape, plan, dtype):
@@ -249,7 +256,8 @@ class TestEveryMainLoop:
     def test_sums_of_long_rows(self, main_loop, dtype, multiprocessors):
         """grad_bias of many examples, all of one sign: as accurate as PyTorch's sum."""
         emulated.set_device(multiprocessors=multiprocessors)
-        a, b = torch.rand(128, 8192).to(dtype), torch.zeros(8192, 128, dtype=dtype)
+        M, N = (128, 128) if main_loop == "wgmma" else (20, 8)
+        a, b = torch.rand(M, 8192).to(dtype), torch.zeros(8192, N, dtype=dtype)
         _, sums = emulated.product(main_loop, a.T.contiguous().T, b.T, row_sums=True)
         assert_as_accurate(sums, a.sum(1), a.double().sum(1))
 

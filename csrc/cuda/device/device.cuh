@@ -60,6 +60,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Lets the compiler take x for any number, so that what follows from it is computed again instead of being kept in
+// registers.
+__device__ inline void forget(int& x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#else
+  static_cast<void>(x);
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes. Kernels have no other, so that the emulator needs none.
 __device__ inline char* shared_memory() {
 #ifdef __CUDACC__

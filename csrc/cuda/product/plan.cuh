@@ -94,8 +94,8 @@ Major simt_major_of(const Operand<T>& operand) {
 template <class T>
 bool takes_large_simt_tile(const Product<T>& p) {
   const Major a = simt_major_of(p.a), b = a == Major::outer ? a : simt_major_of(p.b);
-  return source_of(p.a, p.M, a).copy_bytes == kChunk && source_of(p.b, p.N, b).copy_bytes == kChunk &&
-         (!p.relu_mask.data || source_of(p.relu_mask, p.M, a).copy_bytes == kChunk);
+  return source_of(p.a, a).copy_bytes == kChunk && source_of(p.b, b).copy_bytes == kChunk &&
+         (!p.relu_mask.data || source_of(p.relu_mask, a).copy_bytes == kChunk);
 }
 
 // The cheapest. Tiles make no difference to the bits of the results: only the splits do.
@@ -219,9 +219,9 @@ MainLoop main_loop_for(const Product<T>& p) {
 
 template <class T>
 TiledWork<T> tiled_work(const Product<T>& product, const Plan& plan, const Epilogue<T>& epilogue, Major a, Major b) {
-  return {.a = source_of(product.a, product.M, a),
-          .relu_mask = source_of(product.relu_mask, product.M, a),
-          .b = source_of(product.b, epilogue.N, b),
+  return {.a = source_of(product.a, a),
+          .relu_mask = source_of(product.relu_mask, a),
+          .b = source_of(product.b, b),
           .tiling = plan.tiling,
           .epilogue = epilogue};
 }

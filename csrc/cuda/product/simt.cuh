@@ -99,8 +99,9 @@ struct ThreadTile {
   Share<S, Tile::kN, Tile::kThreadN> columns;
   S sums[Tile::kThreadM][Tile::kThreadN] = {};
 
-  __device__ ThreadTile() {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  // Which rows and columns are the thread's.
+  __device__ void place(int thread) {
+    const int lane = thread % kWarp, warp = thread / kWarp;
     rows.lane = warp / kWarpColumns * kRowLanes + lane / 2 % kRowLanes;
     columns.lane = warp % kWarpColumns * kColumnLanes + lane % 2 + lane / 16 * 2;
   }
@@ -173,28 +174,36 @@ struct SimtKernel {
 
   __device__ static void run(const TiledWork<T>& work) {
     const Epilogue<T>& epilogue = work.epilogue;
-    const TileShare share = share_of(work.tiling, static_cast<int>(blockIdx.x));
-    const int64_t first_row = int64_t{share.row} * Tile::kM, first_column = int64_t{share.column} * Tile::kN;
+    TileShare share = share_of(work.tiling, static_cast<int>(blockIdx.x));
     const bool sums_row = epilogue.row_sums && share.column == 0 && threadIdx.x < Tile::kM;
     // In shared memory, as registers are scarce; each thread uses its own alone.
     char* const shared = shared_memory();
     const bool masked = work.relu_mask.operand.data != nullptr;
-    double* const row_sum = reinterpret_cast<double*>(shared + Ring::shared_bytes(masked)) + threadIdx.x;
-    if (sums_row) *row_sum = 0;
+    double* const row_sums = reinterpret_cast<double*>(shared + Ring::shared_bytes(masked));
+    if (sums_row) row_sums[threadIdx.x] = 0;
 
     Results results;
+    results.place(threadIdx.x);
     Ring::for_each_step(work, share, shared, [&](const char* a_bytes, const char* b_bytes) {
       const T *a = reinterpret_cast<const T*>(a_bytes), *b = reinterpret_cast<const T*>(b_bytes);
       if (sums_row) {
+        int row = threadIdx.x;
+        forget(row);
         S sum = 0;
 #pragma unroll 4
-        for (int k = 0; k < A::kK; ++k) sum += widen(a[A::offset(threadIdx.x, k)]);
-        *row_sum += sum;
+        for (int k = 0; k < A::kK; ++k) sum += widen(a[A::offset(row, k)]);
+        row_sums[row] += sum;
       }
       results.add_step(a, b);
     });
 
-    if (sums_row) store_row_sum(epilogue, share.split, first_row + threadIdx.x, *row_sum);
+    int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    forget(block);
+    forget(thread);
+    results.place(thread);
+    share = share_of(work.tiling, block);
+    const int64_t first_row = int64_t{share.row} * Tile::kM, first_column = int64_t{share.column} * Tile::kN;
+    if (sums_row) store_row_sum(epilogue, share.split, first_row + thread, row_sums[thread]);
     constexpr int kVector = Results::kVector;
 #pragma unroll
     for (int i = 0; i < Tile::kThreadM; ++i) {

@@ -61,22 +61,21 @@ inline constexpr int kTileThreads = 128;  // of a block
 template <class T>
 struct Source {
   Operand<T> operand;
-  int64_t outer;   // its size
   int copy_bytes;  // of one asynchronous copy: 16, or less as alignment and strides allow, or 0: element by element
 };
 
 // For tiles with this major index, whichever the operand's own is.
 template <class T>
-Source<T> source_of(const Operand<T>& operand, int64_t outer, Major major) {
+Source<T> source_of(const Operand<T>& operand, Major major) {
   const int64_t unit = major == Major::k ? operand.k_stride : operand.outer_stride;
   const int64_t other = major == Major::k ? operand.outer_stride : operand.k_stride;
   const auto aligned = [&](int bytes) {
     return unit == 1 && reinterpret_cast<uintptr_t>(operand.data) % bytes == 0 &&
            other * static_cast<int64_t>(sizeof(T)) % bytes == 0;
   };
-  if (aligned(kChunk)) return {operand, outer, kChunk};
-  if (sizeof(T) >= 4) return {operand, outer, sizeof(T)};
-  return {operand, outer, aligned(4) ? 4 : 0};
+  if (aligned(kChunk)) return {operand, kChunk};
+  if (sizeof(T) >= 4) return {operand, sizeof(T)};
+  return {operand, aligned(4) ? 4 : 0};
 }
 
 // The arguments of a kernel.
@@ -99,28 +98,28 @@ class TileLoader {
   static_assert(kTileThreads % Tile::kChunksOfRow == 0 && Tile::kRows % kRowsAtOnce == 0);
 
  public:
-  // `source` outlives this; it is in the kernel's arguments, where its strides cost no registers.
-  __device__ TileLoader(const Source<T>& source, int64_t first_outer, int64_t first_k) : source_(source) {
+  // size: of the outer index. `source` outlives this; it is in the kernel's arguments, where its strides cost no
+  // registers.
+  __device__ TileLoader(const Source<T>& source, int64_t size, int64_t first_outer, int64_t first_k) : source_(source) {
     const int64_t outer = first_outer + (kByK ? row() : element()), k = first_k + (kByK ? element() : row());
     from_ = source.operand.data + outer * source.operand.outer_stride + k * source.operand.k_stride;
-    const int64_t left = source.outer - outer;
+    const int64_t left = size - outer;
     outer_left_ = static_cast<int>(left < Tile::kOuter ? left : Tile::kOuter);
   }
 
-  // Starts the copies of the next tile, of which k_left are left; the rest is filled with 0.
-  __device__ void load(char* tile, int64_t k_left) {
-    const int left = static_cast<int>(k_left < Tile::kK ? k_left : Tile::kK);
+  // Starts the copies of the next tile, of which k are inside; the rest is filled with 0.
+  __device__ void load(char* tile, int k) {
     const int64_t stride = kByK ? source_.operand.outer_stride : source_.operand.k_stride;
     if (kWholeChunks || source_.copy_bytes == kChunk) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         cp_async<kChunk>(place(tile, pass), from_ + rows_beyond(pass) * stride,
-                         size(pass, left) * static_cast<int>(sizeof(T)));
+                         size(pass, k) * static_cast<int>(sizeof(T)));
       }
     } else if constexpr (!kWholeChunks) {
 #pragma unroll 1
       for (int pass = 0; pass < kPasses; ++pass) {
-        load_parts(place(tile, pass), from_ + rows_beyond(pass) * stride, size(pass, left));
+        load_parts(place(tile, pass), from_ + rows_beyond(pass) * stride, size(pass, k));
       }
     }
     from_ += Tile::kK * source_.operand.k_stride;
@@ -198,31 +197,33 @@ class OperandRing {
     const int stages = masked ? kMaskedStages : kStages;
     const int stage_bytes = TileA::kBytes + TileB::kBytes + (masked ? TileA::kBytes : 0);
     const int64_t row = int64_t{share.row} * TileA::kOuter, column = int64_t{share.column} * TileB::kOuter;
-    TileLoader<T, TileA, kWholeChunks> a(work.a, row, share.first_k), mask(work.relu_mask, row, share.first_k);
-    TileLoader<T, TileB, kWholeChunks> b(work.b, column, share.first_k);
-    int64_t not_started = share.K;
-    const auto start = [&](int stage) {
-      if (not_started > 0) {
-        char* to = shared + stage * stage_bytes;
-        a.load(to, not_started);
-        b.load(to + TileA::kBytes, not_started);
-        if (masked) mask.load(to + TileA::kBytes + TileB::kBytes, not_started);
-        not_started -= TileA::kK;
+    const int64_t M = work.epilogue.M, N = work.epilogue.N;
+    TileLoader<T, TileA, kWholeChunks> a(work.a, M, row, share.first_k), mask(work.relu_mask, M, row, share.first_k);
+    TileLoader<T, TileB, kWholeChunks> b(work.b, N, column, share.first_k);
+    const int steps = static_cast<int>(ceil_div(share.K, TileA::kK));
+    const int last_k = static_cast<int>(share.K - int64_t{steps - 1} * TileA::kK);  // of the last step
+    const auto start = [&](int step, char* to) {
+      if (step < steps) {
+        const int k = step == steps - 1 ? last_k : TileA::kK;
+        a.load(to, k);
+        b.load(to + TileA::kBytes, k);
+        if (masked) mask.load(to + TileA::kBytes + TileB::kBytes, k);
       }
       cp_async_commit();  // an empty group at the end, so that the number of groups is that of steps
     };
 #pragma unroll 1
-    for (int i = 0; i < stages - 1; ++i) start(i);
-    int stage = 0, last = stages - 1;
-    for (int64_t left = share.K; left > 0; left -= TileA::kK) {
+    for (int i = 0; i < stages - 1; ++i) start(i, shared + i * stage_bytes);
+    int at = 0, last = (stages - 1) * stage_bytes;  // in the ring, in bytes
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
       masked ? cp_async_wait<kMaskedStages - 2>() : cp_async_wait<kStages - 2>();
-      char* tiles = shared + stage * stage_bytes;
+      char* tiles = shared + at;
       if (masked) a.apply_mask(tiles, tiles + TileA::kBytes + TileB::kBytes);
       __syncthreads();  // the step is there for all, and all are through with the one before it, whose place is free
-      start(last);
+      start(step + stages - 1, shared + last);
       multiply(tiles, tiles + TileA::kBytes);
-      last = stage;
-      stage = stage + 1 == stages ? 0 : stage + 1;
+      last = at;
+      at = at == (stages - 1) * stage_bytes ? 0 : at + stage_bytes;
     }
     cp_async_wait<0>();  // of empty groups
   }
