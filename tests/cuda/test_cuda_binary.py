@@ -95,7 +95,7 @@ def test_nothing_that_counts_is_spilled():
     assert len(usage) >= 2 * (13 + 18 + 40)
     for kernel, registers, stack, local in usage:
         if "product_" in kernel:
-            # A few words of the epilogue, with 128 sums of a thread in registers, on one architecture.
+            # A few words of the epilogue beside the 128 sums of a thread, on one architecture.
             limit = 32 if "SimtTileILi128E" in kernel else 0
             if "wgmma" in kernel:
                 most = 168  # what each of three warpgroups gets at the start
