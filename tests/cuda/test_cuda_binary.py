@@ -95,8 +95,8 @@ def test_nothing_that_counts_is_spilled():
     assert len(usage) >= 2 * (13 + 18 + 40)
     for kernel, registers, stack, local in usage:
         if "product_" in kernel:
-            # A few words of the epilogue, with 128 sums of a thread in registers, on one architecture.
-            limit = 32 if "SimtTileILi128E" in kernel else 0
+            # Without tensor cores a few words of the epilogue, on some architectures.
+            limit = 32 if "simt" in kernel else 0
             if "wgmma" in kernel:
                 most = 168  # what each of three warpgroups gets at the start
             elif "mma" in kernel:  # two blocks of 128 threads at once with large tiles, else four
@@ -133,9 +133,9 @@ def test_products_keep_their_sums_in_registers_and_read_16_bytes_at_a_time(sm_80
     assert len(large) == 3
     for sass in large:
         # The loop is unrolled so far that 8 x 16 elements are multiplied 8 times, with 48 vectors
-        # read for it: nearly everything that is issued multiplies.
+        # read for it: nearly everything that is issued multiplies. The others read a mask.
         assert sass.count("FFMA ") >= 1024
-        assert 18 * sass.count("LDS.128 ") <= sass.count("FFMA ")
+        assert sass.count("LDS.128 ") <= 48 + 9
 
 
 @pytest.mark.parametrize(
