@@ -36,14 +36,17 @@ def _mlp_backward(grad_output: _Shape, input: _Shape, *args: Any, **_: Any) -> i
     return _mlp(input, weights) + _mlp(input, of_inputs)
 
 
+_WEIGHTS = 6  # where train_steps has them, behind order
+
+
 def _train_steps(
     images: _Shape,
     labels: _Shape,
     order: _Shape | None,
-    *_: Any,
-    weights: list[_Shape],
-    **__: Any,
+    *others: Any,
+    **_: Any,
 ) -> int:
+    weights: list[_Shape] = others[_WEIGHTS]
     rows = [*(order or images[:1]), 0]
     return 2 * _mlp(rows, weights) + _mlp(rows, weights[1:])
 

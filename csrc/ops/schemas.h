@@ -67,17 +67,17 @@ inline void define_ops(Library& m) {
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
 
   // Steps of SGD on a multilayer perceptron; returns their losses [steps]. The examples are those that `order` names,
-  // or all, batch_size to a step; 0: all in one step, whose loss is a scalar. A number of uint8 images counts as
-  // number * scale + shift. What follows has one element for each layer: its parameters; their momentum buffers, None
-  // where a group has no momentum; whether it has a ReLU; the group of each parameter, -1 if it is frozen; whether its
-  // buffer holds nothing yet. momentum to maximize: of each group. lr: of each step, of each group. reduction: 1 mean,
-  // 2 sum. graph: 0, or from new_step_graph, for a caller whose steps are alike. A wrong call changes nothing.
+  // or all, batch_size to a step; 0: all in one step, whose loss is a scalar. lr: of each step, of each group.
+  // weight_momentum_buffers to bias_groups: of each layer; momentum buffers are None where a group has no momentum,
+  // first_step says that one holds nothing yet, a group is -1 where a parameter is frozen. momentum to maximize: of
+  // each group. A number of uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. graph: 0, or from
+  // new_step_graph, for a caller whose steps are alike. A wrong call changes nothing.
   m.def(
-      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, *, float scale, float shift, "
-      "Tensor(a!)[] weights, Tensor(b!)?[] biases, Tensor(c!)?[] weight_momentum_buffers, "
-      "Tensor(d!)?[] bias_momentum_buffers, bool[] relu, int[] weight_groups, int[] bias_groups, "
-      "bool[] weight_first_step, bool[] bias_first_step, float[] momentum, float[] dampening, float[] weight_decay, "
-      "bool[] nesterov, bool[] maximize, float[] lr, Tensor? class_weight, int ignore_index, float label_smoothing, "
+      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, float[] lr, "
+      "Tensor(a!)?[] weight_momentum_buffers, Tensor(b!)?[] bias_momentum_buffers, bool[] weight_first_step, "
+      "bool[] bias_first_step, Tensor(c!)[] weights, Tensor(d!)?[] biases, bool[] relu, int[] weight_groups, "
+      "int[] bias_groups, float[] momentum, float[] dampening, float[] weight_decay, bool[] nesterov, "
+      "bool[] maximize, float scale, float shift, Tensor? class_weight, int ignore_index, float label_smoothing, "
       "int reduction, int graph=0) -> Tensor");
 
   // Where the CUDA graph of a step on like's device, and the memory it works in, stay between calls: a handle, valid

@@ -242,15 +242,14 @@ void check_example(const TrainSteps<T>& steps, BadExample bad) {
 }
 
 Tensor train_steps(const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order, int64_t batch_size,
-                   double scale, double shift, const std::vector<Tensor>& weights,
-                   const std::vector<std::optional<Tensor>>& biases,
-                   const std::vector<std::optional<Tensor>>& weight_momentum_buffers,
-                   const std::vector<std::optional<Tensor>>& bias_momentum_buffers, const std::vector<bool>& relu,
-                   const std::vector<int64_t>& weight_groups, const std::vector<int64_t>& bias_groups,
+                   const std::vector<double>& lr, const std::vector<std::optional<Tensor>>& weight_momentum_buffers,
+                   const std::vector<std::optional<Tensor>>& bias_momentum_buffers,
                    const std::vector<bool>& weight_first_step, const std::vector<bool>& bias_first_step,
-                   const std::vector<double>& momentum, const std::vector<double>& dampening,
-                   const std::vector<double>& weight_decay, const std::vector<bool>& nesterov,
-                   const std::vector<bool>& maximize, const std::vector<double>& lr,
+                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                   const std::vector<bool>& relu, const std::vector<int64_t>& weight_groups,
+                   const std::vector<int64_t>& bias_groups, const std::vector<double>& momentum,
+                   const std::vector<double>& dampening, const std::vector<double>& weight_decay,
+                   const std::vector<bool>& nesterov, const std::vector<bool>& maximize, double scale, double shift,
                    const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
                    int64_t reduction, int64_t graph) {
   const std::vector<std::optional<Tensor>> all_weights(weights.begin(), weights.end());

@@ -26,6 +26,8 @@ __all__ = ["Scheduler", "TrainStep"]
 _train_steps = torch.ops.mnist_ext.train_steps.default
 _new_step_graph = torch.ops.mnist_ext.new_step_graph.default
 _free_step_graph = torch.ops.mnist_ext.free_step_graph.default
+_NAMES = [argument.name for argument in _train_steps._schema.arguments]
+_CONSTANTS = _NAMES[_NAMES.index("weights") : -1]  # the arguments between the changing ones
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -114,7 +116,7 @@ class TrainStep:
         if self._graph is None or self._graph.device != device:
             self._graph = _StepGraph(device)
         self._layers, self._groups, self._guard = layers, groups, guard
-        self._constants = {
+        named = {
             "weights": layers.weights,
             "biases": layers.biases,
             "relu": layers.relu,
@@ -122,6 +124,8 @@ class TrainStep:
             **self._scale_and_shift,
             **loss,
         }
+        # By name here, but not in each call: 26 names take the op as long as a small step.
+        self._constants = [named[name] for name in _CONSTANTS]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on one batch.
@@ -220,13 +224,13 @@ class TrainStep:
                 labels,
                 order,
                 batch_size,
-                weight_momentum_buffers=buffers[:count],
-                bias_momentum_buffers=buffers[count:],
-                weight_first_step=first_step[:count],
-                bias_first_step=first_step[count:],
-                lr=lr,
-                graph=graph.handle if graph else 0,
-                **self._constants,
+                lr,
+                buffers[:count],
+                buffers[count:],
+                first_step[:count],
+                first_step[count:],
+                *self._constants,
+                graph.handle if graph else 0,
             )
         except ValueError:
             self.refresh()  # says it by name if it is the model, whose tensors were replaced
