@@ -25,6 +25,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import gpu_linear
 import torch
@@ -226,10 +227,8 @@ def eager_step(model: torch.nn.Module, compiled: bool = False) -> Step:
 def one_call(model: torch.nn.Module, graphs: bool = True) -> mnist_ext.TrainStep:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     criterion = torch.nn.CrossEntropyLoss()
-    step = mnist_ext.TrainStep(model, criterion, optimizer, normalize=NORMALIZE)
-    if not graphs:
-        step._graph.handle = 0
-    return step
+    with mock.patch.object(mnist_ext.train_step, "_REPLAYS_GRAPHS", graphs):
+        return mnist_ext.TrainStep(model, criterion, optimizer, normalize=NORMALIZE)
 
 
 def training_step(table: Table, batch_size: int) -> None:

@@ -31,22 +31,23 @@ def _mlp(input: _Shape, weights: list[_Shape], *_: Any, **__: Any) -> int:
 
 
 def _mlp_backward(grad_output: _Shape, input: _Shape, *args: Any, **_: Any) -> int:
-    _, _, weights, _, _, need_input = args
+    _, _, weights, _, _, need_input = args[:6]
     of_inputs = weights if need_input else weights[1:]
     return _mlp(input, weights) + _mlp(input, of_inputs)
 
 
-_WEIGHTS = 6  # where train_steps has them, behind order
-
-
 def _train_steps(
+    step: int,
     images: _Shape,
     labels: _Shape,
     order: _Shape | None,
-    *others: Any,
-    **_: Any,
+    batch_size: int,
+    lr: list[float],
+    params: list[_Shape],
+    *_: Any,
+    **__: Any,
 ) -> int:
-    weights: list[_Shape] = others[_WEIGHTS]
+    weights = [shape for shape in params if len(shape) == 2]
     rows = [*(order or images[:1]), 0]
     return 2 * _mlp(rows, weights) + _mlp(rows, weights[1:])
 

@@ -66,24 +66,24 @@ inline void define_ops(Library& m) {
       "sgd_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step) -> int");
 
-  // Steps of SGD on a multilayer perceptron; returns their losses [steps]. The examples are those that `order` names,
-  // or all, batch_size to a step; 0: all in one step, whose loss is a scalar. lr: of each step, of each group.
-  // weight_momentum_buffers to bias_groups: of each layer; momentum buffers are None where a group has no momentum,
-  // first_step says that one holds nothing yet, a group is -1 where a parameter is frozen. momentum to maximize: of
-  // each group. A number of uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum. graph: 0, or from
-  // new_step_graph, for a caller whose steps are alike. A wrong call changes nothing.
+  // Steps of SGD on a multilayer perceptron, which new_train_step has described; returns their losses [steps]. The
+  // examples are those that `order` names, or all, batch_size to a step; batch_size 0: one step of all, and its loss
+  // []. lr: of each step, of each group. params: the weight of each layer, then the bias of each that has one.
+  // momentum_buffers: of each parameter whose group has momentum; first_step: of each of those, whether it holds
+  // nothing yet. A wrong call changes nothing.
   m.def(
-      "train_steps(Tensor images, Tensor labels, Tensor? order, int batch_size, float[] lr, "
-      "Tensor(a!)?[] weight_momentum_buffers, Tensor(b!)?[] bias_momentum_buffers, bool[] weight_first_step, "
-      "bool[] bias_first_step, Tensor(c!)[] weights, Tensor(d!)?[] biases, bool[] relu, int[] weight_groups, "
-      "int[] bias_groups, float[] momentum, float[] dampening, float[] weight_decay, bool[] nesterov, "
-      "bool[] maximize, float scale, float shift, Tensor? class_weight, int ignore_index, float label_smoothing, "
-      "int reduction, int graph=0) -> Tensor");
+      "train_steps(int step, Tensor images, Tensor labels, Tensor? order, int batch_size, float[] lr, "
+      "Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, bool[] first_step) -> Tensor");
 
-  // Where the CUDA graph of a step on like's device, and the memory it works in, stay between calls: a handle, valid
-  // until it is freed; 0 on the CPU, which has no graphs.
-  m.def("new_step_graph(Tensor like) -> int");
-  m.def("free_step_graph(Tensor like, int graph) -> ()");
+  // What stays the same between those calls, for tensors on like's device: a handle, valid until it is freed. relu,
+  // bias: of each layer, whether it has one. groups: of each of params its group, -1 if it is frozen. momentum to
+  // maximize: of each group. A number of uint8 images counts as number * scale + shift. reduction: 1 mean, 2 sum.
+  // graph: on CUDA, whether steps that repeat are replayed as a CUDA graph, which stays with the handle.
+  m.def(
+      "new_train_step(Tensor like, bool[] relu, bool[] bias, int[] groups, float[] momentum, float[] dampening, "
+      "float[] weight_decay, bool[] nesterov, bool[] maximize, float scale, float shift, Tensor? class_weight, "
+      "int ignore_index, float label_smoothing, int reduction, bool graph=True) -> int");
+  m.def("free_train_step(Tensor like, int step) -> ()");
 }
 
 // Registers the kernels of one of the libraries, for the device that is its own.

@@ -24,10 +24,9 @@ from mnist_ext.train_step.optimizer import Groups, learning_rates
 __all__ = ["Scheduler", "TrainStep"]
 
 _train_steps = torch.ops.mnist_ext.train_steps.default
-_new_step_graph = torch.ops.mnist_ext.new_step_graph.default
-_free_step_graph = torch.ops.mnist_ext.free_step_graph.default
-_NAMES = [argument.name for argument in _train_steps._schema.arguments]
-_CONSTANTS = _NAMES[_NAMES.index("weights") : -1]  # the arguments between the changing ones
+_new_train_step = torch.ops.mnist_ext.new_train_step.default
+_free_train_step = torch.ops.mnist_ext.free_train_step.default
+_REPLAYS_GRAPHS = True  # on CUDA; tests and benchmarks compare with launches alone
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -89,7 +88,6 @@ class TrainStep:
             if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
                 refuse(f"normalize: expected a finite mean and std > 0, got {normalize}")
             self._scale_and_shift = {"scale": 1 / (255 * std), "shift": -mean / std}
-        self._graph: _StepGraph | None = None
         self.refresh()
 
     def __reduce__(self) -> Any:  # a copy parses its own model, and has a CUDA graph of its own
@@ -112,20 +110,15 @@ class TrainStep:
         layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers)
         guard = Guard(list(names), self._criterion, self._optimizer, layers, groups.settings)
-        device = layers.params[0].device
-        if self._graph is None or self._graph.device != device:
-            self._graph = _StepGraph(device)
         self._layers, self._groups, self._guard = layers, groups, guard
-        named = {
-            "weights": layers.weights,
-            "biases": layers.biases,
-            "relu": layers.relu,
+        self._handle = _Handle(
+            layers.params[0].device,
+            relu=layers.relu,
+            bias=[bias is not None for bias in layers.biases],
             **groups.arguments,
             **self._scale_and_shift,
             **loss,
-        }
-        # By name here, but not in each call: 26 names take the op as long as a small step.
-        self._constants = [named[name] for name in _CONSTANTS]
+        )
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Train on one batch.
@@ -214,23 +207,21 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, lr: list[float]
     ) -> Tensor:
         """Make the steps whose learning rates are given; return their losses."""
-        groups, graph, count = self._groups, self._graph, len(self._layers.linears)
+        groups = self._groups
         buffers, first_step = groups.momentum_buffers()
         recording = torch.is_grad_enabled()
         set_grad_enabled(False)
         try:
             losses = _train_steps(
+                self._handle.number,
                 images,
                 labels,
                 order,
                 batch_size,
                 lr,
-                buffers[:count],
-                buffers[count:],
-                first_step[:count],
-                first_step[count:],
-                *self._constants,
-                graph.handle if graph else 0,
+                groups.params,
+                buffers,
+                first_step,
             )
         except ValueError:
             self.refresh()  # says it by name if it is the model, whose tensors were replaced
@@ -238,7 +229,7 @@ class TrainStep:
         finally:
             set_grad_enabled(recording)
         groups.keep(buffers, first_step)
-        _increment_version(groups.trained + [b for b in buffers if b is not None])
+        _increment_version(groups.trained + buffers)
         count_step(self._optimizer)
         return losses
 
@@ -275,12 +266,10 @@ class TrainStep:
             refuse(f"labels: expected a tensor on {device}, got one on {labels.device}")
 
 
-class _StepGraph:
-    """Where the CUDA graph of a step stays between calls; goes with its TrainStep."""
+class _Handle:
+    """What stays the same between the steps, as the op has it; on CUDA also the graph of a step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, **settings: Any) -> None:
         like = torch.empty(0, device=device)
-        self.handle = _new_step_graph(like)  # 0: the device has no graphs
-        if self.handle:
-            weakref.finalize(self, _free_step_graph, like, self.handle)
+        self.number = _new_train_step(like, **settings, graph=_REPLAYS_GRAPHS)
+        weakref.finalize(self, _free_train_step, like, self.number)

@@ -57,12 +57,11 @@ class Groups:
                     )
         self.settings = read_settings(optimizer)
         self._optimizer = optimizer
-        params = [*layers.weights, *layers.biases]
+        self.params: list[Tensor] = [*layers.weights, *(b for b in layers.biases if b is not None)]
         numbers = [
-            _FROZEN if p is None or not p.requires_grad else group_of.get(id(p), _FROZEN)
-            for p in params
+            group_of.get(id(p), _FROZEN) if p.requires_grad else _FROZEN for p in self.params
         ]
-        grouped = list(zip(params, numbers, strict=True))
+        grouped = list(zip(self.params, numbers, strict=True))
         self.trained: list[Tensor] = [p for p, number in grouped if number != _FROZEN]
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
@@ -70,33 +69,22 @@ class Groups:
             name: [kind(group[name]) for group in optimizer.param_groups]
             for name, kind in _OPTIONS.items()
         }
-        layer_count = len(layers.weights)
-        self.arguments: dict[str, Any] = {  # of the op
-            **options,
-            "weight_groups": numbers[:layer_count],
-            "bias_groups": numbers[layer_count:],
-        }
+        self.arguments: dict[str, Any] = {**options, "groups": numbers}  # of the op
         momentum = options["momentum"]
-        # None for a parameter without momentum.
-        self._moved: list[Any] = [
-            p if number != _FROZEN and momentum[number] else None for p, number in grouped
-        ]
+        self._moved = [p for p, number in grouped if number != _FROZEN and momentum[number]]
 
-    def momentum_buffers(self) -> tuple[list[Tensor | None], list[bool]]:
-        """Return the buffers of the weights, then of the biases; whether they hold nothing yet.
-
-        None stands for that of a parameter without momentum.
-        """
-        buffers: list[Tensor | None] = []
+    def momentum_buffers(self) -> tuple[list[Tensor], list[bool]]:
+        """Return those of the parameters that have momentum; whether they hold nothing yet."""
+        buffers: list[Tensor] = []
         first_step: list[bool] = []
         state = self._optimizer.state
         for param in self._moved:
-            buffer = None if param is None else state[param].get("momentum_buffer")
-            first_step.append(param is not None and buffer is None)
-            buffers.append(torch.empty_like(param) if first_step[-1] else buffer)
+            buffer = state[param].get("momentum_buffer")
+            first_step.append(buffer is None)
+            buffers.append(torch.empty_like(param) if buffer is None else buffer)
         return buffers, first_step
 
-    def keep(self, buffers: list[Tensor | None], first_step: list[bool]) -> None:
+    def keep(self, buffers: list[Tensor], first_step: list[bool]) -> None:
         """Give the optimizer the buffers that were new, and have been written."""
         for param, buffer, is_new in zip(self._moved, buffers, first_step, strict=True):
             if is_new:

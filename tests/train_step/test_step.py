@@ -116,7 +116,7 @@ class TestAgainstPyTorch:
         model = mlp(activation=activation).to(dtype)
         criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        digits = data.load("digits")
+        digits = datasets.load("digits")
         images = datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
