@@ -117,7 +117,8 @@ class TestAgainstPyTorch:
         criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         digits = datasets.load("digits")
-        images = datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
+        images = datasets.normalize(digits.train.images, digits.mean, digits.std)
+        images = images.flatten(1).to(dtype)
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
         losses = []
