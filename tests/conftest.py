@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mnist_ext
-from mnist_ext import _C, _decision
+from mnist_ext import _decision
 
 
 def pytest_report_header() -> str:
@@ -25,14 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # tests/test_cuda*.py run the same tests with an `isa` of their own.
-    if "isa" in metafunc.fixturenames and not hasattr(metafunc.module, "isa"):
-        isas = _C.available_isas()
-        best_alone = metafunc.config.getoption("best_isa")
-        metafunc.parametrize("isa", isas[-1:] if best_alone else isas, indirect=True)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
@@ -41,15 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest):
-    """Run the test once on each instruction set that this machine has."""
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before, reason)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_gradcheck_on_each_instruction_set(isa, case):
+def test_gradcheck_on_each_instruction_set(device, case):
     function, inputs = checkable(case)
     gradcheck(function, inputs)
 
@@ -97,7 +97,7 @@ def test_gradients_belong_to_the_caller(case, factor):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_only_the_gradients_asked_for(isa, case):
+def test_only_the_gradients_asked_for(device, case):
     """Each subset of the tensors: the same gradients, nothing for the others."""
     tensors = case.tensors(torch.float32)
     present = [i for i in case.differentiable if tensors[i] is not None]
@@ -114,7 +114,7 @@ def test_only_the_gradients_asked_for(isa, case):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_inputs_and_saved_tensors_are_not_written(isa, case):
+def test_inputs_and_saved_tensors_are_not_written(device, case):
     tensors = case.tensors(torch.float32)
     leaves, wanted = with_gradients(tensors, case.differentiable)
     given = [t for t in leaves if t is not None]

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnist_ext
 from mnist_ext import _autograd
 
+pytestmark = pytest.mark.cpu_only("what wraps an op does not see whose kernels run")
 op = torch.ops.mnist_ext
 
 

@@ -39,7 +39,7 @@ def loss_and_gradient(op, logits, target, grad_output=None, **options):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
+def test_float32_error_within_twice_pytorchs(device, shape, reduction):
     rows, classes = shape
     logits = torch.randn(shape) * 5
     target = torch.randint(0, classes, (rows,))
@@ -60,7 +60,7 @@ def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float64_agrees(isa, shape, reduction):
+def test_float64_agrees(device, shape, reduction):
     logits = torch.randn(shape, dtype=torch.float64) * 5
     target = torch.randint(0, shape[1], (shape[0],))
     ours = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
@@ -69,7 +69,7 @@ def test_float64_agrees(isa, shape, reduction):
         torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-14, equal_nan=True)
 
 
-def test_exp_over_its_whole_range(isa):
+def test_exp_over_its_whole_range(device):
     """Where the other class takes all, the gradient is exp(x); what is subnormal may be 0."""
     for dtype, lowest, highest in ((torch.float32, -110.0, -20.0), (torch.float64, -760.0, -40.0)):
         x = torch.linspace(lowest, highest, 20_001, dtype=dtype)
@@ -89,7 +89,7 @@ def test_exp_over_its_whole_range(isa):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 50])
-def test_ignore_index(isa, ignore_index, reduction):
+def test_ignore_index(device, ignore_index, reduction):
     logits = torch.randn(20, 5)
     target = torch.randint(0, 5, (20,))
     target[4:9] = ignore_index
@@ -103,7 +103,7 @@ def test_ignore_index(isa, ignore_index, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_to_count(isa, rows, reduction):
+def test_nothing_to_count(device, rows, reduction):
     """PyTorch's NaN for mean and 0 for sum, none; no gradient from ignored rows."""
     logits, target = torch.randn(rows, 4), torch.full((rows,), -100)
     loss, gradient = loss_and_gradient(
@@ -139,7 +139,7 @@ INF = math.inf
     ],
     ids=str,
 )
-def test_extreme_logits_as_pytorch(isa, row, dtype, reduction):
+def test_extreme_logits_as_pytorch(device, row, dtype, reduction):
     for wide in (1, 700):  # also in a row of many vectors, whose other logits do not matter
         logits = torch.tensor([row * wide], dtype=dtype)
         for target in (0, 1, 2):
@@ -153,7 +153,7 @@ def test_extreme_logits_as_pytorch(isa, row, dtype, reduction):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 5, 37, 65])
 @pytest.mark.parametrize("rows", [8, 41])
-def test_rows_of_probabilities(isa, rows, classes, dtype):
+def test_rows_of_probabilities(device, rows, classes, dtype):
     """Short rows are transposed, a vector of them at a time."""
     logits = torch.randn(rows, classes).to(dtype)
     probabilities = torch.randn(rows, classes).softmax(1).to(dtype)
@@ -172,7 +172,9 @@ def test_rows_of_probabilities(isa, rows, classes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad_output", [INF, -INF, math.nan])
-def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(isa, grad_output, dtype):
+def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(
+    device, grad_output, dtype
+):
     op = torch.ops.mnist_ext
     for shape in ((3, 5), (3, 70), (20, 5), (2, 5, 7)):
         for classes_last in (False, True):
@@ -201,7 +203,7 @@ def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(isa, g
 
 @pytest.mark.parametrize("masked", [-INF, -95.0])
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
-def test_masked_classes_as_if_they_were_not_there(isa, kind, masked):
+def test_masked_classes_as_if_they_were_not_there(device, kind, masked):
     """In any lane, and in the last vector of any length; beside what fills it up."""
     rows = torch.arange(9)
     for classes in range(2, 71):
@@ -230,7 +232,7 @@ def test_masked_classes_as_if_they_were_not_there(isa, kind, masked):
             assert difference.abs().max() < 1e-6
 
 
-def test_blocks_of_minus_infinity_before_the_first_finite_logit(isa):
+def test_blocks_of_minus_infinity_before_the_first_finite_logit(device):
     logits = torch.full((1, 5000), -INF)
     logits[0, 4500], logits[0, 4501] = 1.0, 2.0
     ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([4500]))
@@ -240,7 +242,7 @@ def test_blocks_of_minus_infinity_before_the_first_finite_logit(isa):
 
 
 @pytest.mark.parametrize("fill", [math.nan, -INF])
-def test_nan_in_a_block_without_a_finite_logit(isa, fill):
+def test_nan_in_a_block_without_a_finite_logit(device, fill):
     """Blocks are 2,048 logits: the first holds nothing finite, the second nothing else."""
     logits = torch.full((1, 2060), fill)
     logits[0, 2048:] = 1.0
@@ -251,7 +253,7 @@ def test_nan_in_a_block_without_a_finite_logit(isa, fill):
         torch.testing.assert_close(our, their, equal_nan=True)
 
 
-def test_gradient_of_the_target_survives_as_p_approaches_one(isa):
+def test_gradient_of_the_target_survives_as_p_approaches_one(device):
     logits = torch.tensor([[13.0, 0.0]])
     target = torch.tensor([0])
     _, gradient = loss_and_gradient(functional.cross_entropy, logits, target)
@@ -261,7 +263,7 @@ def test_gradient_of_the_target_survives_as_p_approaches_one(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_loss_scale_comes_before_the_rounding(isa, dtype):
+def test_loss_scale_comes_before_the_rounding(device, dtype):
     """What float16 cannot hold, it can hold 32,768 times as large: the point of a GradScaler."""
     logits = torch.tensor([[0.0, -18.0]], dtype=dtype)
     scale = torch.tensor(32768.0)
@@ -274,7 +276,7 @@ def test_loss_scale_comes_before_the_rounding(isa, dtype):
 
 @pytest.mark.parametrize("kind", ["transposed", "every other", "expanded", "offset"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_any_strides(isa, kind, reduction):
+def test_any_strides(device, kind, reduction):
     logits = {
         "transposed": torch.randn(11, 40).t(),
         "every other": torch.randn(40, 22)[:, ::2],
@@ -293,7 +295,7 @@ def test_any_strides(isa, kind, reduction):
 
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
 @pytest.mark.parametrize("fill", [math.nan, INF])
-def test_ignored_rows_are_not_read(isa, kind, fill):
+def test_ignored_rows_are_not_read(device, kind, fill):
     """Their gradient is 0 whatever they hold; in PyTorch it is NaN."""
     logits = torch.randn({"rows": (6, 5), "positions last": (2, 5, 3)}.get(kind, (2, 3, 5)))
     if kind == "classes last":
@@ -313,7 +315,7 @@ def test_ignored_rows_are_not_read(isa, kind, fill):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weight", [[0.0, 0.0, 1.0], [1.0, -1.0, 2.0], [-1.0, -2.0, 0.5]], ids=str)
-def test_total_weight_of_zero(isa, weight, smoothing, reduction):
+def test_total_weight_of_zero(device, weight, smoothing, reduction):
     """And below: nothing finite where PyTorch has NaN or infinity, or its negative loss."""
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     options = {

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only("memory of the CPU")
+
 # In a process of its own: elsewhere so much may be free already that the allocator maps nothing.
 SCRIPT = """
 import re

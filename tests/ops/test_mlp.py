@@ -57,7 +57,7 @@ def one_by_one(sequential: nn.Sequential):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 5, 64, 300])
 @pytest.mark.parametrize("features", [(784, 128, 64, 10), (7, 300, 1, 33)], ids=str)
-def test_same_bits_as_one_layer_after_the_other(isa, features, batch, dtype):
+def test_same_bits_as_one_layer_after_the_other(device, features, batch, dtype):
     layers = []
     for inputs, outputs in itertools.pairwise(features):
         layers += [nn.Linear(inputs, outputs, dtype=dtype), nn.ReLU()]

@@ -48,7 +48,7 @@ def assert_same(ours, torchs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_samples(isa, name, dtype):
+def test_samples(device, name, dtype):
     op, ours = OPS[name]
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
     samples += list(op.reference_inputs("cpu", dtype, requires_grad=True))

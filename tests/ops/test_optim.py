@@ -42,7 +42,7 @@ def run(optimizer, params, steps, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_same_bits(isa, options, dtype):
+def test_same_bits(device, options, dtype):
     ours, torchs = parameters(dtype), None
     torchs = copy.deepcopy(ours)
     run(mnist_ext.optim.SGD(ours, **options), ours, 4)
@@ -50,7 +50,7 @@ def test_same_bits(isa, options, dtype):
     for our, their in zip(ours, torchs, strict=True):
         if dtype.itemsize == 2:  # PyTorch rounds once more in what its vectors leave over
             torch.testing.assert_close(our, their, rtol=1e-2, atol=5e-2)
-        elif isa == "baseline":  # without fused multiply-add
+        elif device == "baseline":  # without fused multiply-add
             torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(our, their)

@@ -30,16 +30,16 @@ class TestTheOrdinaryLoopsNumbers:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("size", [1, 7, 64, 257, 600])
-    def test_batch_sizes(self, isa, size, dtype):
+    def test_batch_sizes(self, device, size, dtype):
         check_steps(mlp((128, 64), "relu").to(dtype), *batches(3, size, dtype=dtype))
 
     @pytest.mark.parametrize("sgd", SGDS, ids=str)
-    def test_optimizer_options(self, isa, sgd):
+    def test_optimizer_options(self, device, sgd):
         check_steps(mlp((40, 30), "relu"), *batches(4, 32), sgd=sgd)
 
     @pytest.mark.parametrize("loss", LOSSES, ids=str)
     @pytest.mark.parametrize("size", [5, 64])
-    def test_loss_options(self, isa, loss, size):
+    def test_loss_options(self, device, loss, size):
         images, labels = batches(3, size)
         labels[:, 0] = loss.get("ignore_index", 0)
         sgd = {"lr": 0.001} if loss.get("reduction") == "sum" else {}
@@ -47,12 +47,12 @@ class TestTheOrdinaryLoopsNumbers:
 
     @pytest.mark.parametrize("hidden", [(), (1,), (3, 5), (200,), (17, 33, 9, 21, 13), (64,) * 12])
     @pytest.mark.parametrize("activation", ["relu", "none"])
-    def test_numbers_of_layers_and_widths(self, isa, hidden, activation):
+    def test_numbers_of_layers_and_widths(self, device, hidden, activation):
         model = mlp(hidden, activation, in_features=30, num_classes=7)
         check_steps(model, *batches(4, 33, 30, classes=7))
 
     @pytest.mark.parametrize("classes", [1, 2, 33, 300])
-    def test_numbers_of_classes(self, isa, classes):
+    def test_numbers_of_classes(self, device, classes):
         check_steps(mlp((20,), "relu", 50, classes), *batches(3, 19, 50, classes=classes))
 
     def test_without_biases_and_with_relu_behind_the_last_layer(self):
@@ -117,7 +117,9 @@ class TestAgainstPyTorch:
         criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         digits = data.load("digits")
-        images = datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
+        images = (
+            datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
+        )
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
         losses = []
@@ -155,7 +157,7 @@ class TestPixels:
 
     @pytest.mark.parametrize("features", [784, 30, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_same_as_normalized_images(self, isa, features, dtype):
+    def test_same_as_normalized_images(self, device, features, dtype):
         mean, std = 0.1307, 0.3081
         pixels = torch.randint(0, 256, (4, 33, features), dtype=torch.uint8)
         labels = torch.randint(0, 10, (4, 33))
