@@ -42,7 +42,7 @@ def emulator():
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels in dtypes too for which PyTorch's own op is the faster one on this CPU."""
     monkeypatch.setattr(_decision, "LINEAR_DTYPES", _decision.DTYPES)

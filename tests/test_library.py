@@ -207,6 +207,7 @@ class TestThreads:
     def test_set_num_threads_is_obeyed(self, threads):
         assert threads_started(threads) == threads - 1
 
+    @pytest.mark.usefixtures("every_kernel")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("threads", [1, 2, 3, 5])
     @pytest.mark.parametrize("isa", _C.available_isas())

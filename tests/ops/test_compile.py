@@ -45,6 +45,7 @@ def test_compiles_without_graph_break(case, dynamic):
     compiled_agrees(case, case.tensors(torch.float32), "aot_eager", dynamic=dynamic)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_compiles_with_inductor(dtype):
     """A model and its loss, whole, in the compiler that users get by default."""

@@ -76,8 +76,7 @@ def test_float32_error_within_twice_pytorchs(device, shape, activation, layout):
     torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, activation)
     doubles = [t.double() for t in (input, weight, bias)]
     truth = forward_and_gradients(reference, doubles, grad_output.double(), activation)
-    for our, their, true in zip(ours, torchs, truth, strict=True):
-        assert_as_accurate(our, their, true)
+    assert_as_accurate(ours, torchs, truth)
 
 
 @pytest.mark.cpu_only("sums far too long for the emulator, and CUDA's are not added in blocks")
@@ -115,8 +114,7 @@ def test_float64_agrees(device, shape, layout):
     grad_output = torch.randn(rows, out_features, dtype=torch.float64)
     ours = forward_and_gradients(functional.linear, tensors, grad_output, "relu")
     torchs = forward_and_gradients(reference, tensors, grad_output, "relu")
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-11)
 
 
 def strided(kind: str, rows: int, columns: int) -> Tensor:
@@ -163,8 +161,7 @@ def test_any_strides(device, which, kind, rows):
     bias, grad_output = make("bias", out_features), make("grad_output", rows, out_features)
     ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "relu")
     torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=2e-5)
 
 
 def test_column_major_operands_are_read_in_place(device):
@@ -217,8 +214,7 @@ def test_nan_and_inf_as_pytorch(device, rows):
     grad_output = torch.randn(rows, 40)
     ours = forward_and_gradients(functional.linear, (input, weight, bias), grad_output, "relu")
     torchs = forward_and_gradients(reference, (input, weight, bias), grad_output, "relu")
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_relu_gradient_at_zero_is_zero(device):
@@ -259,8 +255,7 @@ def test_backward_op_with_overlapping_rows(device):
     op = torch.ops.mnist_ext.linear_backward
     ours = op(grad_output, input, weight, output, True)
     torchs = op(grad_output.contiguous(), input, weight, output, True)
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their)
+    torch.testing.assert_close(ours, torchs)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 4), (2, 4)], ids=str)
@@ -337,6 +332,7 @@ except (MemoryError, RuntimeError) as error:
     assert process.stdout.strip() == "MemoryError"
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.cpu_only("conversions by the CPU's vectors; CUDA's are the compiler's")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [1.0, -1.171875, 0.33203125, 3.0e-3, 7.0e2], ids=str)

@@ -8,6 +8,8 @@ from torch.testing._internal.common_modules import module_db
 import mnist_ext
 from mnist_ext import functional
 
+pytestmark = pytest.mark.usefixtures("every_kernel")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPS = {
     op.name: (op, getattr(functional, op.name.removeprefix("nn.functional.")))

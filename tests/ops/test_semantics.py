@@ -12,6 +12,7 @@ def random_grad_output(case, tensors) -> torch.Tensor:
     return torch.randn(value.shape)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(device, case, dtype):

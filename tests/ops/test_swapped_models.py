@@ -194,6 +194,7 @@ def test_functional_call_and_ensembles():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_dtype(dtype):
     models = [model.to(dtype) for model in pair()]

@@ -117,6 +117,7 @@ def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
         assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
 
 
+@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 @pytest.mark.parametrize("bad", [-1, 1000])
 def test_indices_out_of_range(bad):
     model = mlp((20,))
@@ -138,6 +139,7 @@ def test_uint8_labels_among_more_classes_than_uint8_has():
     assert_same_bits(*models)
 
 
+@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 def test_bad_uint8_label_that_ignore_index_would_wrap_to():
     """-100 is 156 modulo 256."""
     model = mlp((20,))
@@ -149,6 +151,7 @@ def test_bad_uint8_label_that_ignore_index_would_wrap_to():
     assert_same_bits(model, before)
 
 
+@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 def test_the_op_checks_indices_itself():
     step, _ = pair(mlp((20,)))
     images, labels = first_batch(10)
@@ -185,6 +188,7 @@ def test_batches_larger_than_anything():
     assert_same_bits(*models)
 
 
+@pytest.mark.cpu_only("minutes for the emulator")
 def test_interrupt_comes_between_native_calls():
     """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
     # What a shell starts in the background ignores Ctrl-C, and so would this.

@@ -61,6 +61,7 @@ class TestTheOrdinaryLoopsNumbers:
         )
         check_steps(model, *batches(4, 16, 20, classes=5))
 
+    @pytest.mark.cpu_only("threads of the CPU")
     def test_with_and_without_threads(self):
         """The number of threads does not change a bit."""
         images, labels = batches(3, 200)
@@ -116,10 +117,9 @@ class TestAgainstPyTorch:
         model = mlp(activation=activation).to(dtype)
         criterion = nn.CrossEntropyLoss()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        digits = data.load("digits")
-        images = (
-            datasets.normalize(digits.train.images, digits.mean, digits.std).flatten(1).to(dtype)
-        )
+        digits = datasets.load("digits")
+        images = datasets.normalize(digits.train.images, digits.mean, digits.std)
+        images = images.flatten(1).to(dtype)
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
         losses = []
@@ -131,6 +131,7 @@ class TestAgainstPyTorch:
             )
         return torch.stack(losses), nn.utils.parameters_to_vector(model.parameters()).detach()
 
+    @pytest.mark.cpu_only("a thousand steps")
     @pytest.mark.parametrize("activation", ["none", "relu"])
     def test_a_thousand_steps(self, activation):
         """Losses within 1e-4 of eager's; parameters at most twice as far from float64 as eager's.
@@ -172,8 +173,9 @@ class TestPixels:
                 images = (x.double() / 255 - mean) / std
             expected = ordinary_step(*loop, images, y)
             torch.testing.assert_close(step(x, y), expected, rtol=rtol, atol=0)
-        for ours, theirs in zip(model.parameters(), loop[0].parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=rtol_params, atol=rtol_params / 100)
+        torch.testing.assert_close(
+            [*model.parameters()], [*loop[0].parameters()], rtol=rtol_params, atol=rtol_params / 100
+        )
 
     @pytest.mark.parametrize(
         ("normalize", "dtype", "message"),
@@ -243,6 +245,7 @@ class TestTheUsersTensors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.cpu_only("the model is on the CPU")
     def test_another_default_device(self):
         """Each tensor is made where the model is."""
         model = mlp((20,), "relu")
@@ -311,6 +314,7 @@ class TestWrongCalls:
             step(images, labels)
         assert_same_bits(model, before)
 
+    @pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
     @pytest.mark.parametrize("bad", [10, -1, -100_000, 2**40])
     def test_labels_out_of_range(self, bad):
         """IndexError, op and argument named; nothing is updated, the momentum included."""

@@ -41,8 +41,8 @@ def ordinary_step(model, criterion, optimizer, images, labels):
 
 def pair(model, loss=None, sgd=None):
     """Return a TrainStep, and our modules and optimizer for the ordinary loop on a copy."""
-    dtype = next(model.parameters()).dtype
-    loss = {k: v.to(dtype) if k == "weight" else v for k, v in (loss or {}).items()}
+    like = next(model.parameters())
+    loss = {k: v.to(like) if k == "weight" else v for k, v in (loss or {}).items()}
     options = {"lr": 0.05, **(sgd or {})}
     twin = swap(copy.deepcopy(model))
     optimizer = mnist_ext.optim.SGD(twin.parameters(), **options)
