@@ -31,6 +31,7 @@ def checkable(case):
     return function, tuple(wanted)
 
 
+@pytest.mark.cpu_only("a few cases of each device: next test")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(case):
     """Of all gradients; grad_output is random, and also a batch of them at once (vmap)."""
@@ -39,7 +40,7 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_gradcheck_on_each_instruction_set(device, case):
+def test_gradcheck_on_each_device(device, case):
     function, inputs = checkable(case)
     gradcheck(function, inputs)
 
@@ -61,27 +62,18 @@ def test_vmap_over_the_backward_needs_no_fallback(case, request):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu_only("a recorded backward consists of PyTorch's ops")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck(case):
     function, inputs = checkable(case)
     gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_backward_twice_with_retain_graph(case):
-    leaves, wanted = with_gradients(case.tensors(torch.float32), case.differentiable)
-    value = case.ours(*leaves)
-    grad_output = torch.randn(value.shape)
-    first = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
-    second = torch.autograd.grad(value, wanted, grad_output)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 @pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_gradients_belong_to_the_caller(case, factor):
-    """Writing to what one backward returned does not reach the next one's result."""
+    """A second backward gives the same bits, whatever is written to what the first returned."""
     for dtype in (torch.float32, torch.bfloat16):
         leaves, wanted = with_gradients(case.tensors(dtype), case.differentiable)
         value = case.ours(*leaves)
@@ -93,7 +85,7 @@ def test_gradients_belong_to_the_caller(case, factor):
         second = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
         third = torch.autograd.grad(value, wanted, grad_output)
         for results in (second, third):
-            torch.testing.assert_close(results, expected)
+            torch.testing.assert_close(results, tuple(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

@@ -37,6 +37,11 @@ def loss_and_gradient(op, logits, target, grad_output=None, **options):
     return loss.detach(), gradient
 
 
+def ours_and_torchs(logits, target, **options):
+    ops = functional.cross_entropy, F.cross_entropy
+    return [loss_and_gradient(op, logits, target, **options) for op in ops]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_float32_error_within_twice_pytorchs(device, shape, reduction):
@@ -48,8 +53,7 @@ def test_float32_error_within_twice_pytorchs(device, shape, reduction):
     if rows == 0 and reduction == "mean":
         grad_output = torch.ones(())
     arguments = {"grad_output": grad_output, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
+    ours, torchs = ours_and_torchs(logits, target, **arguments)
     truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **arguments)
     for our, their, true in zip(ours, torchs, truth, strict=True):
         if true.isnan().any():  # the mean over no target
@@ -63,9 +67,12 @@ def test_float32_error_within_twice_pytorchs(device, shape, reduction):
 def test_float64_agrees(device, shape, reduction):
     logits = torch.randn(shape, dtype=torch.float64) * 5
     target = torch.randint(0, shape[1], (shape[0],))
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
-    torch.testing.assert_close(ours, torchs, rtol=1e-13, atol=1e-14, equal_nan=True)
+    torch.testing.assert_close(
+        *ours_and_torchs(logits, target, reduction=reduction),
+        rtol=1e-13,
+        atol=1e-14,
+        equal_nan=True,
+    )
 
 
 def test_exp_over_its_whole_range(device):
@@ -93,8 +100,7 @@ def test_ignore_index(device, ignore_index, reduction):
     target = torch.randint(0, 5, (20,))
     target[4:9] = ignore_index
     options = {"ignore_index": ignore_index, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **options)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    ours, torchs = ours_and_torchs(logits, target, **options)
     torch.testing.assert_close(ours, torchs)
     assert torch.equal(ours[1][4:9], torch.zeros(5, 5))
 
@@ -142,9 +148,9 @@ def test_extreme_logits_as_pytorch(device, row, dtype, reduction):
         logits = torch.tensor([row * wide], dtype=dtype)
         for target in (0, 1, 2):
             arguments = (logits, torch.tensor([target]))
-            ours = loss_and_gradient(functional.cross_entropy, *arguments, reduction=reduction)
-            torchs = loss_and_gradient(F.cross_entropy, *arguments, reduction=reduction)
-            torch.testing.assert_close(ours, torchs, equal_nan=True)
+            torch.testing.assert_close(
+                *ours_and_torchs(*arguments, reduction=reduction), equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -232,9 +238,7 @@ def test_masked_classes_as_if_they_were_not_there(device, kind, masked):
 def test_blocks_of_minus_infinity_before_the_first_finite_logit(device):
     logits = torch.full((1, 5000), -INF)
     logits[0, 4500], logits[0, 4501] = 1.0, 2.0
-    ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([4500]))
-    torchs = loss_and_gradient(F.cross_entropy, logits, torch.tensor([4500]))
-    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(*ours_and_torchs(logits, torch.tensor([4500])))
 
 
 @pytest.mark.parametrize("fill", [math.nan, -INF])
@@ -243,9 +247,7 @@ def test_nan_in_a_block_without_a_finite_logit(device, fill):
     logits = torch.full((1, 2060), fill)
     logits[0, 2048:] = 1.0
     logits[0, 7] = math.nan
-    ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([2050]))
-    torchs = loss_and_gradient(F.cross_entropy, logits, torch.tensor([2050]))
-    torch.testing.assert_close(ours, torchs, equal_nan=True)
+    torch.testing.assert_close(*ours_and_torchs(logits, torch.tensor([2050])), equal_nan=True)
 
 
 def test_gradient_of_the_target_survives_as_p_approaches_one(device):
@@ -282,9 +284,7 @@ def test_any_strides(device, kind, reduction):
     # The gradient of sum() is expanded: stride 0.
     grad_output = torch.tensor(1.5).expand(40) if reduction == "none" else torch.tensor(1.5)
     arguments = {"grad_output": grad_output, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
-    torch.testing.assert_close(ours, torchs)
+    torch.testing.assert_close(*ours_and_torchs(logits, target, **arguments))
 
 
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
@@ -317,8 +317,7 @@ def test_total_weight_of_zero(device, weight, smoothing, reduction):
         "label_smoothing": smoothing,
         "reduction": reduction,
     }
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **options)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    ours, torchs = ours_and_torchs(logits, target, **options)
     for our, their in zip(ours, torchs, strict=True):
         finite = their.isfinite()
         assert torch.equal(our.isfinite(), finite)
@@ -363,6 +362,7 @@ def test_layouts_are_read_in_place(make):
         assert max(event.cpu_memory_usage for event in profile.events()) >= size
 
 
+@pytest.mark.cpu_only("minutes for the emulator; on a GPU: tests/cuda")
 def test_more_than_two_to_the_31_logits():
     """Rows repeat by a stride of 0, so that they take no memory; a gradient would."""
     classes = 32_768

@@ -38,3 +38,36 @@ def test_large_results_ask_for_huge_pages():
     """Small ones do not: their memory is shared with what others allocate."""
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["True", "False"]
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch, mnist_ext
+op = torch.ops.mnist_ext
+x, weights = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+call = {
+    "linear": lambda: op.linear(x, weights[0], None, False),  # outer products, which pack
+    "mlp": lambda: op.mlp(x, weights, [], [2, 0], True),
+}[sys.argv[1]]
+torch.set_num_threads(2)
+op.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)  # starts the threads
+if sys.argv[1] == "mlp":
+    torch.set_num_threads(1)
+    call()  # this thread has its memory: the other, without, must not be waited for
+    torch.set_num_threads(2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    call()
+except (MemoryError, RuntimeError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_running_out_of_memory_in_a_parallel_region_is_a_memory_error(op):
+    # Not in the checkout, whose mnist_ext would come before the installed one.
+    command = [sys.executable, "-c", OUT_OF_MEMORY, op]
+    process = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "MemoryError"

@@ -117,7 +117,6 @@ def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
         assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
 
 
-@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 @pytest.mark.parametrize("bad", [-1, 1000])
 def test_indices_out_of_range(bad):
     model = mlp((20,))
@@ -139,7 +138,6 @@ def test_uint8_labels_among_more_classes_than_uint8_has():
     assert_same_bits(*models)
 
 
-@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 def test_bad_uint8_label_that_ignore_index_would_wrap_to():
     """-100 is 156 modulo 256."""
     model = mlp((20,))
