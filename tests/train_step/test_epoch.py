@@ -20,9 +20,9 @@ from mnist_ext.app.training.models import mlp
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_is_the_steps_one_after_the_other(number, permuted, reduction):
-    images, labels = first_batch(1000)
+    images, labels = first_batch(1000, 100)
     sgd = {"momentum": 0.9, "lr": 0.001}
-    model = mlp((20,), "relu")
+    model = mlp((20,), "relu", 100)
     twin = copy.deepcopy(model)
     epoch, _ = pair(model, {"reduction": reduction}, sgd)
     step, _ = pair(twin, {"reduction": reduction}, sgd)
@@ -63,8 +63,8 @@ def test_pixels():
 @pytest.mark.parametrize("cycle_momentum", [False, True])
 def test_scheduler(cycle_momentum):
     """Stepped after each batch, whether it moves the momentum or not."""
-    images, labels = first_batch(1000)
-    model = mlp((20,), "relu")
+    images, labels = first_batch(1000, 100)
+    model = mlp((20,), "relu", 100)
     twin = copy.deepcopy(model)
     results = []
     for m in (model, twin):

@@ -59,11 +59,16 @@ def assert_same_bits(model, twin):
         assert torch.equal(ours, theirs), name
 
 
-def check_steps(model, images, labels, loss=None, sgd=None):
-    """Train on each batch, and expect the bits of the ordinary loop: its kernels are the same."""
+def check_steps(model, images, labels, loss=None, sgd=None, change=lambda m, c, o: None):
+    """Train on each batch, and expect the bits of the ordinary loop: its kernels are the same.
+
+    After each step, model, criterion and optimizer of both loops are changed.
+    """
     step, loop = pair(model, loss, sgd)
     for x, y in zip(images, labels, strict=True):
         assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        change(model, step._criterion, step._optimizer)
+        change(*loop)
     assert_same_bits(model, loop[0])
 
 
