@@ -29,8 +29,14 @@ class TestTheOrdinaryLoopsNumbers:
     """The kernels are those of the ordinary loop on swapped modules: the same bits."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("size", [1, 7, 64, 257, 600])
+    @pytest.mark.parametrize("size", [1, 7, 64])
     def test_batch_sizes(self, device, size, dtype):
+        check_steps(mlp((128, 64), "relu").to(dtype), *batches(2, size, dtype=dtype))
+
+    @pytest.mark.cpu_only("several blocks of rows in the CPU's kernels")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("size", [257, 600])
+    def test_large_batches(self, device, size, dtype):
         check_steps(mlp((128, 64), "relu").to(dtype), *batches(3, size, dtype=dtype))
 
     @pytest.mark.parametrize("sgd", SGDS, ids=str)
@@ -146,6 +152,7 @@ class TestAgainstPyTorch:
         distance, eager_distance = ((p.double() - truth).norm() for p in (params, eager_params))
         assert distance <= 2 * eager_distance
 
+    @pytest.mark.cpu_only("many steps")
     def test_float64(self):
         losses, params = self.run(torch.float64, True, 50)
         eager_losses, eager_params = self.run(torch.float64, False, 50)
