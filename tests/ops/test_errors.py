@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnist_ext import functional
+from mnist_ext import functional, nn
 
 op = torch.ops.mnist_ext
 X, W = torch.randn(3, 4), torch.randn(5, 4)
@@ -101,9 +101,17 @@ def test_targets_are_checked_in_the_backward_too(reduction):
         loss.backward()
 
 
-def test_unknown_activation():
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: functional.linear(X, W, activation=name),
+        lambda name: functional.mlp(X, [(W, None, name), (W.mT, None, "relu")]),
+        lambda name: nn.Linear(2, 2, activation=name),
+    ],
+)
+def test_unknown_activation(call):
     with pytest.raises(ValueError, match=r"activation.*none, relu.*'gelu'"):
-        functional.linear(X, W, activation="gelu")
+        call("gelu")
 
 
 # The ops can be called on their own; nothing they are given is taken on trust.

@@ -324,12 +324,6 @@ def test_wrong_calls_name_the_layers_shapes(input, weights, biases, message):
         functional.mlp(input, layers)
 
 
-def test_unknown_activation():
-    layers = [(w.requires_grad_(), None, "tanh") for w in (torch.randn(4, 3), torch.randn(2, 4))]
-    with pytest.raises(ValueError, match=r"activation.*'tanh'"):
-        functional.mlp(torch.randn(5, 3), layers)
-
-
 INPUT = torch.randn(5, 3)
 LAYERS = [3, 1]
 OUTPUT, HIDDEN = op.mlp(INPUT, WEIGHTS, BIASES, LAYERS, True)

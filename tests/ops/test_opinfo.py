@@ -23,6 +23,10 @@ MODULES = {
 }
 
 
+def place() -> str:
+    return torch.empty(0).device.type
+
+
 def value_and_gradients(function, tensors):
     """Return the value and the gradients of all tensors that want one, first and second."""
     value = function()
@@ -52,8 +56,8 @@ def assert_same(ours, torchs):
 @pytest.mark.parametrize("name", OPS)
 def test_samples(device, name, dtype):
     op, ours = OPS[name]
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
-    samples += list(op.reference_inputs("cpu", dtype, requires_grad=True))
+    samples = list(op.sample_inputs(place(), dtype, requires_grad=True))
+    samples += list(op.reference_inputs(place(), dtype, requires_grad=True))
     assert len(samples) > 10
     for sample in samples:
         arguments = (sample.input, *sample.args)
@@ -73,7 +77,7 @@ def test_error_samples(name):
     op, ours = OPS[name]
     if op.error_inputs_func is None:
         pytest.skip(f"this torch has no samples of wrong calls of {name}")
-    for error in op.error_inputs("cpu"):
+    for error in op.error_inputs(place()):
         sample = error.sample_input
         with pytest.raises(error.error_type):
             ours(sample.input, *sample.args, **sample.kwargs)
@@ -86,7 +90,7 @@ def test_module_samples(name, training, dtype):
     """The same arguments for constructor and forward."""
     info, ours = MODULES[name]
     inputs = info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+        info, device=place(), dtype=dtype, requires_grad=True, training=training
     )
     assert inputs
     for sample in inputs:

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -199,15 +198,18 @@ def test_interrupt_comes_between_native_calls():
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
 
     class Scheduler:  # steps when all indices have been checked and training begins
+        steps = 0
+
         def step(self):
-            if timer.ident is None:
+            self.steps += 1
+            if self.steps == 1:
                 timer.start()
 
-    started = time.perf_counter()
+    scheduler = Scheduler()
     try:
         with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order, Scheduler())
+            step.epoch(images, labels, 64, order, scheduler)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
+    assert 0 < scheduler.steps < len(order) // 64
     assert not torch.equal(model[1].weight, before[1].weight)
