@@ -274,6 +274,7 @@ class TestTheUsersTensors:
         assert torch.equal(labels, before[1])
         assert not loss.requires_grad
 
+    @pytest.mark.cpu_only("the emulator is not for threads of Python")
     def test_threads_of_python_train_models_of_their_own(self):
         """Each thread has buffers of its own."""
 
