@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate
-from op_cases import FEW, FLOATS, with_gradients
+from op_cases import FEW, FLOATS, value_and_gradients, with_gradients
 
 import mnist_ext
 from mnist_ext import _decision, functional
@@ -18,16 +18,11 @@ LOW = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_autocast_gives_pytorchs_dtypes(case, dtype, low):
-    tensors = case.tensors(dtype)
-    results = []
-    for function in (case.ours, case.torchs):
-        leaves, wanted = with_gradients(tensors, case.differentiable)
-        with autocast(low):
-            value = function(*leaves)
-        results.append([value, *torch.autograd.grad(value, wanted, torch.ones_like(value))])
-    for our, their in zip(*results, strict=True):
-        assert our.dtype == their.dtype
-        torch.testing.assert_close(our, their, atol=1e-2, rtol=2e-2)
+    ours, torchs = (
+        value_and_gradients(under_autocast(function, low), case, case.tensors(dtype))
+        for function in (case.ours, case.torchs)
+    )
+    torch.testing.assert_close(ours, torchs, atol=1e-2, rtol=2e-2)
 
 
 def test_autocast_runs_the_fused_cross_entropy():
