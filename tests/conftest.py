@@ -2,6 +2,7 @@
 
 import os
 
+import devices
 import emulated
 import pytest
 import torch
@@ -28,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    items[:] = filter(devices.is_wanted, items)
     for item in items:
         if item.get_closest_marker("mnist") and not os.environ.get("MNIST_EXT_DATA"):
             item.add_marker(no_mnist)

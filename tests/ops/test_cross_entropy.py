@@ -24,7 +24,7 @@ SHAPES = [
     (3, 2048),
     (3, 2049),
     (4, 10_000),
-    (2000, 33),
+    pytest.param((2000, 33), marks=pytest.mark.cpu_only("rows of the CPU's threads")),
 ]
 REDUCTIONS = ["mean", "sum", "none"]
 

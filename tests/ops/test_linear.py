@@ -28,10 +28,10 @@ SHAPES = [
     (129, 33, 10),
     (129, 31, 35),
     (150, 300, 65),
-    (1030, 300, 65),
-    (700, 800, 3),
-    (200, 64, 1100),
-    (257, 1100, 19),
+    *(
+        pytest.param(shape, marks=pytest.mark.cpu_only("blocks of the CPU's kernels"))
+        for shape in ((1030, 300, 65), (700, 800, 3), (200, 64, 1100), (257, 1100, 19))
+    ),
 ]
 # Sums shorter than a vector; of one output the transpose is computed.
 SHORT_SUMS = [(1100, 3, 1), (2, 3, 1100)]

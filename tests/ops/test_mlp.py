@@ -53,7 +53,9 @@ def one_by_one(sequential: nn.Sequential):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("batch", [1, 5, 64, 300])
+@pytest.mark.parametrize(
+    "batch", [1, 5, 64, pytest.param(300, marks=pytest.mark.cpu_only("blocks of rows"))]
+)
 @pytest.mark.parametrize("features", [(784, 128, 64, 10), (7, 300, 1, 33)], ids=str)
 def test_same_bits_as_one_layer_after_the_other(device, features, batch, dtype):
     layers = []

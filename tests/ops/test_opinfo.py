@@ -83,6 +83,7 @@ def test_error_samples(name):
             ours(sample.input, *sample.args, **sample.kwargs)
 
 
+@pytest.mark.cpu_only("modules call the functions above")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODULES)

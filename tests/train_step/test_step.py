@@ -24,19 +24,17 @@ from mnist_ext.app.data import datasets
 from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
+LARGE = pytest.mark.cpu_only("several blocks of rows in the CPU's kernels")
+
 
 class TestTheOrdinaryLoopsNumbers:
     """The kernels are those of the ordinary loop on swapped modules: the same bits."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("size", [1, 7, 64])
+    @pytest.mark.parametrize(
+        "size", [1, 7, 64, *(pytest.param(n, marks=LARGE) for n in (257, 600))]
+    )
     def test_batch_sizes(self, device, size, dtype):
-        check_steps(mlp((128, 64), "relu").to(dtype), *batches(2, size, dtype=dtype))
-
-    @pytest.mark.cpu_only("several blocks of rows in the CPU's kernels")
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("size", [257, 600])
-    def test_large_batches(self, device, size, dtype):
         check_steps(mlp((128, 64), "relu").to(dtype), *batches(3, size, dtype=dtype))
 
     @pytest.mark.parametrize("sgd", SGDS, ids=str)
