@@ -39,7 +39,7 @@ test-oldest:  ## test with the oldest torch supported, built against the newest 
 	$(OLDEST)/bin/pytest $(ARGS)
 	$(OLDEST)/bin/pip install $(BUILD_REQUIRES)
 	MNIST_EXT_CUDA=0 $(OLDEST)/bin/pip install --no-build-isolation --no-deps --force-reinstall .
-	$(OLDEST)/bin/pytest $(ARGS) tests/test_library.py tests/test_errors.py tests/test_mlp.py tests/test_optim.py
+	$(OLDEST)/bin/pytest $(ARGS) tests/test_library.py $(addprefix tests/ops/test_,errors.py mlp.py optim.py)
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)

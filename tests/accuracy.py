@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 
-def assert_as_accurate(
-    ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.0, floor: float = 2.0
-) -> None:
-    """Assert that our largest error is at most `factor` times PyTorch's own.
+def assert_as_accurate(ours, torchs, truth, factor: float = 2.0, floor: float = 2.0) -> None:
+    """Assert that our largest error is at most `factor` times PyTorch's own: of a tensor, or each.
 
     Errors are relative to the largest magnitude of the truth. `floor`, in units of the dtype's
     epsilon, is the error that is always allowed: on tiny shapes PyTorch is sometimes exact by luck.
     """
+    if not isinstance(ours, Tensor):
+        for each in zip(ours, torchs, truth, strict=True):
+            assert_as_accurate(*each, factor, floor)
+        return
     assert ours.shape == torchs.shape
     assert ours.dtype == torchs.dtype
     if truth.numel() == 0:

@@ -2,12 +2,13 @@
 
 import os
 
+import devices
 import emulated
 import pytest
 import torch
 
 import mnist_ext
-from mnist_ext import _C, _decision
+from mnist_ext import _decision
 
 
 def pytest_report_header() -> str:
@@ -25,31 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    # tests/test_cuda*.py run the same tests with an `isa` of their own.
-    if "isa" in metafunc.fixturenames and not hasattr(metafunc.module, "isa"):
-        isas = _C.available_isas()
-        best_alone = metafunc.config.getoption("best_isa")
-        metafunc.parametrize("isa", isas[-1:] if best_alone else isas, indirect=True)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_mnist = pytest.mark.skip(reason="needs MNIST: set MNIST_EXT_DATA to a torchvision root")
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    items[:] = filter(devices.is_wanted, items)
     for item in items:
         if item.get_closest_marker("mnist") and not os.environ.get("MNIST_EXT_DATA"):
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-
-
-@pytest.fixture
-def isa(request: pytest.FixtureRequest):
-    """Run the test once on each instruction set that this machine has."""
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before, reason)
 
 
 @pytest.fixture
@@ -59,7 +44,7 @@ def emulator():
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels in dtypes too for which PyTorch's own op is the faster one on this CPU."""
     monkeypatch.setattr(_decision, "LINEAR_DTYPES", _decision.DTYPES)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,14 +141,10 @@ class TestInstructionSet:
         if len(_C.available_isas()) == 1:
             pytest.skip("this machine has one instruction set only")
         input, weight = torch.randn(8, 999), torch.randn(8, 999)
-        before, reason = _C.active_isa(), _C.active_isa_reason()
         results = []
-        try:
-            for isa in _C.available_isas():
-                _C.set_isa(isa)
+        for isa in _C.available_isas():
+            with devices.use(isa):
                 results.append(functional.linear(input, weight))
-        finally:
-            _C.set_isa(before, reason)
         assert not any(torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
@@ -210,8 +207,10 @@ class TestThreads:
     def test_set_num_threads_is_obeyed(self, threads):
         assert threads_started(threads) == threads - 1
 
+    @pytest.mark.usefixtures("every_kernel")
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("threads", [1, 2, 3, 5])
+    @pytest.mark.parametrize("isa", _C.available_isas())
     def test_results_do_not_depend_on_the_number_of_threads(self, isa, threads, dtype):
         """Bit by bit; with one thread: nor on which run it is."""
         # Large enough for five threads in every kernel.
@@ -240,10 +239,11 @@ class TestThreads:
 
         before = torch.get_num_threads()
         try:
-            torch.set_num_threads(1)
-            alone = everything()
-            torch.set_num_threads(threads)
-            together = everything()
+            with devices.use(isa):
+                torch.set_num_threads(1)
+                alone = everything()
+                torch.set_num_threads(threads)
+                together = everything()
         finally:
             torch.set_num_threads(before)
         assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

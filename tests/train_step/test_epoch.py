@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -20,9 +19,9 @@ from mnist_ext.app.training.models import mlp
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_is_the_steps_one_after_the_other(number, permuted, reduction):
-    images, labels = first_batch(1000)
+    images, labels = first_batch(1000, 100)
     sgd = {"momentum": 0.9, "lr": 0.001}
-    model = mlp((20,), "relu")
+    model = mlp((20,), "relu", 100)
     twin = copy.deepcopy(model)
     epoch, _ = pair(model, {"reduction": reduction}, sgd)
     step, _ = pair(twin, {"reduction": reduction}, sgd)
@@ -63,8 +62,8 @@ def test_pixels():
 @pytest.mark.parametrize("cycle_momentum", [False, True])
 def test_scheduler(cycle_momentum):
     """Stepped after each batch, whether it moves the momentum or not."""
-    images, labels = first_batch(1000)
-    model = mlp((20,), "relu")
+    images, labels = first_batch(1000, 100)
+    model = mlp((20,), "relu", 100)
     twin = copy.deepcopy(model)
     results = []
     for m in (model, twin):
@@ -149,6 +148,7 @@ def test_bad_uint8_label_that_ignore_index_would_wrap_to():
     assert_same_bits(model, before)
 
 
+@pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
 def test_the_op_checks_indices_itself():
     step, _ = pair(mlp((20,)))
     images, labels = first_batch(10)
@@ -185,6 +185,7 @@ def test_batches_larger_than_anything():
     assert_same_bits(*models)
 
 
+@pytest.mark.cpu_only("minutes for the emulator")
 def test_interrupt_comes_between_native_calls():
     """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
     # What a shell starts in the background ignores Ctrl-C, and so would this.
@@ -197,15 +198,18 @@ def test_interrupt_comes_between_native_calls():
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
 
     class Scheduler:  # steps when all indices have been checked and training begins
+        steps = 0
+
         def step(self):
-            if timer.ident is None:
+            self.steps += 1
+            if self.steps == 1:
                 timer.start()
 
-    started = time.perf_counter()
+    scheduler = Scheduler()
     try:
         with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order, Scheduler())
+            step.epoch(images, labels, 64, order, scheduler)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert time.perf_counter() - started < 60  # minutes, were it not for Ctrl-C
+    assert 0 < scheduler.steps < len(order) // 64
     assert not torch.equal(model[1].weight, before[1].weight)

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
-from train_loops import Written, assert_same_bits, batches, first_batch, ordinary_step, pair
+from train_loops import (
+    Written,
+    assert_same_bits,
+    batches,
+    check_steps,
+    first_batch,
+    ordinary_step,
+    pair,
+)
 
 from mnist_ext import TrainStep
 from mnist_ext.app.training.models import mlp
@@ -138,24 +146,18 @@ def replace_bias(model, criterion, optimizer):
 def test_followed_after_the_change(change):
     model = mlp((20,))
     model.insert(2, nn.Sequential())
-    step, loop = pair(model, sgd={"lr": 0.001})
-    for x, y in zip(*batches(4, 16), strict=True):
-        assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
-        change(model, step._criterion, step._optimizer)
-        change(*loop)
-    assert_same_bits(model, loop[0])
+    check_steps(model, *batches(4, 16), sgd={"lr": 0.001}, change=change)
 
 
 def test_attributes_that_a_forward_reads():
     """Another value is noticed, of whatever type, also one that cannot be compared."""
     model = Written(lambda m, x: m.b(m.a(x)))
     model.scales = torch.ones(3)
-    step, loop = pair(model)
-    for x, y in zip(*batches(3, 16), strict=True):
-        assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
-        for m in (model, loop[0]):
-            m.scales, m.flow = torch.zeros(3), lambda m, x: m.b(F.relu(m.a(x)))
-    assert_same_bits(model, loop[0])
+
+    def change(model, criterion, optimizer):
+        model.scales, model.flow = torch.zeros(3), lambda m, x: m.b(F.relu(m.a(x)))
+
+    check_steps(model, *batches(3, 16), change=change)
 
 
 def test_refresh():

@@ -24,22 +24,26 @@ from mnist_ext.app.data import datasets
 from mnist_ext.app.training.models import mlp
 from mnist_ext.nn import swap
 
+LARGE = pytest.mark.cpu_only("several blocks of rows in the CPU's kernels")
+
 
 class TestTheOrdinaryLoopsNumbers:
     """The kernels are those of the ordinary loop on swapped modules: the same bits."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    @pytest.mark.parametrize("size", [1, 7, 64, 257, 600])
-    def test_batch_sizes(self, isa, size, dtype):
+    @pytest.mark.parametrize(
+        "size", [1, 7, 64, *(pytest.param(n, marks=LARGE) for n in (257, 600))]
+    )
+    def test_batch_sizes(self, device, size, dtype):
         check_steps(mlp((128, 64), "relu").to(dtype), *batches(3, size, dtype=dtype))
 
     @pytest.mark.parametrize("sgd", SGDS, ids=str)
-    def test_optimizer_options(self, isa, sgd):
+    def test_optimizer_options(self, device, sgd):
         check_steps(mlp((40, 30), "relu"), *batches(4, 32), sgd=sgd)
 
     @pytest.mark.parametrize("loss", LOSSES, ids=str)
     @pytest.mark.parametrize("size", [5, 64])
-    def test_loss_options(self, isa, loss, size):
+    def test_loss_options(self, device, loss, size):
         images, labels = batches(3, size)
         labels[:, 0] = loss.get("ignore_index", 0)
         sgd = {"lr": 0.001} if loss.get("reduction") == "sum" else {}
@@ -47,12 +51,12 @@ class TestTheOrdinaryLoopsNumbers:
 
     @pytest.mark.parametrize("hidden", [(), (1,), (3, 5), (200,), (17, 33, 9, 21, 13), (64,) * 12])
     @pytest.mark.parametrize("activation", ["relu", "none"])
-    def test_numbers_of_layers_and_widths(self, isa, hidden, activation):
+    def test_numbers_of_layers_and_widths(self, device, hidden, activation):
         model = mlp(hidden, activation, in_features=30, num_classes=7)
         check_steps(model, *batches(4, 33, 30, classes=7))
 
     @pytest.mark.parametrize("classes", [1, 2, 33, 300])
-    def test_numbers_of_classes(self, isa, classes):
+    def test_numbers_of_classes(self, device, classes):
         check_steps(mlp((20,), "relu", 50, classes), *batches(3, 19, 50, classes=classes))
 
     def test_without_biases_and_with_relu_behind_the_last_layer(self):
@@ -61,6 +65,7 @@ class TestTheOrdinaryLoopsNumbers:
         )
         check_steps(model, *batches(4, 16, 20, classes=5))
 
+    @pytest.mark.cpu_only("threads of the CPU")
     def test_with_and_without_threads(self):
         """The number of threads does not change a bit."""
         images, labels = batches(3, 200)
@@ -130,6 +135,7 @@ class TestAgainstPyTorch:
             )
         return torch.stack(losses), nn.utils.parameters_to_vector(model.parameters()).detach()
 
+    @pytest.mark.cpu_only("a thousand steps")
     @pytest.mark.parametrize("activation", ["none", "relu"])
     def test_a_thousand_steps(self, activation):
         """Losses within 1e-4 of eager's; parameters at most twice as far from float64 as eager's.
@@ -144,6 +150,7 @@ class TestAgainstPyTorch:
         distance, eager_distance = ((p.double() - truth).norm() for p in (params, eager_params))
         assert distance <= 2 * eager_distance
 
+    @pytest.mark.cpu_only("many steps")
     def test_float64(self):
         losses, params = self.run(torch.float64, True, 50)
         eager_losses, eager_params = self.run(torch.float64, False, 50)
@@ -156,7 +163,7 @@ class TestPixels:
 
     @pytest.mark.parametrize("features", [784, 30, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_same_as_normalized_images(self, isa, features, dtype):
+    def test_same_as_normalized_images(self, device, features, dtype):
         mean, std = 0.1307, 0.3081
         pixels = torch.randint(0, 256, (4, 33, features), dtype=torch.uint8)
         labels = torch.randint(0, 10, (4, 33))
@@ -171,8 +178,9 @@ class TestPixels:
                 images = (x.double() / 255 - mean) / std
             expected = ordinary_step(*loop, images, y)
             torch.testing.assert_close(step(x, y), expected, rtol=rtol, atol=0)
-        for ours, theirs in zip(model.parameters(), loop[0].parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=rtol_params, atol=rtol_params / 100)
+        torch.testing.assert_close(
+            [*model.parameters()], [*loop[0].parameters()], rtol=rtol_params, atol=rtol_params / 100
+        )
 
     @pytest.mark.parametrize(
         ("normalize", "dtype", "message"),
@@ -242,6 +250,7 @@ class TestTheUsersTensors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.cpu_only("the model is on the CPU")
     def test_another_default_device(self):
         """Each tensor is made where the model is."""
         model = mlp((20,), "relu")
@@ -263,6 +272,7 @@ class TestTheUsersTensors:
         assert torch.equal(labels, before[1])
         assert not loss.requires_grad
 
+    @pytest.mark.cpu_only("the emulator is not for threads of Python")
     def test_threads_of_python_train_models_of_their_own(self):
         """Each thread has buffers of its own."""
 
@@ -310,6 +320,7 @@ class TestWrongCalls:
             step(images, labels)
         assert_same_bits(model, before)
 
+    @pytest.mark.cpu_only("an index out of range ends a CUDA kernel: tests/cuda")
     @pytest.mark.parametrize("bad", [10, -1, -100_000, 2**40])
     def test_labels_out_of_range(self, bad):
         """IndexError, op and argument named; nothing is updated, the momentum included."""

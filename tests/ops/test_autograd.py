@@ -31,6 +31,7 @@ def checkable(case):
     return function, tuple(wanted)
 
 
+@pytest.mark.cpu_only("a few cases of each device: next test")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(case):
     """Of all gradients; grad_output is random, and also a batch of them at once (vmap)."""
@@ -39,7 +40,7 @@ def test_gradcheck(case):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_gradcheck_on_each_instruction_set(isa, case):
+def test_gradcheck_on_each_device(device, case):
     function, inputs = checkable(case)
     gradcheck(function, inputs)
 
@@ -61,26 +62,18 @@ def test_vmap_over_the_backward_needs_no_fallback(case, request):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.cpu_only("a recorded backward consists of PyTorch's ops")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck(case):
     function, inputs = checkable(case)
     gradgradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_backward_twice_with_retain_graph(case):
-    leaves, wanted = with_gradients(case.tensors(torch.float32), case.differentiable)
-    value = case.ours(*leaves)
-    grad_output = torch.randn(value.shape)
-    first = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
-    second = torch.autograd.grad(value, wanted, grad_output)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 @pytest.mark.parametrize("case", FEW, ids=str)
 def test_gradients_belong_to_the_caller(case, factor):
-    """Writing to what one backward returned does not reach the next one's result."""
+    """A second backward gives the same bits, whatever is written to what the first returned."""
     for dtype in (torch.float32, torch.bfloat16):
         leaves, wanted = with_gradients(case.tensors(dtype), case.differentiable)
         value = case.ours(*leaves)
@@ -92,12 +85,11 @@ def test_gradients_belong_to_the_caller(case, factor):
         second = torch.autograd.grad(value, wanted, grad_output, retain_graph=True)
         third = torch.autograd.grad(value, wanted, grad_output)
         for results in (second, third):
-            for ours, theirs in zip(results, expected, strict=True):
-                torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(results, tuple(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_only_the_gradients_asked_for(isa, case):
+def test_only_the_gradients_asked_for(device, case):
     """Each subset of the tensors: the same gradients, nothing for the others."""
     tensors = case.tensors(torch.float32)
     present = [i for i in case.differentiable if tensors[i] is not None]
@@ -114,7 +106,7 @@ def test_only_the_gradients_asked_for(isa, case):
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)
-def test_inputs_and_saved_tensors_are_not_written(isa, case):
+def test_inputs_and_saved_tensors_are_not_written(device, case):
     tensors = case.tensors(torch.float32)
     leaves, wanted = with_gradients(tensors, case.differentiable)
     given = [t for t in leaves if t is not None]
@@ -160,15 +152,22 @@ def test_writing_what_the_backward_reads_raises(case):
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_gradient_of_a_mean_is_that_of_the_forward(reduction, factor):
-    """Logits and target written before the first backward: the gradient of what they were."""
+def test_the_gradient_of_a_mean_is_that_of_the_forward(device, reduction, factor):
+    """Logits and target written before the first backward: the gradient of what they were.
+
+    CUDA's backward may read them again, whatever the factor is, and says so.
+    """
     logits, target = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 2, 1, 0, 2])
     loss = F.cross_entropy(logits, target.clone(), reduction=reduction)
     expected = torch.autograd.grad(loss * factor, logits)[0]
     ours = functional.cross_entropy(logits, target, reduction=reduction) * factor
     logits.detach().zero_()
     target.zero_()
-    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], expected)
+    if "cuda" in device:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(ours, logits)
+    else:
+        torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], expected)
 
 
 @pytest.mark.parametrize("case", FEW, ids=str)

@@ -28,7 +28,8 @@ class Model(nn.Module):
         self.loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]), label_smoothing=0.1)
 
     def forward(self, input, target):
-        return self.loss(self.head(torch.tanh(self.body(input))), target)
+        place = self.head.weight.device
+        return self.loss(self.head(torch.tanh(self.body(input.to(place)))), target.to(place))
 
 
 INPUT, TARGET = torch.randn(8, 6), torch.randint(0, 3, (8,))
@@ -194,6 +195,7 @@ def test_functional_call_and_ensembles():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_dtype(dtype):
     models = [model.to(dtype) for model in pair()]
@@ -282,11 +284,6 @@ def _forward_hook(model, input):
     return seen[0]
 
 
-def _forward_hook_that_replaces(model, input):
-    model[0].register_forward_hook(lambda module, args, output: output - 10)
-    return model(input)
-
-
 def _backward_hook(model, input):
     seen = []
     model[2].register_full_backward_hook(lambda module, gi, go: seen.append(go[0].clone()))
@@ -294,28 +291,10 @@ def _backward_hook(model, input):
     return seen[0]
 
 
-def _slice(model, input):
-    return model[:1](input)
-
-
-def _layer_taken_out(model, input):
-    return model[0](input)
-
-
-def _other_activation(model, input):
-    model[1] = nn.Tanh()
-    return model(input)
-
-
 def _activations_replaced_by_type(model, input):
     for name, child in list(model.named_children()):
         if isinstance(child, nn.ReLU):
             setattr(model, name, nn.LeakyReLU(0.5))
-    return model(input)
-
-
-def _activation_removed(model, input):
-    del model[3]
     return model(input)
 
 
@@ -342,10 +321,6 @@ def _layer_copied_by_its_attributes(model, input):
     old, new = model[0], nn.Linear(5, 6)
     new.weight, new.bias = old.weight, old.bias
     return new(input)
-
-
-def _forward_that_also_calls_a_layer(model, input):
-    return model(input) + model[0](input).sum()
 
 
 def _forward_of_the_class_patched(model, input):
@@ -408,17 +383,17 @@ def _mode_between_the_layers(model, input):
     "use",
     [
         _forward_hook,
-        _forward_hook_that_replaces,
+        lambda model, input: model[0].register_forward_hook(lambda *a: a[-1] - 10) and model(input),
         _backward_hook,
-        _slice,
-        _layer_taken_out,
-        _other_activation,
+        lambda model, input: model[:1](input),
+        lambda model, input: model[0](input),
+        lambda model, input: model.__setitem__(1, nn.Tanh()) or model(input),
         _activations_replaced_by_type,
-        _activation_removed,
+        lambda model, input: model.pop(3) and model(input),
         _hidden_layer_replaced,
         _adapter_around_a_layer,
         _layer_copied_by_its_attributes,
-        _forward_that_also_calls_a_layer,
+        lambda model, input: model(input) + model[0](input).sum(),
         _forward_of_the_class_patched,
         _linear_of_the_class_patched,
         _functions_patched,

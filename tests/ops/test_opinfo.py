@@ -8,6 +8,8 @@ from torch.testing._internal.common_modules import module_db
 import mnist_ext
 from mnist_ext import functional
 
+pytestmark = pytest.mark.usefixtures("every_kernel")
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OPS = {
     op.name: (op, getattr(functional, op.name.removeprefix("nn.functional.")))
@@ -19,6 +21,10 @@ MODULES = {
     for info in module_db
     if info.name in ("nn.Linear", "nn.CrossEntropyLoss")
 }
+
+
+def place() -> str:
+    return torch.empty(0).device.type
 
 
 def value_and_gradients(function, tensors):
@@ -48,10 +54,10 @@ def assert_same(ours, torchs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS)
-def test_samples(isa, name, dtype):
+def test_samples(device, name, dtype):
     op, ours = OPS[name]
-    samples = list(op.sample_inputs("cpu", dtype, requires_grad=True))
-    samples += list(op.reference_inputs("cpu", dtype, requires_grad=True))
+    samples = list(op.sample_inputs(place(), dtype, requires_grad=True))
+    samples += list(op.reference_inputs(place(), dtype, requires_grad=True))
     assert len(samples) > 10
     for sample in samples:
         arguments = (sample.input, *sample.args)
@@ -71,12 +77,13 @@ def test_error_samples(name):
     op, ours = OPS[name]
     if op.error_inputs_func is None:
         pytest.skip(f"this torch has no samples of wrong calls of {name}")
-    for error in op.error_inputs("cpu"):
+    for error in op.error_inputs(place()):
         sample = error.sample_input
         with pytest.raises(error.error_type):
             ours(sample.input, *sample.args, **sample.kwargs)
 
 
+@pytest.mark.cpu_only("modules call the functions above")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODULES)
@@ -84,7 +91,7 @@ def test_module_samples(name, training, dtype):
     """The same arguments for constructor and forward."""
     info, ours = MODULES[name]
     inputs = info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=training
+        info, device=place(), dtype=dtype, requires_grad=True, training=training
     )
     assert inputs
     for sample in inputs:

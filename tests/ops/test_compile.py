@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnist_ext
 from mnist_ext import _autograd
 
+pytestmark = pytest.mark.cpu_only("what wraps an op does not see whose kernels run")
 op = torch.ops.mnist_ext
 
 
@@ -44,6 +45,7 @@ def test_compiles_without_graph_break(case, dynamic):
     compiled_agrees(case, case.tensors(torch.float32), "aot_eager", dynamic=dynamic)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_compiles_with_inductor(dtype):
     """A model and its loss, whole, in the compiler that users get by default."""

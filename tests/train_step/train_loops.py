@@ -41,8 +41,8 @@ def ordinary_step(model, criterion, optimizer, images, labels):
 
 def pair(model, loss=None, sgd=None):
     """Return a TrainStep, and our modules and optimizer for the ordinary loop on a copy."""
-    dtype = next(model.parameters()).dtype
-    loss = {k: v.to(dtype) if k == "weight" else v for k, v in (loss or {}).items()}
+    like = next(model.parameters())
+    loss = {k: v.to(like) if k == "weight" else v for k, v in (loss or {}).items()}
     options = {"lr": 0.05, **(sgd or {})}
     twin = swap(copy.deepcopy(model))
     optimizer = mnist_ext.optim.SGD(twin.parameters(), **options)
@@ -59,11 +59,16 @@ def assert_same_bits(model, twin):
         assert torch.equal(ours, theirs), name
 
 
-def check_steps(model, images, labels, loss=None, sgd=None):
-    """Train on each batch, and expect the bits of the ordinary loop: its kernels are the same."""
+def check_steps(model, images, labels, loss=None, sgd=None, change=lambda m, c, o: None):
+    """Train on each batch, and expect the bits of the ordinary loop: its kernels are the same.
+
+    After each step, model, criterion and optimizer of both loops are changed.
+    """
     step, loop = pair(model, loss, sgd)
     for x, y in zip(images, labels, strict=True):
         assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        change(model, step._criterion, step._optimizer)
+        change(*loop)
     assert_same_bits(model, loop[0])
 
 

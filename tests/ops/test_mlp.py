@@ -3,8 +3,6 @@
 import copy
 import io
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,9 +53,11 @@ def one_by_one(sequential: nn.Sequential):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("batch", [1, 5, 64, 300])
+@pytest.mark.parametrize(
+    "batch", [1, 5, 64, pytest.param(300, marks=pytest.mark.cpu_only("blocks of rows"))]
+)
 @pytest.mark.parametrize("features", [(784, 128, 64, 10), (7, 300, 1, 33)], ids=str)
-def test_same_bits_as_one_layer_after_the_other(isa, features, batch, dtype):
+def test_same_bits_as_one_layer_after_the_other(device, features, batch, dtype):
     layers = []
     for inputs, outputs in itertools.pairwise(features):
         layers += [nn.Linear(inputs, outputs, dtype=dtype), nn.ReLU()]
@@ -67,13 +67,12 @@ def test_same_bits_as_one_layer_after_the_other(isa, features, batch, dtype):
     threads = torch.get_num_threads()
     expected = results(one_by_one(sequential), input, parameters)
     assert called(expected[0]) == "ReluBackward0"
-    for count in (1, 2, 5):
+    for count in (1,) if "cuda" in device else (1, 2, 5):
         torch.set_num_threads(count)
         got = results(sequential, input, parameters)
         torch.set_num_threads(threads)
         assert called(got[0]) == TOGETHER
-        for a, b in zip(got, expected, strict=True):
-            assert torch.equal(a, b)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_layers_with_other_modules_between_them_are_called_apart():
@@ -85,57 +84,28 @@ def test_layers_with_other_modules_between_them_are_called_apart():
     assert torch.equal(output, one_by_one(sequential)(input))
 
 
-def _forward_hook(sequential, seen):
-    sequential[1].register_forward_hook(lambda *_: seen.append(1))
+WATCHERS = {
+    "forward hook": lambda m, look: m[1].register_forward_hook(look),
+    "forward pre-hook": lambda m, look: m[3].register_forward_pre_hook(look),
+    "backward hook": lambda m, look: m[3].register_full_backward_hook(look),
+    "backward pre-hook": lambda m, look: m[1].register_full_backward_pre_hook(look),
+    "hook of ReLU": lambda m, look: m[2].register_forward_hook(look),
+    "hook of Flatten": lambda m, look: m[0].register_forward_hook(look),
+    "own forward": lambda m, look: setattr(
+        m[3], "forward", lambda input: look() or type(m[3]).forward(m[3], input)
+    ),
+    "own forward of ReLU": lambda m, look: setattr(
+        m[2], "forward", lambda input: look() or input.relu()
+    ),
+}
 
 
-def _forward_pre_hook(sequential, seen):
-    sequential[3].register_forward_pre_hook(lambda *_: seen.append(1))
-
-
-def _backward_hook(sequential, seen):
-    sequential[3].register_full_backward_hook(lambda *_: seen.append(1))
-
-
-def _backward_pre_hook(sequential, seen):
-    sequential[1].register_full_backward_pre_hook(lambda *_: seen.append(1))
-
-
-def _hook_of_relu(sequential, seen):
-    sequential[2].register_forward_hook(lambda *_: seen.append(1))
-
-
-def _hook_of_flatten(sequential, seen):
-    sequential[0].register_forward_hook(lambda *_: seen.append(1))
-
-
-def _own_forward(sequential, seen):
-    forward = sequential[3].forward
-    sequential[3].forward = lambda input: seen.append(1) or forward(input)
-
-
-def _own_forward_of_relu(sequential, seen):
-    sequential[2].forward = lambda input: seen.append(1) or input.relu()
-
-
-@pytest.mark.parametrize(
-    "watch",
-    [
-        _forward_hook,
-        _forward_pre_hook,
-        _backward_hook,
-        _backward_pre_hook,
-        _hook_of_relu,
-        _hook_of_flatten,
-        _own_forward,
-        _own_forward_of_relu,
-    ],
-)
+@pytest.mark.parametrize("watch", WATCHERS)
 def test_who_looks_between_layers_is_called(watch):
     sequential, seen = model(), []
     input = torch.randn(4, 12)
     expected = sequential(input)
-    watch(sequential, seen)
+    WATCHERS[watch](sequential, lambda *_: seen.append(1))
     output = sequential(input)
     output.sum().backward()
     assert seen == [1]
@@ -143,15 +113,10 @@ def test_who_looks_between_layers_is_called(watch):
 
 
 @pytest.mark.parametrize(
-    "register",
-    [
-        torch.nn.modules.module.register_module_forward_hook,
-        torch.nn.modules.module.register_module_forward_pre_hook,
-        torch.nn.modules.module.register_module_full_backward_hook,
-        torch.nn.modules.module.register_module_full_backward_pre_hook,
-    ],
+    "hook", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
 )
-def test_hooks_of_all_modules_see_each_layer(register):
+def test_hooks_of_all_modules_see_each_layer(hook):
+    register = getattr(torch.nn.modules.module, f"register_module_{hook}")
     sequential, seen = model(), []
     handle = register(lambda module, *_: seen.append(module))
     try:
@@ -275,15 +240,14 @@ def test_modules_added_later_are_called():
 
 
 def test_a_layer_used_twice_gets_both_gradients():
-    layer = mnist_ext.nn.Linear(6, 6, activation="relu")
-    sequential = mnist_ext.nn.Sequential(layer, layer)
+    layer = nn.Linear(6, 6)
+    sequential = swap(nn.Sequential(layer, nn.ReLU(), layer))
     input = torch.randn(3, 6)
     output = sequential(input)
     assert called(output) == TOGETHER
     got = results(sequential, input, layer.parameters())
     expected = results(one_by_one(sequential), input, layer.parameters())
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(got, expected)
 
 
 def test_empty_sequential():
@@ -291,6 +255,7 @@ def test_empty_sequential():
     assert mnist_ext.nn.Sequential()(input) is input
 
 
+@pytest.mark.usefixtures("every_kernel")
 def test_bfloat16_goes_layer_by_layer():
     sequential = model().bfloat16()
     input = torch.randn(4, 12, dtype=torch.bfloat16)
@@ -318,8 +283,7 @@ def test_a_recorded_backward_gives_the_same_gradients(last):
     plain = torch.autograd.grad(output, wanted, grad_output, retain_graph=True)
     recorded = torch.autograd.grad(output, wanted, grad_output, create_graph=True)
     assert all(grad.requires_grad for grad in recorded[:2])
-    for a, b in zip(plain, recorded, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(plain, recorded)
 
 
 def test_a_weight_that_is_no_parameter():
@@ -360,12 +324,6 @@ def test_wrong_calls_name_the_layers_shapes(input, weights, biases, message):
     ]
     with pytest.raises(RuntimeError, match=message):
         functional.mlp(input, layers)
-
-
-def test_unknown_activation():
-    layers = [(w.requires_grad_(), None, "tanh") for w in (torch.randn(4, 3), torch.randn(2, 4))]
-    with pytest.raises(ValueError, match=r"activation.*'tanh'"):
-        functional.mlp(torch.randn(5, 3), layers)
 
 
 INPUT = torch.randn(5, 3)
@@ -434,30 +392,3 @@ def test_a_bias_that_is_broadcast_is_pytorchs():
     layers = [(w, b, "none") for w, b in zip(WEIGHTS, biases, strict=True)]
     expected = F.linear(F.linear(INPUT, WEIGHTS[0], biases[0]), WEIGHTS[1], biases[1])
     torch.testing.assert_close(functional.mlp(INPUT, layers), expected)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-def test_running_out_of_memory_is_a_memory_error():
-    """Of one thread alone: the other does not wait for it."""
-    code = """
-import resource, torch, mnist_ext
-torch.set_num_threads(2)
-mlp = torch.ops.mnist_ext.mlp
-torch.ops.mnist_ext.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)
-x, weights = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
-torch.set_num_threads(1)
-mlp(x, weights, [], [2, 0], True)  # this thread has its memory
-torch.set_num_threads(2)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
-try:
-    mlp(x, weights, [], [2, 0], True)
-except (MemoryError, RuntimeError) as error:
-    print(type(error).__name__)
-"""
-    # Not in the checkout, whose mnist_ext would come before the installed one.
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=60
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == "MemoryError"

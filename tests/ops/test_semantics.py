@@ -12,9 +12,10 @@ def random_grad_output(case, tensors) -> torch.Tensor:
     return torch.randn(value.shape)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients(isa, case, dtype):
+def test_values_and_gradients(device, case, dtype):
     """Our error against float64 is at most twice PyTorch's own; shapes and dtypes are PyTorch's.
 
     Four roundings are always allowed: these sums are so short that PyTorch often makes none.
@@ -32,7 +33,7 @@ def test_values_and_gradients(isa, case, dtype):
 
 
 @pytest.mark.parametrize("case", NARROW_INDICES, ids=str)
-def test_int32_and_uint8_targets(isa, case):
+def test_int32_and_uint8_targets(device, case):
     """The same bits as with int64."""
     logits, target, weight = case.tensors(torch.float32)
     assert target.dtype in (torch.int32, torch.uint8)

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 
 from mnist_ext import functional
 
+pytestmark = [
+    pytest.mark.usefixtures("every_kernel"),
+    pytest.mark.cpu_only("class indices out of range, each of which ends a CUDA kernel"),
+]
+
 CALLS_PER_SEED = 1500
 FLOATS = [torch.float32] * 6 + [torch.float64, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.int64, torch.complex64, torch.bool]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mnist_ext import functional
+from mnist_ext import functional, nn
 
 op = torch.ops.mnist_ext
 X, W = torch.randn(3, 4), torch.randn(5, 4)
@@ -38,16 +38,6 @@ WRONG_CALLS = [
     ("cross_entropy", (IMAGES, indices(2, 4)), {}, RuntimeError, r"target \[2, 4\] int64"),
     ("cross_entropy", (IMAGES, indices(2, 4, 6)), {}, RuntimeError, r"target \[2, 4, 6\] int64"),
     ("cross_entropy", (IMAGES, indices(3, 4, 5)), {}, ValueError, r"batch.*target \[3, 4, 5\]"),
-    ("cross_entropy", (LOGITS, TARGET + 2), {}, IndexError, r"target.*\[0, 4\).*got 4 at \[2\]"),
-    ("cross_entropy", (LOGITS, TARGET - 1), {}, IndexError, r"target.*got -1 at \[0\]"),
-    (
-        "cross_entropy",
-        (IMAGES, indices(2, 4, 5).index_fill_(2, torch.tensor(3), 7)),
-        {},
-        IndexError,
-        r"target.*\[0, 3\).*got 7 at \[0, 0, 3\]",
-    ),
-    ("cross_entropy", (LOGITS[0], torch.tensor(4)), {}, IndexError, r"got 4 at \[\]"),
     ("cross_entropy", (LOGITS, TARGET.bool()), {}, RuntimeError, r"target \[3\] bool"),
     ("cross_entropy", (LOGITS, TARGET.short()), {}, RuntimeError, r"target \[3\] int16"),
     ("cross_entropy", (LOGITS, TARGET.float()), {}, RuntimeError, r"target \[3\] float32"),
@@ -79,6 +69,27 @@ def test_wrong_calls_raise_what_pytorch_raises(call):
     assert error is TypeError or f"mnist_ext.{name}" in str(raised.value)
 
 
+# A CUDA kernel ends there, with an assertion on the device: tests/cuda.
+OUT_OF_RANGE = [
+    (LOGITS, TARGET + 2, r"target.*\[0, 4\).*got 4 at \[2\]"),
+    (LOGITS, TARGET - 1, r"target.*got -1 at \[0\]"),
+    (
+        IMAGES,
+        indices(2, 4, 5).index_fill_(2, torch.tensor(3), 7),
+        r"target.*\[0, 3\).*got 7 at \[0, 0, 3\]",
+    ),
+    (LOGITS[0], torch.tensor(4), r"got 4 at \[\]"),
+]
+
+
+@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
+@pytest.mark.parametrize(("logits", "target", "message"), OUT_OF_RANGE)
+def test_class_indices_out_of_range(logits, target, message):
+    call = "cross_entropy", (logits, target), {}, IndexError, message
+    test_wrong_calls_raise_what_pytorch_raises(call)
+
+
+@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_targets_are_checked_in_the_backward_too(reduction):
     """They may have been changed behind autograd's back."""
@@ -90,9 +101,17 @@ def test_targets_are_checked_in_the_backward_too(reduction):
         loss.backward()
 
 
-def test_unknown_activation():
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: functional.linear(X, W, activation=name),
+        lambda name: functional.mlp(X, [(W, None, name), (W.mT, None, "relu")]),
+        lambda name: nn.Linear(2, 2, activation=name),
+    ],
+)
+def test_unknown_activation(call):
     with pytest.raises(ValueError, match=r"activation.*none, relu.*'gelu'"):
-        functional.linear(X, W, activation="gelu")
+        call("gelu")
 
 
 # The ops can be called on their own; nothing they are given is taken on trust.
@@ -147,7 +166,6 @@ def cross_entropy_backward(
         (cross_entropy, {"target": LOGITS.half()}, RuntimeError, r"target: expected.*float16"),
         (cross_entropy, {"target": X[:2]}, RuntimeError, r"target: expected probab.*\[2, 4\]"),
         (cross_entropy, {"target": LOGITS, "ignore": 0}, RuntimeError, r"ignore_index.*got 0"),
-        (cross_entropy, {"target": TARGET + 2}, IndexError, r"target.*got 4 at \[2\]"),
         (cross_entropy, {"weight": X}, RuntimeError, r"weight: expected shape \[4\]"),
         (cross_entropy, {"weight": X[0].half()}, RuntimeError, r"weight.*float32.*float16"),
         (cross_entropy, {"smoothing": 1.5}, RuntimeError, r"label_smoothing.*got 1\.5"),
@@ -158,7 +176,6 @@ def cross_entropy_backward(
         (cross_entropy_backward, {"stats": STATS[:, 1:]}, RuntimeError, r"stats.*\[2, 2\]"),
         (cross_entropy_backward, {"stats": STATS.double()}, RuntimeError, r"stats.*float64"),
         (cross_entropy_backward, {"total": STATS}, RuntimeError, r"total_weight: expected one"),
-        (cross_entropy_backward, {"target": TARGET + 2}, IndexError, r"target.*got 4 at \[2\]"),
         (cross_entropy_backward, {"need": True}, RuntimeError, r"need_target: expected false"),
     ],
     ids=lambda p: p.__name__ if callable(p) and not isinstance(p, type) else None,
@@ -167,3 +184,10 @@ def test_ops_check_their_arguments(function, changed, error, message):
     function()
     with pytest.raises(error, match=message):
         function(**changed)
+
+
+@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
+@pytest.mark.parametrize("function", [cross_entropy, cross_entropy_backward])
+def test_ops_check_class_indices(function):
+    with pytest.raises(IndexError, match=r"target.*got 4 at \[2\]"):
+        function(target=TARGET + 2)

@@ -24,7 +24,7 @@ SHAPES = [
     (3, 2048),
     (3, 2049),
     (4, 10_000),
-    (2000, 33),
+    pytest.param((2000, 33), marks=pytest.mark.cpu_only("rows of the CPU's threads")),
 ]
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -37,9 +37,14 @@ def loss_and_gradient(op, logits, target, grad_output=None, **options):
     return loss.detach(), gradient
 
 
+def ours_and_torchs(logits, target, **options):
+    ops = functional.cross_entropy, F.cross_entropy
+    return [loss_and_gradient(op, logits, target, **options) for op in ops]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
+def test_float32_error_within_twice_pytorchs(device, shape, reduction):
     rows, classes = shape
     logits = torch.randn(shape) * 5
     target = torch.randint(0, classes, (rows,))
@@ -48,8 +53,7 @@ def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
     if rows == 0 and reduction == "mean":
         grad_output = torch.ones(())
     arguments = {"grad_output": grad_output, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
+    ours, torchs = ours_and_torchs(logits, target, **arguments)
     truth = loss_and_gradient(F.cross_entropy, logits.double(), target, **arguments)
     for our, their, true in zip(ours, torchs, truth, strict=True):
         if true.isnan().any():  # the mean over no target
@@ -60,16 +64,18 @@ def test_float32_error_within_twice_pytorchs(isa, shape, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_float64_agrees(isa, shape, reduction):
+def test_float64_agrees(device, shape, reduction):
     logits = torch.randn(shape, dtype=torch.float64) * 5
     target = torch.randint(0, shape[1], (shape[0],))
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, reduction=reduction)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, reduction=reduction)
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their, rtol=1e-13, atol=1e-14, equal_nan=True)
+    torch.testing.assert_close(
+        *ours_and_torchs(logits, target, reduction=reduction),
+        rtol=1e-13,
+        atol=1e-14,
+        equal_nan=True,
+    )
 
 
-def test_exp_over_its_whole_range(isa):
+def test_exp_over_its_whole_range(device):
     """Where the other class takes all, the gradient is exp(x); what is subnormal may be 0."""
     for dtype, lowest, highest in ((torch.float32, -110.0, -20.0), (torch.float64, -760.0, -40.0)):
         x = torch.linspace(lowest, highest, 20_001, dtype=dtype)
@@ -89,21 +95,19 @@ def test_exp_over_its_whole_range(isa):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 50])
-def test_ignore_index(isa, ignore_index, reduction):
+def test_ignore_index(device, ignore_index, reduction):
     logits = torch.randn(20, 5)
     target = torch.randint(0, 5, (20,))
     target[4:9] = ignore_index
     options = {"ignore_index": ignore_index, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **options)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **options)
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their)
+    ours, torchs = ours_and_torchs(logits, target, **options)
+    torch.testing.assert_close(ours, torchs)
     assert torch.equal(ours[1][4:9], torch.zeros(5, 5))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_to_count(isa, rows, reduction):
+def test_nothing_to_count(device, rows, reduction):
     """PyTorch's NaN for mean and 0 for sum, none; no gradient from ignored rows."""
     logits, target = torch.randn(rows, 4), torch.full((rows,), -100)
     loss, gradient = loss_and_gradient(
@@ -139,21 +143,20 @@ INF = math.inf
     ],
     ids=str,
 )
-def test_extreme_logits_as_pytorch(isa, row, dtype, reduction):
+def test_extreme_logits_as_pytorch(device, row, dtype, reduction):
     for wide in (1, 700):  # also in a row of many vectors, whose other logits do not matter
         logits = torch.tensor([row * wide], dtype=dtype)
         for target in (0, 1, 2):
             arguments = (logits, torch.tensor([target]))
-            ours = loss_and_gradient(functional.cross_entropy, *arguments, reduction=reduction)
-            torchs = loss_and_gradient(F.cross_entropy, *arguments, reduction=reduction)
-            for our, their in zip(ours, torchs, strict=True):
-                torch.testing.assert_close(our, their, equal_nan=True)
+            torch.testing.assert_close(
+                *ours_and_torchs(*arguments, reduction=reduction), equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 5, 37, 65])
 @pytest.mark.parametrize("rows", [8, 41])
-def test_rows_of_probabilities(isa, rows, classes, dtype):
+def test_rows_of_probabilities(device, rows, classes, dtype):
     """Short rows are transposed, a vector of them at a time."""
     logits = torch.randn(rows, classes).to(dtype)
     probabilities = torch.randn(rows, classes).softmax(1).to(dtype)
@@ -172,7 +175,9 @@ def test_rows_of_probabilities(isa, rows, classes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad_output", [INF, -INF, math.nan])
-def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(isa, grad_output, dtype):
+def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(
+    device, grad_output, dtype
+):
     op = torch.ops.mnist_ext
     for shape in ((3, 5), (3, 70), (20, 5), (2, 5, 7)):
         for classes_last in (False, True):
@@ -201,7 +206,7 @@ def test_ignored_positions_have_gradient_0_whatever_the_loss_is_scaled_by(isa, g
 
 @pytest.mark.parametrize("masked", [-INF, -95.0])
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
-def test_masked_classes_as_if_they_were_not_there(isa, kind, masked):
+def test_masked_classes_as_if_they_were_not_there(device, kind, masked):
     """In any lane, and in the last vector of any length; beside what fills it up."""
     rows = torch.arange(9)
     for classes in range(2, 71):
@@ -230,28 +235,22 @@ def test_masked_classes_as_if_they_were_not_there(isa, kind, masked):
             assert difference.abs().max() < 1e-6
 
 
-def test_blocks_of_minus_infinity_before_the_first_finite_logit(isa):
+def test_blocks_of_minus_infinity_before_the_first_finite_logit(device):
     logits = torch.full((1, 5000), -INF)
     logits[0, 4500], logits[0, 4501] = 1.0, 2.0
-    ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([4500]))
-    torchs = loss_and_gradient(F.cross_entropy, logits, torch.tensor([4500]))
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their)
+    torch.testing.assert_close(*ours_and_torchs(logits, torch.tensor([4500])))
 
 
 @pytest.mark.parametrize("fill", [math.nan, -INF])
-def test_nan_in_a_block_without_a_finite_logit(isa, fill):
+def test_nan_in_a_block_without_a_finite_logit(device, fill):
     """Blocks are 2,048 logits: the first holds nothing finite, the second nothing else."""
     logits = torch.full((1, 2060), fill)
     logits[0, 2048:] = 1.0
     logits[0, 7] = math.nan
-    ours = loss_and_gradient(functional.cross_entropy, logits, torch.tensor([2050]))
-    torchs = loss_and_gradient(F.cross_entropy, logits, torch.tensor([2050]))
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their, equal_nan=True)
+    torch.testing.assert_close(*ours_and_torchs(logits, torch.tensor([2050])), equal_nan=True)
 
 
-def test_gradient_of_the_target_survives_as_p_approaches_one(isa):
+def test_gradient_of_the_target_survives_as_p_approaches_one(device):
     logits = torch.tensor([[13.0, 0.0]])
     target = torch.tensor([0])
     _, gradient = loss_and_gradient(functional.cross_entropy, logits, target)
@@ -261,7 +260,7 @@ def test_gradient_of_the_target_survives_as_p_approaches_one(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_loss_scale_comes_before_the_rounding(isa, dtype):
+def test_loss_scale_comes_before_the_rounding(device, dtype):
     """What float16 cannot hold, it can hold 32,768 times as large: the point of a GradScaler."""
     logits = torch.tensor([[0.0, -18.0]], dtype=dtype)
     scale = torch.tensor(32768.0)
@@ -274,7 +273,7 @@ def test_loss_scale_comes_before_the_rounding(isa, dtype):
 
 @pytest.mark.parametrize("kind", ["transposed", "every other", "expanded", "offset"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_any_strides(isa, kind, reduction):
+def test_any_strides(device, kind, reduction):
     logits = {
         "transposed": torch.randn(11, 40).t(),
         "every other": torch.randn(40, 22)[:, ::2],
@@ -285,15 +284,12 @@ def test_any_strides(isa, kind, reduction):
     # The gradient of sum() is expanded: stride 0.
     grad_output = torch.tensor(1.5).expand(40) if reduction == "none" else torch.tensor(1.5)
     arguments = {"grad_output": grad_output, "reduction": reduction}
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **arguments)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **arguments)
-    for our, their in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(our, their)
+    torch.testing.assert_close(*ours_and_torchs(logits, target, **arguments))
 
 
 @pytest.mark.parametrize("kind", ["rows", "positions last", "classes last"])
 @pytest.mark.parametrize("fill", [math.nan, INF])
-def test_ignored_rows_are_not_read(isa, kind, fill):
+def test_ignored_rows_are_not_read(device, kind, fill):
     """Their gradient is 0 whatever they hold; in PyTorch it is NaN."""
     logits = torch.randn({"rows": (6, 5), "positions last": (2, 5, 3)}.get(kind, (2, 3, 5)))
     if kind == "classes last":
@@ -313,7 +309,7 @@ def test_ignored_rows_are_not_read(isa, kind, fill):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weight", [[0.0, 0.0, 1.0], [1.0, -1.0, 2.0], [-1.0, -2.0, 0.5]], ids=str)
-def test_total_weight_of_zero(isa, weight, smoothing, reduction):
+def test_total_weight_of_zero(device, weight, smoothing, reduction):
     """And below: nothing finite where PyTorch has NaN or infinity, or its negative loss."""
     logits, target = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     options = {
@@ -321,8 +317,7 @@ def test_total_weight_of_zero(isa, weight, smoothing, reduction):
         "label_smoothing": smoothing,
         "reduction": reduction,
     }
-    ours = loss_and_gradient(functional.cross_entropy, logits, target, **options)
-    torchs = loss_and_gradient(F.cross_entropy, logits, target, **options)
+    ours, torchs = ours_and_torchs(logits, target, **options)
     for our, their in zip(ours, torchs, strict=True):
         finite = their.isfinite()
         assert torch.equal(our.isfinite(), finite)
@@ -358,7 +353,7 @@ def test_layouts_are_read_in_place(make):
     target = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64)
     with torch.profiler.profile(profile_memory=True) as profile:
         functional.cross_entropy(logits, target)
-    allocated = [event.cpu_memory_usage for event in profile.events()]
+    allocated = [max(e.cpu_memory_usage, e.device_memory_usage) for e in profile.events()]
     size = logits.numel() * logits.element_size()
     assert max(allocated) < size / 2
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -367,6 +362,7 @@ def test_layouts_are_read_in_place(make):
         assert max(event.cpu_memory_usage for event in profile.events()) >= size
 
 
+@pytest.mark.cpu_only("minutes for the emulator; on a GPU: tests/cuda")
 def test_more_than_two_to_the_31_logits():
     """Rows repeat by a stride of 0, so that they take no memory; a gradient would."""
     classes = 32_768

@@ -1,0 +1,73 @@
+"""Where the memory of large results comes from."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.cpu_only("memory of the CPU")
+
+# In a process of its own: elsewhere so much may be free already that the allocator maps nothing.
+SCRIPT = """
+import re
+import torch
+from mnist_ext import functional
+
+def flags_at(address):
+    "The kernel's flags of the mapping that the address lies in."
+    inside = False
+    for line in open("/proc/self/smaps"):
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping at {address:#x}")
+
+for rows in (2**16, 2**8):
+    logits = torch.zeros(rows, 128, requires_grad=True)
+    functional.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64)).backward()
+    print("hg" in flags_at(logits.grad.data_ptr() + logits.grad.nbytes // 2))
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages"
+)
+def test_large_results_ask_for_huge_pages():
+    """Small ones do not: their memory is shared with what others allocate."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["True", "False"]
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch, mnist_ext
+op = torch.ops.mnist_ext
+x, weights = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+call = {
+    "linear": lambda: op.linear(x, weights[0], None, False),  # outer products, which pack
+    "mlp": lambda: op.mlp(x, weights, [], [2, 0], True),
+}[sys.argv[1]]
+torch.set_num_threads(2)
+op.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)  # starts the threads
+if sys.argv[1] == "mlp":
+    torch.set_num_threads(1)
+    call()  # this thread has its memory: the other, without, must not be waited for
+    torch.set_num_threads(2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 65536, resource.getrlimit(resource.RLIMIT_AS)[1]))
+try:
+    call()
+except (MemoryError, RuntimeError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_running_out_of_memory_in_a_parallel_region_is_a_memory_error(op):
+    # Not in the checkout, whose mnist_ext would come before the installed one.
+    command = [sys.executable, "-c", OUT_OF_MEMORY, op]
+    process = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "MemoryError"
