@@ -14,10 +14,10 @@ see gpu_linear.py.
 Training step: of the 784-128-64-10 model with ReLU, on batches that lie ready on the device, uint8
 pixels for `mnist_ext.TrainStep`, which normalizes them, and float32 for the others. Launches count
 here, as they do for users. Implementations: PyTorch eager; under torch.compile; its whole step as
-one CUDA graph; ours as a call for each step, that as a caller's graph, and as `epoch`. Our two calls
-replay the graph that TrainStep makes of its kernels, and are timed too by launches one by one. The
-first losses of all are compared with those of TrainStep on the CPU. "rate" counts the step's
-arithmetic.
+one CUDA graph; ours as a call for each step, that as a caller's graph, and as `epoch`. Our two
+calls replay the graph that TrainStep makes of its kernels, and are timed too by launches one by
+one. The first losses of all are compared with those of TrainStep on the CPU. "rate" counts the
+step's arithmetic.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def test_every_behaviour_names_a_test():
     ],
 )
 def test_links_between_files_lead_somewhere(file):
-    text = (ROOT / file).read_text()
+    text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert links
     for link in links:
@@ -71,6 +71,29 @@ def test_the_ladders_are_described_rung_by_rung():
     assert measured <= rungs
 
 
+def test_the_version_is_the_same_everywhere():
+    places = {
+        "pyproject.toml": r'^version = "(.*)"',
+        "CHANGELOG.md": r"^## (.*)",
+        "CITATION.cff": r"^version: (.*)",
+        "README.md": r"PyTorch\*, version ([\d.]+),",
+    }
+    found = [
+        re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1]
+        for file, pattern in places.items()
+    ]
+    assert len(set(found)) == 1, found
+
+
+def test_git_runs_before_a_commit_what_make_lint_runs():
+    (recipe,) = re.findall(
+        r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    commands = re.findall(r"\$\(BIN\)/(.*?)(?: \.| \$\$.*)?\n", recipe)
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == commands != []
+
+
 @pytest.mark.parametrize("folder", ["csrc", "csrc/cpu", "csrc/cuda"])
 def test_every_file_has_its_line(folder):
     """Named once, by itself or with all others of its folder; and nothing that is not there."""
@@ -83,7 +106,7 @@ def test_every_file_has_its_line(folder):
         file
         for name in named
         for file in files
-        if file == name or (root / name).is_dir() and file.startswith(f"{name}/")
+        if file == name or ((root / name).is_dir() and file.startswith(f"{name}/"))
     ]
     assert all((root / name).exists() for name in named)
     assert sorted(covered) == sorted(files)
@@ -91,7 +114,7 @@ def test_every_file_has_its_line(folder):
 
 ADDING_AN_OP = (ROOT / "docs" / "adding-an-op.md").read_text()
 
-# The op of that page as a library of its own, beside the package's: for the CPU, and as CUDA's on the emulator.
+# The op of that page as a library beside the package's: for the CPU, and CUDA's on the emulator.
 TOY_LIBRARY = """
 #define MNIST_EXT_ISA baseline
 #include "csrc/cpu/squared_relu.h"
@@ -120,8 +143,10 @@ void emulated(const SquaredRelu<T>& args, const Launch& launch) {
 
 const KernelTable& kernel_table() {
   static const KernelTable cpu = table<float, double, BFloat16, Float16>(
-      baseline::squared_relu, baseline::squared_relu, baseline::squared_relu, baseline::squared_relu);
-  static const KernelTable cuda = table<float, double, BFloat16, Float16>(emulated, emulated, emulated, emulated);
+      baseline::squared_relu, baseline::squared_relu, baseline::squared_relu,
+      baseline::squared_relu);
+  static const KernelTable cuda = table<float, double, BFloat16, Float16>(
+      emulated, emulated, emulated, emulated);
   return emulates_cuda ? cuda : cpu;
 }
 
@@ -150,7 +175,7 @@ import ctypes, sys
 import pytest, torch
 torch.ops.load_library("./toy.so")
 options = ["-q", "--best-isa", "-p", "no:cacheprovider", "tests/ops/test_squared_relu.py"]
-for emulate in (False, True):
+for emulate in (True, False):
     ctypes.CDLL("./toy.so").emulate_cuda(emulate)
     if pytest.main(options):
         sys.exit("the tests fail" + " on the emulated GPU" * emulate)
@@ -178,7 +203,7 @@ def apply(language: str, text: str, path: Path) -> None:
 
 
 def test_the_op_of_the_page_can_be_added(tmp_path):
-    """All its blocks go into a copy of the checkout, and compile; its test and its benchmark run."""
+    """All its blocks go into a copy of the checkout and compile; its test and benchmark run."""
     metadata = [path.name for path in ROOT.glob("*.egg-info")]
     for folder in ("csrc", "mnist_ext", "tests", "benchmarks", *metadata):
         ignored = shutil.ignore_patterns("__pycache__", "results")

@@ -28,7 +28,7 @@ class Toolkit:
 
 
 def wanted(torch_cuda: str | None) -> tuple[bool, str]:
-    """Return whether CUDA kernels are to be built, and why not; torch_cuda is torch.version.cuda."""
+    """Return whether to build CUDA kernels, and why not; torch_cuda is torch.version.cuda."""
     if os.environ.get("MNIST_EXT_CUDA", "").strip() == "0":
         return False, "MNIST_EXT_CUDA=0 left them out when mnist_ext was built"
     if torch_cuda is None:
