@@ -2,21 +2,22 @@
 
     python benchmarks/gpu.py [--quick] [--csv FILE]
 
-Every contestant's result is compared with float64 before anything is timed. What is timed is the
-replay of a CUDA graph, so that Python and launches weigh on nobody; each graph goes through as many
-inputs as no cache can hold. Contestants take turns. Times are medians in microseconds; "ratio" is
-how many times as long a contestant takes as ours, the median of the ratio of each turn. "rate"
-counts one read and one write of the logits, whatever a contestant really moves; "limit" is its
-share of the rate of a large copy in the same run. "memory" is what a call needs beyond its inputs,
-in sizes of the logits. SGD counts what it must read and write. Rows of linear: see gpu_linear.py.
+Every implementation's result is compared with float64 before anything is timed. What is timed is
+the replay of a CUDA graph, so that Python and launches weigh on nobody; each graph goes through as
+many inputs as no cache can hold. Implementations take turns. Times are medians in microseconds;
+"ratio" is how many times as long an implementation takes as ours, the median of the ratio of each
+turn. "rate" counts one read and one write of the logits, whatever an implementation really moves;
+"limit" is its share of the rate of a large copy in the same run. "memory" is what a call needs
+beyond its inputs, in sizes of the logits. SGD counts what it must read and write. Rows of linear:
+see gpu_linear.py.
 
 Training step: of the 784-128-64-10 model with ReLU, on batches that lie ready on the device, uint8
 pixels for `mnist_ext.TrainStep`, which normalizes them, and float32 for the others. Launches count
-here, as they do for users. Contestants: PyTorch eager; under torch.compile; its whole step as one
-CUDA graph; ours as a call for each step, that as a caller's graph, and as `epoch`. Our two calls
-replay the graph that TrainStep makes of its kernels, and are timed too by launches one by one. The
-first losses of all are compared with those of TrainStep on the CPU. "rate" counts the step's
-arithmetic.
+here, as they do for users. Implementations: PyTorch eager; under torch.compile; its whole step as
+one CUDA graph; ours as a call for each step, that as a caller's graph, and as `epoch`. Our two
+calls replay the graph that TrainStep makes of its kernels, and are timed too by launches one by
+one. The first losses of all are compared with those of TrainStep on the CPU. "rate" counts the
+step's arithmetic.
 """
 
 import argparse
@@ -58,7 +59,7 @@ COLUMNS = {
     "what": "<28",
     "shape": "<16",
     "dtype": "<9",
-    "contestant": "<16",
+    "implementation": "<16",
     "us": ">10.1f",
     "p20": ">10.1f",
     "p80": ">10.1f",
@@ -297,7 +298,7 @@ def training_step(table: Table, batch_size: int) -> None:
             what="training step",
             shape=f"batch {batch_size}",
             dtype="float32",
-            contestant=name,
+            implementation=name,
             us=median,
             p20=p20,
             p80=p80,
@@ -316,7 +317,7 @@ def add_rows(table, graphs, calls, moved, copy, memory, row) -> None:
         rate = moved / median * 1e6
         table.add(
             **row,
-            contestant=name,
+            implementation=name,
             us=median,
             p20=p20,
             p80=p80,

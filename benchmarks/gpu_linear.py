@@ -91,7 +91,7 @@ def gradients(layer: Callable[..., Tensor]) -> Call:
     return run
 
 
-def contestants(what: str, tf32: bool) -> dict[str, Call]:
+def implementations(what: str, tf32: bool) -> dict[str, Call]:
     """Return ours, eager and what else makes the product without a compiler."""
     op = torch.ops.mnist_ext
     if what == "forward":
@@ -132,11 +132,11 @@ def error(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 
 
 def errors(what: str, calls: dict[str, Call], o: dict[str, Tensor]) -> dict[str, float]:
-    """Return each contestant's error; exit where it is out of all proportion to eager's."""
+    """Return each implementation's error; exit where it is out of all proportion to eager's."""
     doubles = {name: t.detach().double() for name, t in o.items()}
     if what == "autograd":
         doubles = with_leaves(doubles)
-    truth = contestants(what, False)["eager"](doubles)
+    truth = implementations(what, False)["eager"](doubles)
     found = {name: error(call(o), truth) for name, call in calls.items()}
     for name, e in found.items():
         if not e <= max(4 * found["eager"], 4 * torch.finfo(o["x"].dtype).eps):
@@ -163,7 +163,7 @@ def add_rows(table: Table, graphs: dict, calls: int, flops: float, found: dict, 
         p20, median, p80 = (t / calls * 1e6 for t in times.percentiles(name))
         table.add(
             **row,
-            contestant=name,
+            implementation=name,
             us=median,
             p20=p20,
             p80=p80,
@@ -191,7 +191,7 @@ def _products(table: Table, dtype: torch.dtype, precision: str, shape: tuple) ->
     while len(inputs) < min(1 + 2 * cache // size, 64):
         inputs.append(operands(dtype, shape, "cuda"))
     for what in WHATS:
-        calls = contestants(what, precision == "tf32")
+        calls = implementations(what, precision == "tf32")
         torch._dynamo.reset()
         calls["max-autotune"] = torch.compile(
             calls["eager"], mode="max-autotune-no-cudagraphs", dynamic=False
@@ -224,7 +224,7 @@ def timed_together(call: Callable[[], object], calls: int) -> Callable[[], None]
 
 def autograd(table: Table) -> None:
     """Forward and backward of each MNIST layer as a user calls them: with Python and launches."""
-    calls = contestants("autograd", False)
+    calls = implementations("autograd", False)
     for rows in (64, 4096):
         for layer in MNIST_LAYERS:
             shape = rows, *layer

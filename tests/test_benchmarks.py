@@ -58,7 +58,7 @@ def test_table_prints_and_writes_every_row(tmp_path, capsys):
     ]
 
 
-def test_contestants_of_linear_on_a_gpu_make_the_same_products():
+def test_implementations_of_linear_on_a_gpu_make_the_same_products():
     """On the CPU, where their logic can be tried: each within a few roundings of float64."""
     import gpu_linear
 
@@ -66,7 +66,7 @@ def test_contestants_of_linear_on_a_gpu_make_the_same_products():
     for what in (*gpu_linear.WHATS, "autograd"):
         if what == "autograd":
             operands = gpu_linear.with_leaves(operands)
-        calls = gpu_linear.contestants(what, False)
+        calls = gpu_linear.implementations(what, False)
         errors = gpu_linear.errors(what, calls, operands)
         assert errors.keys() == calls.keys()
         assert max(errors.values()) < 1e-6

@@ -1,9 +1,14 @@
 """What the documentation points to exists."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
@@ -39,10 +44,14 @@ def test_every_behaviour_names_a_test():
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "CONTRIBUTING.md", "docs/semantics.md", "docs/ladder.md"]
+    "file",
+    [
+        *("README.md", "CONTRIBUTING.md", "csrc/README.md", "csrc/cpu/README.md"),
+        *("csrc/cuda/README.md", "docs/semantics.md", "docs/ladder.md", "docs/adding-an-op.md"),
+    ],
 )
 def test_links_between_files_lead_somewhere(file):
-    text = (ROOT / file).read_text()
+    text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert links
     for link in links:
@@ -60,3 +69,173 @@ def test_the_ladders_are_described_rung_by_rung():
     assert len(measured) > 20
     assert measured == explained
     assert measured <= rungs
+
+
+def test_the_version_is_the_same_everywhere():
+    places = {
+        "pyproject.toml": r'^version = "(.*)"',
+        "CHANGELOG.md": r"^## (.*)",
+        "CITATION.cff": r"^version: (.*)",
+        "README.md": r"PyTorch\*, version ([\d.]+),",
+    }
+    found = [
+        re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1]
+        for file, pattern in places.items()
+    ]
+    assert len(set(found)) == 1, found
+
+
+def test_git_runs_before_a_commit_what_make_lint_runs():
+    (recipe,) = re.findall(
+        r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    commands = re.findall(r"\$\(BIN\)/(.*?)(?: \.| \$\$.*)?\n", recipe)
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == commands != []
+
+
+@pytest.mark.parametrize("folder", ["csrc", "csrc/cpu", "csrc/cuda"])
+def test_every_file_has_its_line(folder):
+    """Named once, by itself or with all others of its folder; and nothing that is not there."""
+    root = ROOT / folder
+    rows = re.findall(r"^\|(.*?)\|", (root / "README.md").read_text(), re.MULTILINE)
+    named = [target for row in rows for target in re.findall(r"\]\(([^)]+)\)", row)]
+    files = {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+    files = {file for file in files if not file.endswith("README.md")}
+    covered = [
+        file
+        for name in named
+        for file in files
+        if file == name or ((root / name).is_dir() and file.startswith(f"{name}/"))
+    ]
+    assert all((root / name).exists() for name in named)
+    assert sorted(covered) == sorted(files)
+
+
+ADDING_AN_OP = (ROOT / "docs" / "adding-an-op.md").read_text()
+
+# The op of that page as a library beside the package's: for the CPU, and CUDA's on the emulator.
+TOY_LIBRARY = """
+#define MNIST_EXT_ISA baseline
+#include "csrc/cpu/squared_relu.h"
+#include "csrc/cpu/threads/scratch.cpp"
+#include "csrc/cuda/squared_relu.cuh"
+#include "csrc/ops/squared_relu.cpp"
+
+namespace mnist_ext {
+namespace {
+
+bool emulates_cuda = false;
+
+template <class... T>
+KernelTable table(void (*...run)(const SquaredRelu<T>&, const Launch&)) {
+  KernelTable kernels{};
+  ((static_cast<Kernels<T>&>(kernels).squared_relu = run), ...);
+  return kernels;
+}
+
+template <class T>
+void emulated(const SquaredRelu<T>& args, const Launch& launch) {
+  cuda::squared_relu(args, launch.stream);
+}
+
+}  // namespace
+
+const KernelTable& kernel_table() {
+  static const KernelTable cpu = table<float, double, BFloat16, Float16>(
+      baseline::squared_relu, baseline::squared_relu, baseline::squared_relu,
+      baseline::squared_relu);
+  static const KernelTable cuda = table<float, double, BFloat16, Float16>(
+      emulated, emulated, emulated, emulated);
+  return emulates_cuda ? cuda : cpu;
+}
+
+namespace ops {
+
+struct OnDevice::State {};
+OnDevice::OnDevice(const Tensor&) {}
+OnDevice::~OnDevice() = default;
+Launch OnDevice::launch() const { return {.threads = 2}; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mnist_ext, m) {
+  SCHEMA
+}
+STABLE_TORCH_LIBRARY_IMPL(mnist_ext, CPU, m) { implement_squared_relu(m); }
+
+}  // namespace ops
+}  // namespace mnist_ext
+
+extern "C" __attribute__((visibility("default"))) void emulate_cuda(bool emulate) {
+  mnist_ext::emulates_cuda = emulate;
+}
+"""
+
+RUN_TOY = """
+import ctypes, sys
+import pytest, torch
+torch.ops.load_library("./toy.so")
+options = ["-q", "-p", "no:cacheprovider", "-k", "not emulated", "tests/ops/test_squared_relu.py"]
+for emulate in (True, False):
+    ctypes.CDLL("./toy.so").emulate_cuda(emulate)
+    if pytest.main(options):
+        sys.exit("the tests fail" + " on the emulated GPU" * emulate)
+sys.path.append("benchmarks")
+import kernels, table
+kernels.copy_bandwidth = lambda: 1e10
+kernels.squared_relu(table.Table(kernels.COLUMNS, {}, turns=2), torch.float32)
+"""
+
+
+def apply(language: str, text: str, path: Path) -> None:
+    if language != "diff":
+        assert not path.exists(), f"{path} is there already"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return
+    for hunk in text.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        assert {line[:1] for line in lines} <= {*"+- "}, hunk
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        before = path.read_text()
+        assert before.count(old) == 1, f"{path} has {before.count(old)} times:\n{old}"
+        path.write_text(before.replace(old, new))
+
+
+def test_the_op_of_the_page_can_be_added(tmp_path):
+    """All its blocks go into a copy of the checkout and compile; its test and benchmark run."""
+    metadata = [path.name for path in ROOT.glob("*.egg-info")]
+    for folder in ("csrc", "mnist_ext", "tests", "benchmarks", *metadata):
+        ignored = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    blocks = re.findall(r"^`(\S+)`\n\n```(\w+)\n(.*?)^```$", ADDING_AN_OP, re.DOTALL | re.MULTILINE)
+    assert len(blocks) * 2 == ADDING_AN_OP.count("```") > 20
+    for path, language, text in blocks:
+        apply(language, text, tmp_path / path)
+
+    (schema,) = re.findall(r"^\+(  m\.def\(.*)", ADDING_AN_OP, re.MULTILINE)
+    toy = tmp_path / "toy.cpp"
+    toy.write_text(TOY_LIBRARY.replace("SCHEMA", schema))
+    torch_flags = [f"-isystem{path}" for path in include_paths()]
+    torch_flags += [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-w", "-fopenmp"]
+    compiler += ["-Itests/emulator", "-I.", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    library = ["-shared", "-fPIC", "-fvisibility=hidden", str(toy), "-o", "toy.so"]
+    commands = [
+        [*compiler, *library, *torch_flags],
+        [*compiler, "-fsyntax-only", "csrc/cpu/isa/baseline.cpp"],  # the tables have their entries
+        [*compiler, "-fsyntax-only", "-xc++", "csrc/cuda/instantiate/float32.cu"],
+    ]
+    running = [
+        subprocess.Popen(c, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for c in commands
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", RUN_TOY]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count(" passed") == 2
+    assert re.search(r"squared_relu .* ours ", ran.stdout)

@@ -28,7 +28,7 @@ class Toolkit:
 
 
 def wanted(torch_cuda: str | None) -> tuple[bool, str]:
-    """Tell whether CUDA kernels are to be built, and why not; torch_cuda is torch.version.cuda."""
+    """Return whether to build CUDA kernels, and why not; torch_cuda is torch.version.cuda."""
     if os.environ.get("MNIST_EXT_CUDA", "").strip() == "0":
         return False, "MNIST_EXT_CUDA=0 left them out when mnist_ext was built"
     if torch_cuda is None:
@@ -78,7 +78,7 @@ def architectures(toolkit_version: str, gpus: Sequence[tuple[int, int]] = ()) ->
 
 
 def code_flags(architectures: Sequence[str], tensor_cores: bool) -> list[str]:
-    """Tell nvcc what to make of the kernels of tensor cores, or of all others.
+    """Return what nvcc is to make of the kernels of tensor cores, or of all others.
 
     Its front end, half of its time, makes a pass for each arch, from which the assembler makes code
     for several GPUs: the passes are those for which kernels differ. wgmma, the H100's and H200's

@@ -81,7 +81,7 @@ class Ladder {
     constexpr int64_t steps = 1 << 14;
     const double work = threads * 2.0 * steps * kChains * Vec<float>::width;
     implementations_.push_back({"limit", "multiply-adds", threads, work,
-                            [threads] { parallel(threads, [](int, int) { multiply_add(steps); }); }});
+                                [threads] { parallel(threads, [](int, int) { multiply_add(steps); }); }});
   }
 
   // The same work as bytes of a copy, read and written. `footprint`: the bytes that the ladder's problem occupies, so
@@ -90,12 +90,12 @@ class Ladder {
     const int64_t half = footprint / 8;  // floats
     if (!copied_) copied_ = std::make_unique<Buffer>(2 * half);
     implementations_.push_back({"limit", "copy", threads, 8.0 * half, [this, threads, half] {
-                              parallel(threads, [&](int thread, int count) {
-                                const Range part = split(half, 16, thread, count);
-                                const float* from = copied_->data + part.begin;
-                                std::memcpy(copied_->data + half + part.begin, from, part.size() * sizeof(float));
-                              });
-                            }});
+                                  parallel(threads, [&](int thread, int count) {
+                                    const Range part = split(half, 16, thread, count);
+                                    const float* from = copied_->data + part.begin;
+                                    std::memcpy(copied_->data + half + part.begin, from, part.size() * sizeof(float));
+                                  });
+                                }});
   }
 
   // Verifies every rung, then times all; ends the program where a result is wrong.

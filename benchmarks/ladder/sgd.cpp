@@ -1,5 +1,5 @@
 // One step of SGD with momentum over the 109,386 parameters of 784-128-64-10, six tensors: from a pass per operation to
-// sgd_impl.h. Nothing but bytes: three multiply-adds for each 20 of them.
+// cpu/sgd.h. Nothing but bytes: three multiply-adds for each 20 of them.
 //
 //   pass_per_op        one pass for each of the three operations, which the compiler makes vectors of
 //   one_pass           all three while an element is in a register

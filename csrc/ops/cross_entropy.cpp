@@ -162,13 +162,13 @@ void check_operands(const char* op, const Tensor& logits, const Tensor& target, 
 // What all four ops are given, checked, and in the kernels' terms.
 class Operands {
  public:
-  Operands(const char* op, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
+  Operands(const char* op, const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
            int64_t ignore_index, double label_smoothing, int64_t reduction)
       // Checked before they are taken apart.
-      : op_((check_operands(op, x, target, weight, ignore_index, label_smoothing, reduction), op)),
-        layout_(x, !is_floating(target)),
+      : op_((check_operands(op, logits, target, weight, ignore_index, label_smoothing, reduction), op)),
+        layout_(logits, !is_floating(target)),
         reduction_(static_cast<Reduction>(reduction)),
-        logits_(x, layout_),
+        logits_(logits, layout_),
         ignore_index_(ignore_index),
         label_smoothing_(label_smoothing) {
     if (is_floating(target)) {

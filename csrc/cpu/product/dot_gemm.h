@@ -13,7 +13,7 @@ namespace mnist_ext::MNIST_EXT_ISA {
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
 inline constexpr int kDotColumns = 4;  // summed together
 
-// One part of K for one tile of C; as Tile in gemm.h.
+// One block of K for one tile of C; as Tile in gemm.h.
 template <class T>
 struct DotTile {
   int64_t K;
@@ -86,8 +86,8 @@ void dot_tile(const DotTile<T>& t, int64_t rows, int64_t columns) {
   dot_tile_rows<T, 1>(t, columns);
 }
 
-// The part of the rows of A that is read again for each tile of columns: it stays in the second-level cache. Deep rows
-// are taken in parts, so that a good number of them fits and the columns of B are not read too often.
+// The part of the rows of A that is read again for each tile of columns: it stays in the second-level cache. A long K
+// is taken in blocks, so that a good number of rows fits and the columns of B are not read too often.
 inline constexpr int64_t kDotBlockBytes = 256 * 1024;
 template <class T>
 inline constexpr int64_t kDotK = 8192 / sizeof(T);
@@ -102,9 +102,9 @@ void prefetch_rows(const T* rows, int64_t stride, int64_t count, int64_t K, int6
   }
 }
 
-// All of C, which is not empty, by one part of K.
+// All of C, which is not empty, by one block of K.
 template <class T>
-void dot_gemm_part(const Block<T>& g, Range k) {
+void dot_gemm_block(const Block<T>& g, Range k) {
   constexpr int64_t unit = Vec<T>::width;
   const int64_t row_tiles = (g.M + kDotRows - 1) / kDotRows;
   const int64_t column_tiles = (g.N + kDotColumns - 1) / kDotColumns;
@@ -161,8 +161,8 @@ void dot_gemm_part(const Block<T>& g, Range k) {
 // All of C, on the calling thread.
 template <class T>
 void dot_gemm(const Block<T>& g) {
-  const int64_t parts = g.K < 1 ? 1 : (g.K + kDotK<T> - 1) / kDotK<T>;
-  for (int64_t part = 0; part < parts; ++part) dot_gemm_part(g, split(g.K, Vec<T>::width, part, parts));
+  const int64_t blocks = g.K < 1 ? 1 : (g.K + kDotK<T> - 1) / kDotK<T>;
+  for (int64_t i = 0; i < blocks; ++i) dot_gemm_block(g, split(g.K, Vec<T>::width, i, blocks));
 }
 
 // Asks for all that a product will ask for.

@@ -60,9 +60,9 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
-// step of training to the next. Of outer products all to the rows: threads that share the rows of C write side by side,
-// and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile of rows.
-// Otherwise where the busiest thread has a tenth less to do.
+// step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
+// cache lines, and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile
+// of rows. Otherwise where the busiest thread has a tenth less to do.
 template <class T>
 int row_threads(const Block<T>& g, bool dots, int threads) {
   if (threads == 1) return 1;

@@ -16,7 +16,7 @@
 #endif
 
 #if !defined(MNIST_EXT_ISA)
-#error "kernels_<isa>.cpp defines MNIST_EXT_ISA before it includes a kernel header"
+#error "isa/<isa>.cpp defines MNIST_EXT_ISA before it includes a kernel header"
 #endif
 
 #define MNIST_EXT_INLINE inline __attribute__((always_inline))
@@ -121,11 +121,11 @@ MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n) {
   return {lane < n ? x.raw : typename Vec<T>::Raw{}};
 }
 
-// x where gate is > 0 or NaN, else 0: the gradient of ReLU, whose output the gate is.
+// x where mask is > 0 or NaN, else 0: the gradient of ReLU, whose output the mask is.
 template <class T>
-MNIST_EXT_INLINE Vec<T> where_positive(Vec<T> gate, Vec<T> x) {
+MNIST_EXT_INLINE Vec<T> where_positive(Vec<T> mask, Vec<T> x) {
   const typename Vec<T>::Raw zero{};
-  return {gate.raw <= zero ? zero : x.raw};
+  return {mask.raw <= zero ? zero : x.raw};
 }
 
 // The lanes I of a and b, numbered through both: __builtin_shufflevector, which GCC has from 12 on.
