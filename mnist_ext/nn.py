@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from mnist_ext import _flops, functional
+from mnist_ext import _fake, functional
 from mnist_ext._autograd import BIAS, FLAGS, RELU
 from mnist_ext._decision import against_looking_ahead, is_patched, is_watched
 
@@ -140,7 +140,7 @@ def swap(module: _Module) -> _Module:
     Returns:
         module itself: a model, a loss, or a bare Linear.
     """
-    _flops.register()
+    _fake.register_flops()
     # The out_proj of a MultiheadAttention is called by nobody: only its parameters are read.
     never_called = {
         m.out_proj for m in module.modules() if isinstance(m, torch.nn.MultiheadAttention)
