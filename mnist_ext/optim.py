@@ -28,10 +28,9 @@ class SGD(torch.optim.SGD):
     """``torch.optim.SGD`` with one native call per step and parameter group.
 
     The same arguments, the same ``state_dict``, and in float32 and float64 the same bits, on CPUs
-    with fused multiply-add: each element goes through PyTorch's operations in its order. What the
-    kernels do not take is left to PyTorch's functions: tensors that are not dense, not on the CPU
-    or CUDA, or subclasses, parameters and buffers that share memory, which are updated one after
-    the other, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a learning rate or
+    with fused multiply-add. Left to PyTorch's functions are tensors that are not dense, not on the
+    CPU or CUDA, or subclasses; parameters and buffers that share memory, updated one after the
+    other; ``foreach``, ``fused``, ``differentiable``, ``torch.compile``; and a learning rate or
     weight decay that is a tensor with a gradient or not on the CPU.
 
     Raises:
