@@ -114,38 +114,34 @@ def _(_: Tensor, logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor 
     return tuple(_gradient(logits, target) if need else None for need in options[-2:])
 
 
-def _linear_flops(input: _Shape, weight: _Shape, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(input[:-1]) * math.prod(weight)
+def _flops(input: _Shape, *weights: _Shape) -> int:
+    """Count those of a product of input with each of weights."""
+    return sum(2 * math.prod(input[:-1]) * math.prod(weight) for weight in weights)
 
 
-def _linear_backward_flops(
-    grad_output: _Shape, input: _Shape | None, weight: _Shape | None, *_: Any, **__: Any
-) -> int:
-    return sum(2 * math.prod(grad_output) * t[-1] for t in (input, weight) if t is not None)
+def _linear_backward(grad_output: _Shape, *operands: _Shape | None) -> int:
+    weight_like = [(grad_output[-1], t[-1]) for t in operands if t is not None]
+    return _flops(grad_output, *weight_like)
 
 
-def _mlp_flops(input: _Shape, weights: list[_Shape], *_: Any, **__: Any) -> int:
-    return sum(_linear_flops(input, weight) for weight in weights)
-
-
-def _mlp_backward_flops(grad_output: _Shape, input: _Shape, *args: Any, **__: Any) -> int:
+def _mlp_backward(grad_output: _Shape, input: _Shape, *args: Any) -> int:
     _, _, weights, _, _, need_input, *_ = args
-    return _mlp_flops(input, weights) + _mlp_flops(input, weights if need_input else weights[1:])
+    return _flops(input, *weights, *(weights if need_input else weights[1:]))
 
 
-def _train_steps_flops(
-    images: _Shape, labels: _Shape, order: _Shape | None, *_: Any, weights: list[_Shape], **__: Any
-) -> int:
-    rows = [*(order or images[:1]), 0]
-    return 2 * _mlp_flops(rows, weights) + _mlp_flops(rows, weights[1:])
+def _train_steps(rows: _Shape, weights: list[_Shape]) -> int:
+    return _flops((*rows, 0), *weights, *weights, *weights[1:])
 
 
+# Called on the arguments of the ops, a shape for a tensor, and out_val.
 _FORMULAS = {
-    torch.ops.mnist_ext.linear: _linear_flops,
-    torch.ops.mnist_ext.linear_backward: _linear_backward_flops,
-    torch.ops.mnist_ext.mlp: _mlp_flops,
-    torch.ops.mnist_ext.mlp_backward: _mlp_backward_flops,
-    torch.ops.mnist_ext.train_steps: _train_steps_flops,
+    "linear": lambda input, weight, *_, **__: _flops(input, weight),
+    "linear_backward": lambda grad, input, weight, *_, **__: _linear_backward(grad, input, weight),
+    "mlp": lambda input, weights, *_, **__: _flops(input, *weights),
+    "mlp_backward": lambda *args, **_: _mlp_backward(*args),
+    "train_steps": lambda images, _, order, *__, weights, **___: _train_steps(
+        order or images[:1], weights
+    ),
 }
 
 
@@ -158,7 +154,8 @@ def register_flops() -> None:
     flop_counter = sys.modules.get("torch.utils.flop_counter")
     if flop_counter is None or not hasattr(flop_counter, "register_flop_formula"):
         return
-    for op, formula in _FORMULAS.items():
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.mnist_ext, name)
         if op not in flop_counter.flop_registry:
             flop_counter.register_flop_formula(op)(formula)
 

@@ -79,10 +79,10 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if _is_cast(input) else None
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     # Gradients are cast back on their way. Each call casts its weight again: autocast keeps casts
     # for its own ops, and has no public way to share them.
-    return tensor.to(dtype) if _is_cast(tensor) else tensor
+    return tensor if tensor is None or not _is_cast(tensor) else tensor.to(dtype)
 
 
 def linear(
@@ -107,8 +107,7 @@ def linear(
         autocast = _autocast_dtype(input)
     if against_linear(input, weight, bias, autocast) is None:
         if autocast is not None:
-            input, weight = _cast(input, autocast), _cast(weight, autocast)
-            bias = None if bias is None else _cast(bias, autocast)
+            input, weight, bias = [_cast(t, autocast) for t in (input, weight, bias)]
         return _autograd.linear(input, weight, bias, relu)
     output = _pytorchs("linear", F.linear, {"input": input, "weight": weight, "bias": bias})
     return torch.relu(output) if relu else output
@@ -186,8 +185,7 @@ def cross_entropy(
     against = against_cross_entropy(input, target, weight, ignore_index, label_smoothing, reduction)
     if against is None:
         if is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-            input, target = _in_float32(input), _in_float32(target)
-            weight = None if weight is None else _in_float32(weight)
+            input, target, weight = [_cast(t, torch.float32) for t in (input, target, weight)]
         options = ignore_index, label_smoothing, REDUCTIONS[reduction]
         return _autograd.cross_entropy(input, target, weight, options)
     if isinstance(input, Tensor) and isinstance(target, Tensor) and type(ignore_index) is int:
@@ -200,8 +198,3 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-
-
-def _in_float32(tensor: Tensor) -> Tensor:
-    # What autocast does to the arguments of a loss: float64 and class indices stay.
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
