@@ -115,32 +115,25 @@ def _(_: Tensor, logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor 
 
 
 def _flops(input: _Shape, *weights: _Shape) -> int:
-    """Count those of a product of input with each of weights."""
+    """Count those of the products of input with each of weights."""
     return sum(2 * math.prod(input[:-1]) * math.prod(weight) for weight in weights)
 
 
-def _linear_backward(grad_output: _Shape, *operands: _Shape | None) -> int:
-    weight_like = [(grad_output[-1], t[-1]) for t in operands if t is not None]
-    return _flops(grad_output, *weight_like)
-
-
-def _mlp_backward(grad_output: _Shape, input: _Shape, *args: Any) -> int:
-    _, _, weights, _, _, need_input, *_ = args
+def _mlp_backward_flops(*args: Any, **_: Any) -> int:
+    input, weights, need_input = args[1], args[4], args[7]
     return _flops(input, *weights, *(weights if need_input else weights[1:]))
-
-
-def _train_steps(rows: _Shape, weights: list[_Shape]) -> int:
-    return _flops((*rows, 0), *weights, *weights, *weights[1:])
 
 
 # Called on the arguments of the ops, a shape for a tensor, and out_val.
 _FORMULAS = {
     "linear": lambda input, weight, *_, **__: _flops(input, weight),
-    "linear_backward": lambda grad, input, weight, *_, **__: _linear_backward(grad, input, weight),
+    "linear_backward": lambda grad, input, weight, *_, **__: _flops(
+        grad, *[(grad[-1], t[-1]) for t in (input, weight) if t is not None]
+    ),
     "mlp": lambda input, weights, *_, **__: _flops(input, *weights),
-    "mlp_backward": lambda *args, **_: _mlp_backward(*args),
-    "train_steps": lambda images, _, order, *__, weights, **___: _train_steps(
-        order or images[:1], weights
+    "mlp_backward": _mlp_backward_flops,
+    "train_steps": lambda images, _, order, *__, weights, **___: _flops(
+        (*(order or images[:1]), 0), *weights, *weights, *weights[1:]
     ),
 }
 

@@ -54,11 +54,7 @@ NAMES = {
 
 
 def find(name: str) -> Any:
-    """Look up one of NAMES that is no attribute of an object.
-
-    Raises:
-        ImportError: this torch has none; the message names it.
-    """
+    """Look up one of NAMES that is no attribute of an object; an ImportError names it."""
     try:
         owner, _, attribute = name.rpartition(".")
         modules = sys.modules  # torch.optim hides some of its modules

@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from mnist_ext._decision import is_patched
-from mnist_ext._torch_private import (
-    MODULE_HOOKS,
-    hooks_of_all_modules,
-    hooks_of_optimizer,
-)
+from mnist_ext._torch_private import MODULE_HOOKS, hooks_of_all_modules, hooks_of_optimizer
 from mnist_ext.train_step.model import Layers, Names, refuse
 from mnist_ext.train_step.optimizer import read_settings
 
