@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 _is_grad_enabled = torch.is_grad_enabled
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
-_OfBias = TypeVar("_OfBias")
 _Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
 
 
@@ -135,8 +134,8 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias | None]:
-    """Return what belongs to the bias of each layer, None for a layer without one."""
+def by_layer(biases: Iterable[Tensor], layers: Sequence[int]) -> list[Tensor | None]:
+    """Return the bias of each layer, None for a layer without one."""
     following = iter(biases)
     return [next(following) if layer & BIAS else None for layer in layers]
 

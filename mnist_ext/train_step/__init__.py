@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist_ext._torch_private import count_step, is_any_autocast_enabled, set_grad_enabled
 from mnist_ext.train_step.epoch import Epoch, Scheduler, check_indices, expect_tensor
 from mnist_ext.train_step.guard import Guard, check_hooks
-from mnist_ext.train_step.model import Layers, loss_arguments, names_of, refuse
+from mnist_ext.train_step.model import Layers, loss_arguments, refuse
 from mnist_ext.train_step.optimizer import Groups, learning_rates
 
 __all__ = ["Scheduler", "TrainStep"]
@@ -98,7 +98,8 @@ class TrainStep:
         attributes and modules of its object (globals, closures, elements of a list or dict, numbers
         in a tensor), and to the forward of a class that is neither ``Linear`` nor ``ReLU``.
         """
-        names = names_of(self._model, self._criterion)
+        names = {module: name or "model" for name, module in self._model.named_modules()}
+        names[self._criterion] = "criterion"
         check_hooks(names, self._optimizer)
         loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)

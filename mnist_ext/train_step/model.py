@@ -27,12 +27,6 @@ def refuse(message: str) -> NoReturn:
     raise ValueError(f"mnist_ext.TrainStep: {message}")
 
 
-def names_of(model: nn.Module, criterion: nn.Module) -> Names:
-    """Name the modules of model, and the criterion."""
-    names = {module: name or "model" for name, module in model.named_modules()}
-    return {**names, criterion: "criterion"}
-
-
 def loss_arguments(criterion: Any) -> dict[str, Any]:
     """Return the op's arguments that say what the loss is, or refuse criterion."""
     if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
