@@ -49,7 +49,7 @@ class Groups:
             if group["differentiable"]:
                 refuse(f"optimizer: group {number} is differentiable: leave that off")
             for i, param in enumerate(group["params"]):
-                group_of[id(param)] = number
+                group_of[id(param)] = number if param.requires_grad else _FROZEN
                 if id(param) not in known:
                     refuse(
                         f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
@@ -58,25 +58,17 @@ class Groups:
         self.settings = read_settings(optimizer)
         self._optimizer = optimizer
         params = [*layers.weights, *layers.biases]
-        numbers = [
-            _FROZEN if p is None or not p.requires_grad else group_of.get(id(p), _FROZEN)
-            for p in params
-        ]
+        numbers = [group_of.get(id(p), _FROZEN) for p in params]
         grouped = list(zip(params, numbers, strict=True))
         self.trained: list[Tensor] = [p for p, number in grouped if number != _FROZEN]
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
-        options = {
+        self.arguments: dict[str, Any] = {  # of the op
             name: [kind(group[name]) for group in optimizer.param_groups]
             for name, kind in _OPTIONS.items()
         }
-        layer_count = len(layers.weights)
-        self.arguments: dict[str, Any] = {  # of the op
-            **options,
-            "weight_groups": numbers[:layer_count],
-            "bias_groups": numbers[layer_count:],
-        }
-        momentum = options["momentum"]
+        momentum, count = self.arguments["momentum"], len(layers.weights)
+        self.arguments |= {"weight_groups": numbers[:count], "bias_groups": numbers[count:]}
         # None for a parameter without momentum.
         self._moved: list[Any] = [
             p if number != _FROZEN and momentum[number] else None for p, number in grouped
