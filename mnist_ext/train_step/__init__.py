@@ -104,7 +104,7 @@ class TrainStep:
         loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers)
-        guard = Guard(list(names), self._criterion, self._optimizer, layers, groups.settings)
+        guard = Guard(list(names), self._criterion, self._optimizer, layers)
         device = layers.params[0].device
         if self._graph is None or self._graph.device != device:
             self._graph = _StepGraph(device)

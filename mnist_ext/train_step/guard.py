@@ -47,10 +47,9 @@ class Guard:
         criterion: nn.Module,
         optimizer: torch.optim.Optimizer,
         layers: Layers,
-        settings: list[float],
     ) -> None:
         self._modules, self._optimizer = modules, optimizer
-        self._params, self._settings = layers.params, settings
+        self._params, self._settings = layers.params, read_settings(optimizer)
         self._types = [type(module) for module in self._modules]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._hooks = [attributes[hooks] for attributes in self._dicts for hooks in MODULE_HOOKS]

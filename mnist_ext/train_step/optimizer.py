@@ -55,7 +55,6 @@ class Groups:
                         f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
                         "to no layer of model: give the optimizer model.parameters()"
                     )
-        self.settings = read_settings(optimizer)
         self._optimizer = optimizer
         params = [*layers.weights, *layers.biases]
         numbers = [group_of.get(id(p), _FROZEN) for p in params]
