@@ -228,8 +228,12 @@ def _gradients_of(
     """Return the gradients of function(*tensors) that are wanted, recorded as the backward is."""
     recorded = _is_grad_enabled()
     with torch.enable_grad():
-        # The hooks of the tensors themselves are called by the backward at hand.
-        views = [tensor.view_as(tensor) for tensor in tensors]
+        # The hooks of the tensors themselves are called by the backward at hand. No gradient is made
+        # of what is detached.
+        views = [
+            tensor.view_as(tensor) if want or recorded else tensor.detach()
+            for tensor, want in zip(tensors, wants, strict=True)
+        ]
         output = function(*views)
     wanted = [view for view, want in zip(views, wants, strict=True) if want]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=recorded))

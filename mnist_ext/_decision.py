@@ -180,8 +180,15 @@ def against_looking_ahead(input: Tensor) -> str | None:
 
 def _patchable() -> tuple[object, ...]:
     # What tools replace for all layers at once, to see or to change each of them.
-    methods = Module.__call__, Module._call_impl, Linear.forward, ReLU.forward
-    return *methods, F.linear, F.relu, F.cross_entropy
+    return (
+        Module.__call__,
+        Module._call_impl,
+        Linear.forward,
+        ReLU.forward,
+        F.linear,
+        F.relu,
+        F.cross_entropy,
+    )
 
 
 _UNPATCHED = _patchable()
