@@ -9,10 +9,10 @@ PyTorch's ops, so that it can be differentiated again.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 _is_grad_enabled = torch.is_grad_enabled
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
-_OfBias = TypeVar("_OfBias")
 _Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
 
 
@@ -81,10 +80,7 @@ def _wanted(ctx: Any, activations: int) -> Sequence[bool]:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """Compute ``relu(input @ weight.T + bias)``, or without relu.
-
-    Shapes: input [..., K], weight [N, K], bias [N] or None; returns [..., N].
-    """
+    """As the op `linear`: input [..., K], weight [N, K], bias [N] or None; returns [..., N]."""
     if _is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -96,9 +92,17 @@ class Linear(Function):
     """`linear` where a gradient is wanted."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Keep what the backward reads, and nothing else."""
-        output = _linear(input, weight, bias, relu, _may_use_tf32(input))
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+        output: Tensor | None = None,
+    ) -> Tensor:
+        """Compute output, unless it is known; keep what the backward reads, and nothing else."""
+        if output is None:
+            output = _linear(input, weight, bias, relu, _may_use_tf32(input))
         need_input, need_weight = ctx.needs_input_grad[:2]
         kept_input, kept_weight = input if need_weight else None, weight if need_input else None
         ctx.save_for_backward(kept_input, kept_weight, output if relu else None)
@@ -107,40 +111,31 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted, None for the others."""
-        want_input, want_weight, want_bias, _ = _wanted(ctx, grad_output.numel())
+        want_input, want_weight, want_bias, *others = _wanted(ctx, grad_output.numel())
         input, weight, output = ctx.saved_tensors
         input, weight = input if want_weight else None, weight if want_input else None
-        return *_linear_gradients(grad_output, input, weight, output, want_bias), None
-
-
-def _linear_gradients(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    want_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the op `linear_backward`, and differentiable where the backward is recorded."""
-    if not _is_recorded():
-        return _linear_backward(
-            grad_output, input, weight, output, want_bias, _may_use_tf32(grad_output)
-        )
-    if output is not None:
-        grad_output = torch.where(output <= 0, 0, grad_output)
-    rows = _as_matrix(grad_output)
-    return (
-        grad_output @ weight if weight is not None else None,
-        rows.mT @ _as_matrix(input) if input is not None else None,
-        rows.sum(0) if want_bias else None,
-    )
+        grads: tuple[Tensor | None, ...]
+        if _is_recorded():
+            if output is not None:
+                grad_output = torch.where(output <= 0, 0, grad_output)
+            rows = _as_matrix(grad_output)
+            grads = (
+                grad_output @ weight if weight is not None else None,
+                rows.mT @ _as_matrix(input) if input is not None else None,
+                rows.sum(0) if want_bias else None,
+            )
+        else:
+            allow_tf32 = _may_use_tf32(grad_output)
+            grads = _linear_backward(grad_output, input, weight, output, want_bias, allow_tf32)
+        return *grads, *[None for _ in others]
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias | None]:
-    """Return what belongs to the bias of each layer, None for a layer without one."""
+def by_layer(biases: Iterable[Tensor], layers: Sequence[int]) -> list[Tensor | None]:
+    """Return the bias of each layer, None for a layer without one."""
     following = iter(biases)
     return [next(following) if layer & BIAS else None for layer in layers]
 
@@ -148,11 +143,10 @@ def by_layer(biases: Iterable[_OfBias], layers: Sequence[int]) -> list[_OfBias |
 def mlp(
     input: Tensor, layers: list[int], weights: list[Tensor], biases: list[Tensor]
 ) -> Tensor | None:
-    """Compute what `linear` computes for each of the layers, in one call.
+    """As the op `mlp`, or None, having done nothing.
 
-    Shapes: input [..., K]; returns [..., N] of the last layer, or None, having done nothing: where
-    the op does not take the tensors, or only some of the gradients are wanted. layers: for each
-    BIAS, RELU, both or neither; biases: those that there are.
+    That is where the op does not take the tensors, or only some of the gradients are wanted.
+    layers: for each BIAS, RELU, both or neither; biases: those that there are.
     """
     if _is_grad_enabled():
         return MLP.apply(input, layers, *weights, *biases)
@@ -187,107 +181,69 @@ class MLP(Function):
         layers, first, biases = ctx.unread
         weights = [*first, *read]
         want_input, _, *want_params = _wanted(ctx, hidden.numel())
+        grads: Sequence[Tensor | None]
         if (
             _is_recorded()
             or not all(want_params)
             or (not is_compiling() and is_batched(grad_output))  # vmap takes no op with a list
         ):
-            inputs = _inputs_of_layers(input, hidden, weights, biases, layers)
-            outputs = [*inputs[1:], output]
-            wants = want_input, want_params
-            return _mlp_gradients_by_layer(grad_output, inputs, outputs, weights, layers, *wants)
-        grads = _mlp_backward(
-            grad_output,
-            input,
-            hidden,
-            output,
-            weights,
-            biases,
-            layers,
-            want_input,
-            _may_use_tf32(input),
-        )
-        return (grads[0], None, *grads[1:]) if want_input else (None, None, *grads)
+            function = functools.partial(_layer_by_layer, hidden, output, layers)
+            tensors, wants = [input, *weights, *biases], [want_input, *want_params]
+            grads = _gradients_of(function, tensors, wants, grad_output)
+        else:
+            allow_tf32 = _may_use_tf32(input)
+            kept = hidden, output, weights, biases, layers
+            grads = _mlp_backward(grad_output, input, *kept, want_input, allow_tf32)
+            grads = grads if want_input else [None, *grads]
+        return grads[0], None, *grads[1:]
 
 
-def _mlp_gradients_by_layer(
-    grad_output: Tensor,
-    inputs: list[Tensor],
-    outputs: list[Tensor | None],
-    weights: list[Tensor],
-    layers: list[int],
-    want_input: bool,
-    want_params: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """Return what the backward of `MLP` returns, layer by layer down to the lowest one needed."""
+def _layer_by_layer(
+    hidden: Tensor, output: Tensor | None, layers: list[int], input: Tensor, *params: Tensor
+) -> Tensor:
+    """Return what `mlp` has computed, with a node of the graph for each layer."""
     count = len(layers)
-    want_biases = by_layer(want_params[count:], layers)
-    wanted = [i for i in range(count) if want_params[i] or want_biases[i]]
-    lowest = -1 if want_input else min(wanted)
-    grad: Any = grad_output
-    grad_weights: list[Tensor | None] = [None] * count
-    grad_biases: list[Tensor | None] = [None] * count
-    for i in reversed(range(max(lowest, 0), count)):
-        grad, grad_weights[i], grad_biases[i] = _linear_gradients(
-            grad,
-            inputs[i] if want_params[i] else None,
-            weights[i] if i > lowest else None,
-            outputs[i] if layers[i] & RELU else None,
-            bool(want_biases[i]),
-        )
-    of_biases = [grad for grad, layer in zip(grad_biases, layers, strict=True) if layer & BIAS]
-    return grad, None, *grad_weights, *of_biases
+    weights, biases = params[:count], by_layer(params[count:], layers)
+    shapes = [(*input.shape[:-1], weight.shape[0]) for weight in weights]
+    kept = hidden.split([math.prod(shape) for shape in shapes[:-1]])
+    # Nothing reads the value of a last layer without ReLU.
+    kept = *kept, input.new_empty(shapes[-1]) if output is None else output
+    values = [value.view(shape) for value, shape in zip(kept, shapes, strict=True)]
+    for weight, bias, layer, value in zip(weights, biases, layers, values, strict=True):
+        relu = bool(layer & RELU)
+        if _torch_private.are_transforms_active():  # which take no Function of this form
+            input = F.linear(input, weight, bias)
+            input = input.relu() if relu else input
+        else:
+            input = Linear.apply(input, weight, bias, relu, value)
+    return input
 
 
-def _inputs_of_layers(
-    input: Tensor,
-    hidden: Tensor,
-    weights: list[Tensor],
-    biases: Sequence[Tensor],
-    layers: list[int],
-) -> list[Tensor]:
-    """Return what each layer was called with, connected to the params and input where recorded."""
-    inputs = [input]
-    rows, begin = input.shape[:-1], 0
-    of_layers = zip(weights, by_layer(biases, layers), layers, strict=True)
-    for weight, bias, layer in itertools.islice(of_layers, len(layers) - 1):
-        end = begin + rows.numel() * weight.shape[0]
-        kept = hidden[begin:end].view(*rows, weight.shape[0])
-        begin = end
-        if _is_grad_enabled():
-            product = F.linear(inputs[-1], weight, bias)
-            if layer & RELU:
-                product = torch.where(kept <= 0, 0, product)
-            kept = _WithValue.apply(product, kept)
-        inputs.append(kept)
-    return inputs
-
-
-class _WithValue(Function):
-    """The value that the forward kept, with the gradient of how it was computed."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(product: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output, None
+def _gradients_of(
+    function: Callable[..., Tensor],
+    tensors: Iterable[Tensor],
+    wants: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of function(*tensors) that are wanted, recorded as the backward is."""
+    recorded = _is_grad_enabled()
+    with torch.enable_grad():
+        # The hooks of the tensors themselves are called by the backward at hand. What is detached
+        # gets no gradient.
+        views = [
+            tensor.view_as(tensor) if want or recorded else tensor.detach()
+            for tensor, want in zip(tensors, wants, strict=True)
+        ]
+        output = function(*views)
+    wanted = [view for view, want in zip(views, wants, strict=True) if want]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=recorded))
+    return [next(grads) if want else None for want in wants]
 
 
 def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: _Options
 ) -> Tensor:
-    """Compute softmax cross-entropy against class indices or probabilities.
-
-    Shapes: see `functional.cross_entropy`.
-    """
+    """As the op `cross_entropy`: the loss."""
     if _is_grad_enabled() and (logits.requires_grad or target.requires_grad):
         return CrossEntropy.apply(logits, target, weight, *options)
     return _cross_entropy(logits, target, weight, *options)[0]
@@ -330,9 +286,12 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of logits and probabilities that are wanted, None for the rest."""
-        grads: tuple[Tensor | None, Tensor | None]
+        grads: Sequence[Tensor | None]
         if _is_recorded():
-            grads = _cross_entropy_gradients_recorded(ctx, grad_output)
+            logits, target, weight = ctx.saved_tensors[:3]
+            function = functools.partial(_of_pytorchs_op, weight, ctx.options)
+            wants = ctx.needs_input_grad[:2]
+            grads = _gradients_of(function, (logits, target), wants, grad_output)
         # What compiled autograd makes of this runs many times, and changes no ctx.
         elif ctx.is_scaled and not is_compiling() and not is_batched(grad_output):
             grads = _scaled_gradient(ctx, grad_output), None
@@ -364,24 +323,14 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     )
 
 
-def _cross_entropy_gradients_recorded(
-    ctx: Any, grad_output: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    logits, target, weight = ctx.saved_tensors[:3]
-    ignore_index, label_smoothing, reduction = ctx.options
-    want_logits, want_target = ctx.needs_input_grad[:2]
-    wanted = [t for t, want in ((logits, want_logits), (target, want_target)) if want]
-    with torch.enable_grad():
-        loss = torch.ops.aten.cross_entropy_loss(
-            *for_pytorchs_op(logits, target, ignore_index),
-            weight,
-            reduction,
-            ignore_index,
-            label_smoothing,
-        )
-    recorded = _is_grad_enabled()
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output, create_graph=recorded))
-    return next(grads) if want_logits else None, next(grads) if want_target else None
+def _of_pytorchs_op(
+    weight: Tensor | None, options: _Options, logits: Tensor, target: Tensor
+) -> Tensor:
+    ignore_index, label_smoothing, reduction = options
+    logits, target = for_pytorchs_op(logits, target, ignore_index)
+    return torch.ops.aten.cross_entropy_loss(
+        logits, target, weight, reduction, ignore_index, label_smoothing
+    )
 
 
 def for_pytorchs_op(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,12 @@ def openmp_runtimes() -> list[str]:
 
 
 def build_info() -> dict[str, Any]:
-    """Describe the library and what it runs with.
+    """Describe the library and what it runs with, in a dict that JSON can hold.
 
-    Returns:
-        A dict that JSON can hold: ``version``, ``python``, ``platform``, ``torch`` (running),
-        ``torch_built_with``, ``cpu_isa`` (the instruction set in use), ``cpu_isa_reason``,
-        ``cpu_isa_available``, ``openmp_threads``, ``openmp_runtimes`` (files), ``cuda`` (list of
-        architectures built for, or None), ``cuda_reason`` and ``next_step`` (None if all is well).
+    Its keys are ``version``, ``python``, ``platform``, ``torch`` (running), ``torch_built_with``,
+    ``cpu_isa`` (the instruction set in use), ``cpu_isa_reason``, ``cpu_isa_available``,
+    ``openmp_threads``, ``openmp_runtimes`` (files), ``cuda`` (list of architectures built for, or
+    None), ``cuda_reason`` and ``next_step`` (None if all is well).
     """
     runtimes = openmp_runtimes()
     cuda = _library.cuda

@@ -70,35 +70,23 @@ def against_linear(
 
     What is left to the op is an error in PyTorch, too: sizes and dtypes that do not fit together.
     """
-    if (
-        type(input) not in _TYPES
-        or type(weight) not in _TYPES
-        or not (bias is None or type(bias) in _TYPES)
-    ):
+    other = weight if bias is None else bias
+    if type(input) not in _TYPES or type(weight) not in _TYPES or type(other) not in _TYPES:
         return "a tensor subclass"
     if who := observer():
         return who
-    strided = torch.strided
-    if (
-        input.layout is not strided
-        or input.is_nested
-        or weight.layout is not strided
-        or not (bias is None or bias.layout is strided)
-    ):
+    if not (input.layout is weight.layout is other.layout is torch.strided) or input.is_nested:
         return "another layout"
     dtype = autocast or input.dtype
     if input.is_cpu:
-        if not weight.is_cpu or not (bias is None or bias.is_cpu):
+        if not (weight.is_cpu and other.is_cpu):
             return "devices that differ"
         if dtype not in LINEAR_DTYPES:
             return "another dtype, or one for which oneDNN has this CPU's own instructions"
-    elif (
-        dtype not in DTYPES
-        or not _runs_kernels(input.device)
-        or weight.device != input.device
-        or not (bias is None or bias.device == input.device)
-    ):
-        return "another dtype or device, or devices that differ"
+    elif dtype not in DTYPES or not _runs_kernels(input.device):
+        return "another dtype or device"
+    elif weight.device != input.device or other.device != input.device:
+        return "devices that differ"
     if input.dim() == 0 or weight.dim() != 2:
         return "a vector as weight, or no features"
     if bias is not None and (bias.dim() != 1 or (bias.numel() == 1 and weight.size(0) != 1)):

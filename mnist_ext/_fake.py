@@ -1,25 +1,30 @@
-"""Shapes and dtypes of the ops without data, for torch.compile and fake or meta tensors."""
+"""What the ops would return and cost, without data: from shapes.
+
+The first for torch.compile and fake or meta tensors, the second, as ``torch.utils.flop_counter``
+counts its own: 2 for each multiply-add of a product.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
-from mnist_ext import _flops, _library  # noqa: F401  (_library loads the ops)
+from mnist_ext import _library  # noqa: F401  (loads the ops)
 from mnist_ext._decision import REDUCTIONS
 from mnist_ext._torch_private import check, check_value
 
-_flops.register()
+_Shape = Sequence[int]
 
 
-@torch.library.register_fake("mnist_ext::linear")
-def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, allow_tf32: bool = False
-) -> Tensor:
-    _flops.register()
+@register_fake("mnist_ext::linear")
+def _(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    register_flops()
     check(weight.dim() == 2, lambda: "mnist_ext.linear: weight: expected 2 dimensions")
     check(
         input.dim() >= 1 and input.shape[-1] == weight.shape[1],
@@ -31,35 +36,23 @@ def _(
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("mnist_ext::linear_backward")
+@register_fake("mnist_ext::linear_backward")
 def _(
-    grad_output: Tensor,
-    input: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor | None,
-    need_bias: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    out_features = grad_output.shape[-1]
-    grad_input = grad_weight = grad_bias = None
-    if weight is not None:
-        grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
-    if input is not None:
-        grad_weight = grad_output.new_empty((out_features, input.shape[-1]))
-    if need_bias:
-        grad_bias = grad_output.new_empty((out_features,))
-    return grad_input, grad_weight, grad_bias
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, *args: Any
+) -> tuple[Tensor | None, ...]:
+    _, need_bias, *_ = args
+    *rows, outputs = grad_output.shape
+    new = grad_output.new_empty
+    return (
+        None if weight is None else new((*rows, weight.shape[1])),
+        None if input is None else new((outputs, input.shape[-1])),
+        new((outputs,)) if need_bias else None,
+    )
 
 
-@torch.library.register_fake("mnist_ext::mlp")
-def _(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    layers: list[int],
-    keep_hidden: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor]:
+@register_fake("mnist_ext::mlp")
+def _(input: Tensor, weights: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    _, layers, keep_hidden, *_ = args
     check(0 < len(weights) == len(layers), lambda: "mnist_ext.mlp: weights: expected one per layer")
     features = [weight.shape[0] for weight in weights]
     output = input.new_empty((*input.shape[:-1], features[-1]))
@@ -67,9 +60,9 @@ def _(
     return output, input.new_empty((rows * sum(features[:-1]),))
 
 
-@torch.library.register_fake("mnist_ext::mlp_backward")
+@register_fake("mnist_ext::mlp_backward")
 def _(grad_output: Tensor, input: Tensor, *args: Any) -> list[Tensor]:
-    _, _, weights, biases, _, need_input = args[:6]
+    _, _, weights, biases, _, need_input, *_ = args
     grads = [input.new_empty(param.shape) for param in (*weights, *biases)]
     return [input.new_empty(input.shape), *grads] if need_input else grads
 
@@ -96,7 +89,7 @@ def _gradient(logits: Tensor, target: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("mnist_ext::cross_entropy")
+@register_fake("mnist_ext::cross_entropy")
 def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     positions = _positions(logits, target)
     loss = logits.new_empty(positions if options[-1] == REDUCTIONS["none"] else ())
@@ -105,19 +98,63 @@ def _(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Te
     return loss, statistics, logits.new_empty((), dtype=dtype)
 
 
-@torch.library.register_fake("mnist_ext::cross_entropy_with_gradient")
+@register_fake("mnist_ext::cross_entropy_with_gradient")
 def _(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     _positions(logits, target)
     return logits.new_empty(()), _gradient(logits, target)
 
 
-@torch.library.register_fake("mnist_ext::cross_entropy_gradient_")
+@register_fake("mnist_ext::cross_entropy_gradient_")
 def _(gradient: Tensor, grad_output: Tensor, logits: Tensor, target: Tensor, *_: Any) -> None:
     _positions(logits, target)
 
 
-@torch.library.register_fake("mnist_ext::cross_entropy_backward")
-def _(
-    grad_output: Tensor, logits: Tensor, target: Tensor, *options: Any
-) -> tuple[Tensor | None, ...]:
+@register_fake("mnist_ext::cross_entropy_backward")
+def _(_: Tensor, logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor | None, ...]:
     return tuple(_gradient(logits, target) if need else None for need in options[-2:])
+
+
+def _flops(input: _Shape, *weights: _Shape) -> int:
+    """Count those of the products of input with each of weights."""
+    return sum(2 * math.prod(input[:-1]) * math.prod(weight) for weight in weights)
+
+
+def _mlp_backward_flops(*args: Any, **_: Any) -> int:
+    input, weights, need_input = args[1], args[4], args[7]
+    return _flops(input, *weights, *(weights if need_input else weights[1:]))
+
+
+def _train_steps_flops(*args: Any, **_: Any) -> int:
+    images, order, params = args[1], args[3], args[6]
+    weights = [shape for shape in params if len(shape) == 2]
+    return _flops((*(order or images[:1]), 0), *weights, *weights, *weights[1:])
+
+
+# Called on the arguments of the ops, a shape for a tensor, and out_val.
+_FORMULAS = {
+    "linear": lambda input, weight, *_, **__: _flops(input, weight),
+    "linear_backward": lambda grad, input, weight, *_, **__: _flops(
+        grad, *[(grad[-1], t[-1]) for t in (input, weight) if t is not None]
+    ),
+    "mlp": lambda input, weights, *_, **__: _flops(input, *weights),
+    "mlp_backward": _mlp_backward_flops,
+    "train_steps": _train_steps_flops,
+}
+
+
+def register_flops() -> None:
+    """Register the formulas, if anybody has imported torch.utils.flop_counter.
+
+    That takes longer to import than all of ours. Asked wherever the ops get into a program anew: on
+    import, by `nn.swap`, and when torch.compile asks for the shapes of an op.
+    """
+    flop_counter = sys.modules.get("torch.utils.flop_counter")
+    if flop_counter is None or not hasattr(flop_counter, "register_flop_formula"):
+        return
+    for name, formula in _FORMULAS.items():
+        op = getattr(torch.ops.mnist_ext, name)
+        if op not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(op)(formula)
+
+
+register_flops()

@@ -18,13 +18,10 @@ cuda_reason = ""
 
 
 def load() -> None:
-    """Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``.
+    """Import ``mnist_ext._C``, which registers ``torch.ops.mnist_ext``, and ``mnist_ext._cuda``.
 
     torch comes first: its OpenMP runtime is then in the process already, and ours resolves to it.
-
-    Raises:
-        ImportError: on a torch that is too old, where the library has not been built, or where it
-            cannot be loaded; the message says what to run.
+    An ImportError (a torch that is too old; not built; cannot be loaded) says what to run.
     """
     found = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:

@@ -17,31 +17,28 @@ from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-_OBSERVERS = "who must be shown PyTorch's own ops; a public question is slower or does not exist"
-_CONTENTS = "what is registered in a module, without a generator at each call"
 MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = {
+    "torch.nn.Module": MODULE_HOOKS,
+    "torch.nn.modules.module": tuple(f"_global{hooks}" for hooks in MODULE_HOOKS),
+    "torch.Tensor": ("_backward_hooks", "_post_accumulate_grad_hooks"),
+    "torch.optim.Optimizer": ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+    "torch.optim.optimizer": ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"),
+}
+_OBSERVERS = "who must be shown PyTorch's own ops; a public question is slower or does not exist"
+_ONEDNN = "whether oneDNN has this CPU's own instructions"
+_CONTENTS = "what is registered in a module, without a generator at each call"
 
+# With what each is for: those that are not called, or only in other files; `_take` adds the others.
 # Those of Module, Tensor and Optimizer, and of what a call returns, are attributes of objects.
 NAMES = {
-    "torch._C._are_functorch_transforms_active": _OBSERVERS,
-    "torch._C._len_torch_function_stack": _OBSERVERS,
-    "torch._C._len_torch_dispatch_stack": _OBSERVERS,
-    "torch._C._get_tracing_state": _OBSERVERS,
-    "torch.overrides._get_current_function_mode_stack": _OBSERVERS,
+    **{
+        f"{owner}.{name}": "nothing public says whether there are hooks"
+        for owner, names in _HOOKS.items()
+        for name in names
+    },
     "torch.autograd.forward_ad._current_level": _OBSERVERS,
     "torch.utils._device.DeviceContext": "set_default_device is a mode too, of no concern to an op",
-    "torch._C._functorch.is_legacy_batchedtensor": "the vmap of is_grads_batched=True",
-    "torch._C._autograd._top_saved_tensors_default_hooks": "hooks such as those of checkpointing",
-    "torch._C._will_engine_execute_node": "what autograd.grad asks for (pytorch#174017)",
-    "torch._C._is_any_autocast_enabled": "all devices, in a third of the time",
-    "torch._C._set_grad_enabled": "a fifth of what no_grad() costs",
-    "torch._C._get_fp32_precision_getter": "allow_tf32 raises where the newer one was set",
-    "torch.autograd._profiler_enabled": "where the symbol at::hasCallbacks is not to be found",
-    "torch.ops.mkldnn._is_mkldnn_bf16_supported": "whether oneDNN has this CPU's own instructions",
-    "torch.ops.mkldnn._is_mkldnn_fp16_supported": "whether oneDNN has this CPU's own instructions",
-    "torch.nn._reduction.legacy_get_string": "size_average and reduce, with PyTorch's warning",
-    "torch._check": "an error of shapes that torch.compile understands",
-    "torch._check_value": "the same, a ValueError",
     "torch.compiler.assume_constant_result()._dynamo_marked_constant": (
         "the function imports the compiler, which takes seconds"
     ),
@@ -52,27 +49,12 @@ NAMES = {
     "torch.nn.Module._compiled_call_impl": "what module.compile() leaves behind",
     "torch.optim.Optimizer._opt_called": "a scheduler warns where no step has set it",
     "torch.optim.Optimizer.step._wrapped_by_lr_sched": "the wrapper of a scheduler",
-}
-_HOOKS = {
-    "torch.nn.Module": MODULE_HOOKS,
-    "torch.nn.modules.module": tuple(f"_global{hooks}" for hooks in MODULE_HOOKS),
-    "torch.Tensor": ("_backward_hooks", "_post_accumulate_grad_hooks"),
-    "torch.optim.Optimizer": ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
-    "torch.optim.optimizer": ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"),
-}
-NAMES |= {
-    f"{owner}.{name}": "nothing public says whether there are hooks"
-    for owner, names in _HOOKS.items()
-    for name in names
+    "torch.autograd._profiler_enabled": "where the symbol at::hasCallbacks is not to be found",
 }
 
 
 def find(name: str) -> Any:
-    """Look up one of NAMES that is no attribute of an object.
-
-    Raises:
-        ImportError: this torch has none; the message names it.
-    """
+    """Look up one of NAMES that is no attribute of an object; an ImportError names it."""
     try:
         owner, _, attribute = name.rpartition(".")
         modules = sys.modules  # torch.optim hides some of its modules
@@ -84,32 +66,37 @@ def find(name: str) -> Any:
         ) from error
 
 
-are_transforms_active: Callable[[], bool] = find("torch._C._are_functorch_transforms_active")
-_function_modes: Callable[[], int] = find("torch._C._len_torch_function_stack")
-_dispatch_modes: Callable[[], int] = find("torch._C._len_torch_dispatch_stack")
-_tracing_state: Callable[[], Any] = find("torch._C._get_tracing_state")
-_stack_of_function_modes = find("torch.overrides._get_current_function_mode_stack")
-is_any_autocast_enabled: Callable[[], bool] = find("torch._C._is_any_autocast_enabled")
-is_batched: Callable[[torch.Tensor], bool] = find("torch._C._functorch.is_legacy_batchedtensor")
-_saved_tensors_hooks = find("torch._C._autograd._top_saved_tensors_default_hooks")
-_will_execute: Callable[[Any], bool] = find("torch._C._will_engine_execute_node")
-set_grad_enabled: Callable[[bool], None] = find("torch._C._set_grad_enabled")
-fp32_precision: Callable[[str, str], str] = find("torch._C._get_fp32_precision_getter")
-has_bfloat16_instructions: Callable[[], bool] = find("torch.ops.mkldnn._is_mkldnn_bf16_supported")
-has_float16_instructions: Callable[[], bool] = find("torch.ops.mkldnn._is_mkldnn_fp16_supported")
-reduction_of_legacy: Callable[..., Any] = find("torch.nn._reduction.legacy_get_string")
-check: Callable[..., None] = find("torch._check")
-check_value: Callable[..., None] = find("torch._check_value")
+def _take(name: str, reason: str) -> Any:
+    NAMES[name] = reason
+    return find(name)
 
+
+are_transforms_active = _take("torch._C._are_functorch_transforms_active", _OBSERVERS)
+_function_modes = _take("torch._C._len_torch_function_stack", _OBSERVERS)
+_dispatch_modes = _take("torch._C._len_torch_dispatch_stack", _OBSERVERS)
+_tracing_state = _take("torch._C._get_tracing_state", _OBSERVERS)
+_stack_of_function_modes = _take("torch.overrides._get_current_function_mode_stack", _OBSERVERS)
+is_batched = _take("torch._C._functorch.is_legacy_batchedtensor", "is_grads_batched=True's vmap")
+_top_hooks = _take("torch._C._autograd._top_saved_tensors_default_hooks", "those of checkpointing")
+_will_execute = _take("torch._C._will_engine_execute_node", "what is asked for (pytorch#174017)")
+is_any_autocast_enabled = _take("torch._C._is_any_autocast_enabled", "all devices, in less time")
+set_grad_enabled = _take("torch._C._set_grad_enabled", "a fifth of what no_grad() costs")
+fp32_precision = _take(
+    "torch._C._get_fp32_precision_getter", "allow_tf32 raises where the newer one was set"
+)
+has_bfloat16_instructions = _take("torch.ops.mkldnn._is_mkldnn_bf16_supported", _ONEDNN)
+has_float16_instructions = _take("torch.ops.mkldnn._is_mkldnn_fp16_supported", _ONEDNN)
+reduction_of_legacy = _take("torch.nn._reduction.legacy_get_string", "with PyTorch's warning")
+check = _take("torch._check", "an error of shapes that torch.compile understands")
+check_value = _take("torch._check_value", "the same, a ValueError")
 is_compiling: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
-
-def _find_hooks(owner: str) -> list[Any]:
-    return [find(f"{owner}.{name}") for name in _HOOKS[owner]]
-
-
-hooks_of_all_modules = _find_hooks("torch.nn.modules.module")
-hooks_of_all_optimizers = _find_hooks("torch.optim.optimizer")
+hooks_of_all_modules = [
+    find(f"torch.nn.modules.module.{name}") for name in _HOOKS["torch.nn.modules.module"]
+]
+hooks_of_all_optimizers = [
+    find(f"torch.optim.optimizer.{name}") for name in _HOOKS["torch.optim.optimizer"]
+]
 
 
 def hooks_of_optimizer(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -179,7 +166,7 @@ def observer() -> str | None:
 
 def are_saved_tensors_hooked() -> bool:
     """Return whether hooks decide what becomes of the tensors that a backward will read."""
-    return _saved_tensors_hooks(True) is not None
+    return _top_hooks(True) is not None
 
 
 def will_execute(node: Any) -> bool:

@@ -18,17 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_ext import (
-    _autograd,
-    _fake,  # noqa: F401  (registers the shapes that torch.compile asks for)
-)
+from mnist_ext import _autograd, _fake  # noqa: F401  (_fake: the shapes for torch.compile)
 from mnist_ext._autograd import BIAS, FLAGS, RELU, by_layer
-from mnist_ext._decision import (
-    REDUCTIONS,
-    against_cross_entropy,
-    against_linear,
-    against_mlp,
-)
+from mnist_ext._decision import REDUCTIONS, against_cross_entropy, against_linear, against_mlp
 from mnist_ext._torch_private import is_any_autocast_enabled, observer, reduction_of_legacy
 
 Activation = Literal["none", "relu"]
@@ -87,35 +79,27 @@ def _autocast_dtype(input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if _is_cast(input) else None
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     # Gradients are cast back on their way. Each call casts its weight again: autocast keeps casts
     # for its own ops, and has no public way to share them.
-    return tensor.to(dtype) if _is_cast(tensor) else tensor
+    return tensor if tensor is None or not _is_cast(tensor) else tensor.to(dtype)
 
 
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
 ) -> Tensor:
-    """Compute ``activation(input @ weight.T + bias)`` in one pass.
+    """Compute ``activation(input @ weight.T + bias)``, contiguous, in one pass.
 
-    As ``torch.nn.functional.linear``, with the activation applied while the result is still in
-    registers; the backward reads its mask from the output, so no extra tensor is kept.
-
-    Args:
-        input: ``[..., in_features]``, any strides.
-        weight: ``[out_features, in_features]``, of the dtype of input.
-        bias: ``[out_features]`` or None.
-        activation: ``"none"`` or ``"relu"``.
-
-    Returns:
-        ``[..., out_features]``, contiguous, of the dtype of input. Sums are accumulated in that
-        dtype (bfloat16 and float16 in float32, rounded once; the bias gradient more exactly). On
-        CUDA float32 products obey ``torch.backends.cuda.matmul.fp32_precision``. Under autocast the
-        arguments are cast to its dtype first, as PyTorch's are; float64 ones stay.
+    As ``torch.nn.functional.linear`` for input, weight and bias: tensors ``[..., in_features]`` of
+    any strides, ``[out_features, in_features]`` and ``[out_features]``, all of one dtype, in which
+    sums are accumulated: bfloat16 and float16 in float32, rounded once. ``activation="relu"`` is
+    applied to the result in registers, and the backward reads its mask from the output. float32
+    products on CUDA obey ``torch.backends.cuda.matmul.fp32_precision``. Under autocast the
+    arguments are cast to its dtype first, as PyTorch's are; float64 ones stay.
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit together.
-        ValueError: unknown activation.
+        ValueError: activation is neither ``"none"`` nor ``"relu"``.
     """
     relu = FLAGS[check_activation(activation)] == RELU
     autocast = None
@@ -123,28 +107,18 @@ def linear(
         autocast = _autocast_dtype(input)
     if against_linear(input, weight, bias, autocast) is None:
         if autocast is not None:
-            input, weight = _cast(input, autocast), _cast(weight, autocast)
-            bias = None if bias is None else _cast(bias, autocast)
+            input, weight, bias = [_cast(t, autocast) for t in (input, weight, bias)]
         return _autograd.linear(input, weight, bias, relu)
-    tensors = {"input": input, "weight": weight, "bias": bias}
-    output = _pytorchs("linear", F.linear, tensors)
+    output = _pytorchs("linear", F.linear, {"input": input, "weight": weight, "bias": bias})
     return torch.relu(output) if relu else output
 
 
 def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]]) -> Tensor:
-    """Compute `linear` for each of layers, one after the other.
+    """Compute `linear` for each of layers: (weight, bias, activation), as it takes them.
 
     In float32 and float64 all of them are one native call, and so is their backward, with the same
     bits: the time between the kernels of small layers is saved. In other dtypes, on other devices
-    than the CPU and CUDA, and where only some gradients are needed, it is one call of `linear`
-    after the other.
-
-    Args:
-        input: ``[..., in_features]``, any strides.
-        layers: (weight, bias, activation) of each, as `linear` takes them, and with its errors.
-
-    Returns:
-        ``[..., out_features]`` of the last layer.
+    than the CPU and CUDA, and where only some gradients are needed, `linear` is called for each.
     """
     weights, biases, flags = [], [], []
     for weight, bias, activation in layers:
@@ -157,12 +131,7 @@ def mlp(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Activation]
 
 
 def linears(
-    input: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    layers: list[int],
-    *,
-    together: bool,
+    input: Tensor, weights: list[Tensor], biases: list[Tensor], layers: list[int], *, together: bool
 ) -> Tensor:
     """As `mlp`, with weights, biases that there are, and layers (BIAS | RELU) as the op has them.
 
@@ -189,31 +158,18 @@ def cross_entropy(
 ) -> Tensor:
     """Compute the cross-entropy of softmax(input) against target.
 
-    As ``torch.nn.functional.cross_entropy``. Formula and treatment of extreme logits are those of
-    PyTorch's log_softmax: ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``.
+    As ``torch.nn.functional.cross_entropy``: arguments, shapes, results and the treatment of
+    extreme logits, ``loss_i = -((x_t - max(x)) - log(sum(exp(x - max(x)))))``. Three differences:
+    class indices may be int32 or uint8 throughout; a position that is ignored has gradient 0 even
+    if its logits are NaN; and the gradient of a mean or sum is formed along with the loss. Where it
+    is not (reduction "none", bfloat16, float16, probabilities with a gradient, hooks of saved
+    tensors), and for a second backward, the logits themselves are kept (PyTorch keeps a copy of
+    that size), so writing to them in between raises.
 
-    Three differences: class indices may be int32 or uint8 throughout; a position that is ignored
-    has gradient 0 even if its logits are NaN; and the gradient of a mean or sum is formed along
-    with the loss. Where it is not (reduction "none", bfloat16, float16, probabilities with a
-    gradient, hooks of saved tensors), and for a second backward, the logits themselves are kept
-    (PyTorch keeps a copy of that size), so writing to them in between raises.
-
-    Args:
-        input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``, any strides.
-        target: class indices in ``[0, C)`` or ``ignore_index``, int64, int32 or uint8, of shape
-            ``[]``, ``[N]`` or ``[N, d1, ...]``; or class probabilities, of the shape of input.
-        weight: ``[C]``, of the dtype of input: a weight per class.
-        size_average: deprecated, as PyTorch's: with ``reduce`` it sets reduction.
-        ignore_index: class indices of this value count neither in the loss nor in the gradient.
-        reduce: deprecated, see ``size_average``.
-        reduction: ``"mean"`` (with class indices over the weights of the targets that count, NaN if
-            there are none; with probabilities over ``N * d1 * ...``), ``"sum"`` or ``"none"``.
-        label_smoothing: in [0, 1]: the share of the target that is spread evenly over the classes.
-
-    Returns:
-        A scalar, or for reduction ``"none"`` the shape of input without C, of the dtype of input.
-        bfloat16 and float16 are computed in float32 and rounded once; under autocast the result is
-        float32, as PyTorch's is.
+    input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``, of any strides; target: class indices
+    ``[]``, ``[N]`` or ``[N, d1, ...]`` of int64, int32 or uint8, or probabilities of the shape of
+    input; weight: ``[C]``, of the dtype of input. The result has the dtype of input: bfloat16 and
+    float16 are computed in float32 and rounded once; under autocast it is float32, as PyTorch's is.
 
     Raises:
         IndexError: a class index that is neither a class nor ignore_index.
@@ -229,8 +185,7 @@ def cross_entropy(
     against = against_cross_entropy(input, target, weight, ignore_index, label_smoothing, reduction)
     if against is None:
         if is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
-            input, target = _in_float32(input), _in_float32(target)
-            weight = None if weight is None else _in_float32(weight)
+            input, target, weight = [_cast(t, torch.float32) for t in (input, target, weight)]
         options = ignore_index, label_smoothing, REDUCTIONS[reduction]
         return _autograd.cross_entropy(input, target, weight, options)
     if isinstance(input, Tensor) and isinstance(target, Tensor) and type(ignore_index) is int:
@@ -243,8 +198,3 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-
-
-def _in_float32(tensor: Tensor) -> Tensor:
-    # What autocast does to the arguments of a loss: float64 and class indices stay.
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

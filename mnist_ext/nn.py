@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from mnist_ext import _flops, functional
+from mnist_ext import _fake, functional
 from mnist_ext._autograd import BIAS, FLAGS, RELU
 from mnist_ext._decision import against_looking_ahead, is_patched, is_watched
 
@@ -18,10 +18,7 @@ _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` with the activation fused in; the same parameters and state_dict.
-
-    Args are those of ``torch.nn.Linear``, and activation: ``"none"`` or ``"relu"``.
-    """
+    """``torch.nn.Linear`` with the activation, ``"none"`` or ``"relu"``, fused in."""
 
     # Of the class, so that `swap` changes nothing but the class.
     activation: functional.Activation = "none"
@@ -57,10 +54,8 @@ class Sequential(torch.nn.Sequential):
 
     `Linear` and ``ReLU`` behind it are one op, and neighbouring such layers one native call
     (`functional.mlp`), with the same bits. ``Identity`` may lie between, and ``Flatten`` is done
-    without a call of its module. Each module is called as PyTorch's ``Sequential`` calls it where
-    anybody looks between them at that moment: hooks, of a module or of all; a ``forward`` replaced
-    on the instance or the class; a compiled module; modes, tracing and torch.compile; and where a
-    module is of another class.
+    without a call of its module. Where anybody looks between the modules at that moment (hooks, a
+    ``forward`` replaced, compiled modules, modes, tracing: ``docs/semantics.md``) each is called.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -122,25 +117,16 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 def swap(module: _Module) -> _Module:
-    """Make the layers inside module ours, by their class and by nothing else.
+    """Make the layers inside module ours, by their class and by nothing else; return module.
 
     Every ``torch.nn.Linear`` and ``torch.nn.CrossEntropyLoss`` becomes one of ours, and so does a
     ``Sequential`` in which a Linear has a neighbour to be fused with: another Linear or a ReLU.
-    Nothing is taken out or moved: Parameter objects, hooks, names, the state_dict and references to
-    the modules stay valid, a layer that is called, replaced or taken out by itself is what it was,
-    and `unswap` undoes it. Running it twice changes nothing more.
-
-    Left alone, and named in one warning, are layers whose class is not exactly PyTorch's
-    (subclasses, lazy layers that have not seen a batch, parametrized layers: swap first, then
-    parametrize) and modules whose ``forward`` was replaced on the instance.
-
-    A loss that a forward computes by itself (``F.cross_entropy``) is out of reach: call
-    `functional.cross_entropy` there.
-
-    Returns:
-        module itself: a model, a loss, or a bare Linear.
+    Parameter objects, hooks, names, the state_dict and references to the modules stay valid, and
+    `unswap` undoes it. Left alone, and named in one warning, are subclasses, lazy layers that have
+    not seen a batch, parametrized layers (swap first), and modules whose ``forward`` was replaced
+    on the instance. Out of reach is ``F.cross_entropy`` in a forward: call `functional`'s there.
     """
-    _flops.register()
+    _fake.register_flops()
     # The out_proj of a MultiheadAttention is called by nobody: only its parameters are read.
     never_called = {
         m.out_proj for m in module.modules() if isinstance(m, torch.nn.MultiheadAttention)
@@ -162,17 +148,12 @@ def swap(module: _Module) -> _Module:
 
 
 def unswap(module: _Module) -> _Module:
-    """Undo `swap`: every layer of ours inside module becomes PyTorch's, by its class.
+    """Undo `swap`: every layer of ours inside module becomes PyTorch's; return module.
 
-    For tools that ask for PyTorch's very classes and pass over others without a word, such as
-    ``quantize_dynamic``, ``fuse_modules``, FLOP counters by module, or ``type(m) is nn.Linear`` in
-    an initialiser: unswap, use the tool, and swap again what is left.
-
-    A `Linear` with an activation of its own, which no swap made, is left alone and named in a
-    warning: PyTorch has no such class.
-
-    Returns:
-        module itself, with the same Parameter objects, hooks and names.
+    For tools that pass over other classes than PyTorch's without a word, such as
+    ``quantize_dynamic``, ``fuse_modules`` and FLOP counters by module: unswap, use the tool, and
+    swap again what is left. A `Linear` with an activation of its own, which no swap made, is left
+    alone and named in a warning: PyTorch has no such class.
     """
     left_alone = []
     for name, child in module.named_modules():
@@ -186,14 +167,9 @@ def unswap(module: _Module) -> _Module:
     return module
 
 
-_SWAPPED: Mapping[type, type] = {
-    torch.nn.Linear: Linear,
-    torch.nn.CrossEntropyLoss: CrossEntropyLoss,
-}
-_UNSWAPPED: Mapping[type, type] = {
-    **{ours: torchs for torchs, ours in _SWAPPED.items()},
-    Sequential: torch.nn.Sequential,
-}
+_Types = Mapping[type, type]
+_SWAPPED: _Types = {torch.nn.Linear: Linear, torch.nn.CrossEntropyLoss: CrossEntropyLoss}
+_UNSWAPPED: _Types = {Sequential: torch.nn.Sequential} | {v: k for k, v in _SWAPPED.items()}
 
 
 def _warn(what: str, names: list[str]) -> None:

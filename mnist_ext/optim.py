@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +20,17 @@ from mnist_ext._torch_private import (
 
 _sgd_step = torch.ops.mnist_ext.sgd_step.default
 _PLAIN = {Tensor, torch.nn.Parameter}
-_OPTIONS = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")  # in its order
+_options_of = operator.itemgetter(*_OPTIONS)
 
 
 class SGD(torch.optim.SGD):
     """``torch.optim.SGD`` with one native call per step and parameter group.
 
     The same arguments, the same ``state_dict``, and in float32 and float64 the same bits, on CPUs
-    with fused multiply-add: each element goes through PyTorch's operations in its order. What the
-    kernels do not take is left to PyTorch's functions: tensors that are not dense, not on the CPU
-    or CUDA, or subclasses, parameters and buffers that share memory, which are updated one after
-    the other, ``foreach``, ``fused``, ``differentiable``, ``torch.compile``, and a learning rate or
+    with fused multiply-add. Left to PyTorch's functions are tensors that are not dense, not on the
+    CPU or CUDA, or subclasses; parameters and buffers that share memory, updated one after the
+    other; ``foreach``, ``fused``, ``differentiable``, ``torch.compile``; and a learning rate or
     weight decay that is a tensor with a gradient or not on the CPU.
 
     Raises:
@@ -38,14 +38,7 @@ class SGD(torch.optim.SGD):
     """
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters from their gradients.
-
-        Args:
-            closure: computes the loss again and returns it; called once, before the update.
-
-        Returns:
-            What closure returns, or None.
-        """
+        """Update the parameters from their gradients; return what closure returns, if given."""
         return (self._step_with_hooks if self._is_watched() else self._step)(closure)
 
     # PyTorch would wrap step so that hooks and profilers see it, which costs as much as the step.
@@ -92,76 +85,62 @@ class SGD(torch.optim.SGD):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
+        grads: list[Any] = [p.grad for p in params]
         if not group["momentum"]:
-            self._update(group, params, [], first_step=False)
+            if not _is_updated(group, params, grads, [], first_step=False):
+                _update_by_torch(group, params, grads, [None] * len(params))
             return
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        # Parameters in their first step have no buffer yet. In order: they may share memory.
-        pairs = zip(params, buffers, strict=True)
-        for is_first, run in itertools.groupby(pairs, lambda pair: pair[1] is None):
-            of_run, buffers_of_run = map(list, zip(*run, strict=True))
-            if not is_first:
-                self._update(group, of_run, buffers_of_run, first_step=False)
-                continue
-            buffers_of_run = [torch.empty_like(p) for p in of_run]
-            made = self._update(group, of_run, buffers_of_run, first_step=True)
-            for param, buffer in zip(of_run, made, strict=True):
+        new = [p for p, buffer in zip(params, buffers, strict=True) if buffer is None]
+        # In the first step of some of them PyTorch's function makes their buffers.
+        native = not new or len(new) == len(params)
+        made = [torch.empty_like(p) for p in new] if native and new else buffers
+        if native and _is_updated(group, params, grads, made, first_step=bool(new)):
+            buffers = made
+        else:
+            _update_by_torch(group, params, grads, buffers)
+        if new:
+            for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], buffers: list[Any], first_step: bool
-    ) -> list[Any]:
-        """Update params and buffers; return the buffers."""
-        grads: list[Any] = [p.grad for p in params]
-        if _PLAIN.issuperset(map(type, params)) and all([type(g) is Tensor for g in grads]):
-            try:
-                refused = _sgd_step(
-                    params,
-                    grads,
-                    buffers,
-                    float(group["lr"]),
-                    group["momentum"],
-                    group["dampening"],
-                    float(group["weight_decay"]),
-                    group["nesterov"],
-                    group["maximize"],
-                    first_step,
-                )
-            except NotImplementedError:  # another device or layout
-                refused = 0
-            if refused < 0:
-                torch.autograd.graph.increment_version(params + buffers)
-                return buffers
-        for grad in grads:
-            if grad.layout is not torch.strided or grad.is_complex():
-                raise RuntimeError(
-                    "mnist_ext.optim.SGD: expected dense gradients of a real dtype, got "
-                    f"{list(grad.shape)} {grad.dtype} of layout {grad.layout}: use torch.optim.SGD"
-                )
-        if first_step or not buffers:
-            buffers = [None] * len(params)
-        _torchs_sgd(
-            params,
-            grads,
-            buffers,
-            has_sparse_grad=False,
-            foreach=False,
-            fused=False,
-            **{name: group[name] for name in _OPTIONS},
-        )
-        return buffers
+
+def _is_updated(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    first_step: bool,
+) -> bool:
+    """Update params and buffers, or return False, having done nothing."""
+    if not (_PLAIN.issuperset(map(type, params)) and all([type(g) is Tensor for g in grads])):
+        return False
+    try:
+        refused = _sgd_step(params, grads, buffers, *_options_of(group), first_step)
+    except NotImplementedError:  # another device or layout
+        return False
+    if refused >= 0:
+        return False
+    torch.autograd.graph.increment_version(params + buffers)
+    return True
+
+
+def _update_by_torch(
+    group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Any]
+) -> None:
+    """Update params and buffers one after the other; make the buffers that are None."""
+    for grad in grads:
+        if grad.layout is not torch.strided or grad.is_complex():
+            raise RuntimeError(
+                "mnist_ext.optim.SGD: expected dense gradients of a real dtype, got "
+                f"{list(grad.shape)} {grad.dtype} of layout {grad.layout}: use torch.optim.SGD"
+            )
+    options = {name: group[name] for name in _OPTIONS}
+    _torchs_sgd(params, grads, buffers, foreach=False, fused=False, **options)
 
 
 def _is_torchs(group: dict[str, Any]) -> bool:
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    return bool(
-        group["differentiable"]
-        or group["fused"]
-        or group["foreach"]
-        or (isinstance(lr, Tensor) and _is_not_to_be_read(lr))
-        or (isinstance(weight_decay, Tensor) and _is_not_to_be_read(weight_decay))
-    )
-
-
-def _is_not_to_be_read(value: Tensor) -> bool:
-    return value.requires_grad or not value.is_cpu  # to read it would be to wait
+    for value in (group["lr"], group["weight_decay"]):
+        # To read it would be to wait, or to lose its gradient.
+        if isinstance(value, Tensor) and (value.requires_grad or not value.is_cpu):
+            return True
+    return bool(group["differentiable"] or group["fused"] or group["foreach"])

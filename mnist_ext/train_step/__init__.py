@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist_ext._torch_private import count_step, is_any_autocast_enabled, set_grad_enabled
 from mnist_ext.train_step.epoch import Epoch, Scheduler, check_indices, expect_tensor
 from mnist_ext.train_step.guard import Guard, check_hooks
-from mnist_ext.train_step.model import Layers, loss_arguments, names_of, refuse
+from mnist_ext.train_step.model import Layers, loss_arguments, refuse
 from mnist_ext.train_step.optimizer import Groups, learning_rates
 
 __all__ = ["Scheduler", "TrainStep"]
@@ -41,19 +41,16 @@ class TrainStep:
         optimizer.step()
 
     There is no autograd graph and no ``.grad``; parameters and momentum buffers are updated in
-    place, in the tensors that model and optimizer hold. State dicts, evaluation and checkpoints
-    between steps see them, and one may go on with the ordinary loop at any step. The optimizer's
-    settings are read at each step, and changes of the model are noticed: other modules, parameters
-    or attributes, frozen parameters, hooks. What cannot be seen so cheaply needs `refresh`. Frozen
-    parameters, and those that the optimizer does not hold, stay as they are. Nothing is exchanged
-    with other processes: a ``DistributedDataParallel`` is refused, and the module in it is trained
-    by itself.
+    place, in the tensors that model and optimizer hold: one may go on with the ordinary loop at any
+    step. The optimizer's settings are read at each step, and changes of the model are noticed:
+    other modules, parameters or attributes, frozen parameters, hooks. What cannot be seen so
+    cheaply needs `refresh`. Frozen parameters, and those that the optimizer does not hold, stay as
+    they are. A ``DistributedDataParallel`` is refused: nothing is exchanged with other processes.
 
     On a CUDA device nothing waits for the device in a step, and `epoch` waits a few times a second.
-    A step starts some ten kernels; where it repeats the last one's sizes and tensors, but for
-    images and labels, they become one CUDA graph, which keeps up to 64 MiB of memory while this
-    object lives. A capture of the caller's own takes the kernels. On CUDA an index or label out of
-    range that a step meets ends with a device-side assertion, as in PyTorch.
+    A step that repeats the last one's sizes and tensors, but for images and labels, is one CUDA
+    graph, which keeps up to 64 MiB of memory while this object lives. A capture of the caller's own
+    takes the kernels. An index or label out of range ends with a device-side assertion there.
 
     Args:
         model: calls modules one after the other: optionally ``Flatten``, then ``Linear`` (PyTorch's
@@ -95,21 +92,19 @@ class TrainStep:
         return make, (self._model, self._criterion, self._optimizer)
 
     def refresh(self) -> None:
-        """Look at model, criterion and optimizer again.
+        """Look at model, criterion and optimizer again, or raise ValueError: why not.
 
         To be called after changes that a step does not notice: to what a forward reads besides the
         attributes and modules of its object (globals, closures, elements of a list or dict, numbers
         in a tensor), and to the forward of a class that is neither ``Linear`` nor ``ReLU``.
-
-        Raises:
-            ValueError: they cannot be taken any more; the message says why.
         """
-        names = names_of(self._model, self._criterion)
+        names = {module: name or "model" for name, module in self._model.named_modules()}
+        names[self._criterion] = "criterion"
         check_hooks(names, self._optimizer)
         loss = loss_arguments(self._criterion)
         layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers)
-        guard = Guard(list(names), self._criterion, self._optimizer, layers, groups.settings)
+        guard = Guard(list(names), self._criterion, self._optimizer, layers)
         self._layers, self._groups, self._guard = layers, groups, guard
         self._handle = _Handle(
             layers.params[0].device,
@@ -121,20 +116,15 @@ class TrainStep:
         )
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Train on one batch.
+        """Train on one batch; return the loss before the update, detached.
 
         Args:
             images: [n, ...] of the parameters' dtype, or of uint8 with ``normalize``, on the
                 parameters' device; without a Flatten in the model [n, in_features]. Any strides.
-                n may differ from call to call.
             labels: class indices [n] of int64, int32 or uint8.
-
-        Returns:
-            The loss before the update, detached.
 
         Raises:
             IndexError: a label is neither a class nor ``ignore_index``; nothing has been updated.
-                On a CUDA device a device-side assertion instead.
             TypeError: images or labels are no plain dense tensor.
             ValueError: the shapes or dtypes do not fit, or the model is not as it was and cannot be
                 taken any more; nothing has been updated.
@@ -151,7 +141,7 @@ class TrainStep:
         permutation: Tensor | None = None,
         scheduler: Scheduler | None = None,
     ) -> float:
-        """Train on all images once, many batches to a native call.
+        """Train on all images once, many batches to a native call; return their mean loss.
 
         Ctrl-C interrupts between two batches, within 0.1 s unless one batch takes longer. Then
         parameters, momentum and scheduler are as the ordinary loop leaves them after a batch; so
@@ -164,9 +154,6 @@ class TrainStep:
             permutation: indices of images, int64: the order in which they come; None: as they lie.
             scheduler: its ``step`` is called once for each batch, for those of one native call
                 before they run.
-
-        Returns:
-            The mean loss over the images, each as it was trained on.
 
         Raises:
             IndexError: a label or an index is out of range; nothing has been updated.
@@ -182,12 +169,9 @@ class TrainStep:
         permutation: Tensor | None = None,
         scheduler: Scheduler | None = None,
     ) -> Iterator[Tensor]:
-        """As ``epoch``, but hand over control after each native call, when it is done.
+        """As ``epoch``, but yield the losses [steps] of each native call, when it is done.
 
         Between two parts model, optimizer and scheduler agree, and one may stop for good.
-
-        Yields:
-            The loss of each batch of the native call, [steps].
         """
         return self._epoch(images, labels, batch_size, permutation).run(self, scheduler)
 

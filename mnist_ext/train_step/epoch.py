@@ -114,16 +114,14 @@ class Epoch:
 
     def mean_loss(self, step: TrainStep, scheduler: Scheduler | None) -> float:
         """Train; return the mean over the images, NaN if there are none."""
-        total, begin = 0.0, 0
-        for losses in self.run(step, scheduler):
-            end = min(begin + len(losses) * self.batch_size, self.examples)
-            if step._criterion.reduction == "mean":
-                losses = losses.double()
-                losses[:-1] *= self.batch_size
-                losses[-1] *= end - begin - (len(losses) - 1) * self.batch_size
-            total += losses.sum(dtype=torch.float64).item()
-            begin = end
-        return total / self.examples if self.examples else math.nan
+        parts = [*self.run(step, scheduler)]
+        if not parts:
+            return math.nan
+        losses = torch.cat(parts).double()
+        if step._criterion.reduction == "mean":
+            losses[:-1] *= self.batch_size
+            losses[-1] *= self.examples - (len(losses) - 1) * self.batch_size
+        return losses.sum().item() / self.examples
 
     def _examples(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
         if self._order is None:

@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from mnist_ext._decision import is_patched
-from mnist_ext._torch_private import (
-    MODULE_HOOKS,
-    hooks_of_all_modules,
-    hooks_of_optimizer,
-)
+from mnist_ext._torch_private import MODULE_HOOKS, hooks_of_all_modules, hooks_of_optimizer
 from mnist_ext.train_step.model import Layers, Names, refuse
 from mnist_ext.train_step.optimizer import read_settings
 
@@ -51,10 +47,9 @@ class Guard:
         criterion: nn.Module,
         optimizer: torch.optim.Optimizer,
         layers: Layers,
-        settings: list[float],
     ) -> None:
         self._modules, self._optimizer = modules, optimizer
-        self._params, self._settings = layers.params, settings
+        self._params, self._settings = layers.params, read_settings(optimizer)
         self._types = [type(module) for module in self._modules]
         self._dicts: list[dict[str, Any]] = [module.__dict__ for module in self._modules]
         self._hooks = [attributes[hooks] for attributes in self._dicts for hooks in MODULE_HOOKS]

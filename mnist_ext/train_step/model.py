@@ -27,12 +27,6 @@ def refuse(message: str) -> NoReturn:
     raise ValueError(f"mnist_ext.TrainStep: {message}")
 
 
-def names_of(model: nn.Module, criterion: nn.Module) -> Names:
-    """Name the modules of model, and the criterion."""
-    names = {module: name or "model" for name, module in model.named_modules()}
-    return {**names, criterion: "criterion"}
-
-
 def loss_arguments(criterion: Any) -> dict[str, Any]:
     """Return the op's arguments that say what the loss is, or refuse criterion."""
     if type(criterion) not in _CRITERIA or "forward" in criterion.__dict__:
@@ -63,14 +57,12 @@ class Layers:
         self.linears: list[nn.Linear] = []  # one a layer
         self.relu: list[bool] = []  # whether a layer has one
         self._names = names
-        views: list[_Call] = []  # those that name the number of features
-        for call in _calls_of(model, names):
+        calls = _calls_of(model, names)
+        for call in calls:
             self._add(call)
-            if call.features != -1:
-                views.append(call)
         if not self.linears:
             refuse("model: expected at least one Linear, got none")
-        self._check_features(views)
+        self._check_features(calls)
         named = self._parameters()
         self.params = list(named.values())
         self.weights: list[Any] = [linear.weight for linear in self.linears]
@@ -96,10 +88,10 @@ class Layers:
                 hint = "it is parametrized: call remove_parametrizations first"
             refuse(f"{where}: expected Flatten first, then Linear and ReLU; {hint}")
 
-    def _check_features(self, views: list[_Call]) -> None:
+    def _check_features(self, calls: list[_Call]) -> None:
         first = self.linears[0]
-        for where, _, features in views:
-            if features != first.in_features:
+        for where, _, features in calls:
+            if features not in (-1, first.in_features):
                 refuse(
                     f"{where}: expected in_features of {self._names[first]}, {first.in_features}, "
                     f"got {features}"

@@ -49,28 +49,25 @@ class Groups:
             if group["differentiable"]:
                 refuse(f"optimizer: group {number} is differentiable: leave that off")
             for i, param in enumerate(group["params"]):
-                group_of[id(param)] = number
+                group_of[id(param)] = number if param.requires_grad else _FROZEN
                 if id(param) not in known:
                     refuse(
                         f"optimizer: parameter {i} of group {number}, {list(param.shape)}, belongs "
                         "to no layer of model: give the optimizer model.parameters()"
                     )
-        self.settings = read_settings(optimizer)
         self._optimizer = optimizer
         self.params: list[Tensor] = [*layers.weights, *(b for b in layers.biases if b is not None)]
-        numbers = [
-            group_of.get(id(p), _FROZEN) if p.requires_grad else _FROZEN for p in self.params
-        ]
+        numbers = [group_of.get(id(p), _FROZEN) for p in self.params]
         grouped = list(zip(self.params, numbers, strict=True))
         self.trained: list[Tensor] = [p for p, number in grouped if number != _FROZEN]
         if not self.trained:
             refuse("model: every parameter is frozen or unknown to the optimizer")
-        options = {
+        self.arguments: dict[str, Any] = {  # of the op
             name: [kind(group[name]) for group in optimizer.param_groups]
             for name, kind in _OPTIONS.items()
         }
-        self.arguments: dict[str, Any] = {**options, "groups": numbers}  # of the op
-        momentum = options["momentum"]
+        self.arguments["groups"] = numbers
+        momentum = self.arguments["momentum"]
         self._moved = [p for p, number in grouped if number != _FROZEN and momentum[number]]
 
     def momentum_buffers(self) -> tuple[list[Tensor], list[bool]]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import mnist_ext
-from mnist_ext import build_info, self_check
+from mnist_ext import build_info
 from mnist_ext.app import UserError
 from mnist_ext.app.bench.machine import cpu_model, cpus
+from mnist_ext.app.cli.kernel_check import kernels_right
 from mnist_ext.app.data import datasets
 
 # Packages that something here can use, and what for.
@@ -46,7 +47,7 @@ def examine() -> dict[str, Any]:
     report["optional_packages"] = {name: _version(name) for name in _OPTIONAL}
     report["cpu"] = cpu_model()
     report["cpus"] = cpus()
-    report["kernels_right"] = self_check.kernels_right()
+    report["kernels_right"] = kernels_right()
     report["gpu"] = _gpu()
     report["data"] = {name: _data_state(name) for name in ("mnist", "fashion-mnist")}
     report["problems"] = _problems(report)

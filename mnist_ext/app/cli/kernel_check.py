@@ -1,12 +1,10 @@
 """Whether the kernels compute on this CPU what PyTorch's ops do."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnist_ext import _C, functional
+from mnist_ext import functional, instruction_sets
 
 
 def kernels_right() -> dict[str, bool]:
@@ -17,14 +15,9 @@ def kernels_right() -> dict[str, bool]:
     """
     expected = _results(ours=False)
     verdicts = {}
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    try:
-        for isa in _C.available_isas():
-            _C.set_isa(isa)
-            pairs = zip(_results(ours=True), expected, strict=True)
-            verdicts[isa] = all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
-    finally:
-        _C.set_isa(before, reason)
+    for isa in instruction_sets.in_turn():
+        pairs = zip(_results(ours=True), expected, strict=True)
+        verdicts[isa] = all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
     return verdicts
 
 
