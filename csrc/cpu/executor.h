@@ -7,7 +7,7 @@
 #include "product/half.h"
 #include "product/row_sums.h"
 #include "product/update.h"
-#include "threads/barrier.h"
+#include "threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 

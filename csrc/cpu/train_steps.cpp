@@ -1,7 +1,8 @@
-#include "train_steps.h"
-
+// Training steps on the CPU: some of them as one program. The same for every instruction set, whose table runs it.
 #include <algorithm>
 #include <vector>
+
+#include "kernels.h"
 
 namespace mnist_ext::cpu {
 namespace {

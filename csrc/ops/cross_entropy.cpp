@@ -118,9 +118,8 @@ struct Scores {
 };
 
 void check_probabilities(const char* op, const Tensor& logits, const Tensor& target, int64_t ignore_index) {
-  check_like(op, "target", target, "logits", logits);
-  check(same_sizes(target, logits), op, ": target: expected probabilities of the shape of logits, ", Shape(logits),
-        ", got ", Shape(target));
+  check_operand(op, "target", target, "logits", logits, same_sizes(target, logits),
+                "probabilities of the shape of logits, ", Shape(logits));
   check(ignore_index < 0, op, ": ignore_index: expected a negative number, as target holds probabilities, got ",
         ignore_index);
 }
@@ -148,10 +147,9 @@ void check_operands(const char* op, const Tensor& logits, const Tensor& target, 
         Shape(logits));
   is_floating(target) ? check_probabilities(op, logits, target, ignore_index) : check_indices(op, logits, target);
   if (weight) {
-    check_like(op, "weight", *weight, "logits", logits);
     const int64_t classes = logits.size(class_dim(logits));
-    check(weight->dim() == 1 && weight->size(0) == classes, op, ": weight: expected shape [", classes,
-          "], one for each class, got ", Shape(*weight));
+    check_operand(op, "weight", *weight, "logits", logits, weight->dim() == 1 && weight->size(0) == classes, "shape [",
+                  classes, "], one for each class");
   }
   check(0 <= label_smoothing && label_smoothing <= 1, op, ": label_smoothing: expected a number in [0, 1], got ",
         label_smoothing);
@@ -229,12 +227,12 @@ class Operands {
 };
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& logits, Reduction reduction) {
-  check_like(op, "grad_output", grad_output, "logits", logits);
   if (reduction == Reduction::none) {
     const Positions positions(logits);
-    check(positions.is_shape_of(grad_output), op, ": grad_output: expected shape ", positions,
-          " for reduction none, got ", Shape(grad_output));
+    check_operand(op, "grad_output", grad_output, "logits", logits, positions.is_shape_of(grad_output), "shape ",
+                  positions, " for reduction none");
   } else {
+    check_like(op, "grad_output", grad_output, "logits", logits);
     check(grad_output.numel() == 1, op, ": grad_output: expected one element, got shape ", Shape(grad_output));
   }
 }
@@ -318,10 +316,8 @@ void cross_entropy_gradient_(const Tensor& gradient, const Tensor& grad_output, 
   const Operands operands(kOp, logits, target, weight, ignore_index, label_smoothing, reduction);
   operands.check_reduced();
   check_grad_output(kOp, grad_output, logits, operands.reduction());
-  check_like(kOp, "gradient", gradient, "logits", logits);
-  check(operands.layout().is_gradient(gradient, logits), kOp,
-        ": gradient: expected what cross_entropy_with_gradient returned for logits ", Shape(logits), ", got ",
-        Shape(gradient));
+  check_operand(kOp, "gradient", gradient, "logits", logits, operands.layout().is_gradient(gradient, logits),
+                "what cross_entropy_with_gradient returned for logits ", Shape(logits));
   forward(logits, operands, {.grad_logits = &gradient}, &grad_output);
 }
 

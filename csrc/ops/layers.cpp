@@ -1,16 +1,186 @@
-// mlp and mlp_backward: checks, allocation, dispatch on the dtype.
+// linear and mlp, and their gradients: checks, allocation, dispatch on the dtype.
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "layers.h"
+#include "device.h"
 #include "schemas.h"
 
 namespace mnist_ext::ops {
 namespace {
 
+constexpr const char* kLinear = "mnist_ext.linear";
+constexpr const char* kLinearBackward = "mnist_ext.linear_backward";
 constexpr const char* kMlp = "mnist_ext.mlp";
-constexpr const char* kBackward = "mnist_ext.mlp_backward";
+constexpr const char* kMlpBackward = "mnist_ext.mlp_backward";
+
+// All of shape [..., columns] with the same leading dimensions.
+bool same_leading_dimensions(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t i = 0; same && i < a.dim() - 1; ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
+// An uninitialized tensor [..., columns] with the leading dimensions, dtype and device of t.
+Tensor empty_with_columns(const Tensor& t, int64_t columns) {
+  int64_t sizes[kMaxDims];
+  const int64_t dims = t.dim();
+  for (int64_t i = 0; i < dims - 1; ++i) sizes[i] = t.size(i);
+  sizes[dims - 1] = columns;
+  return empty(device_of(t), dtype_of(t), sizes, dims);
+}
+
+// Of input and weight.
+Matrix as_factor(const Tensor& t) { return as_matrix(t, Strides::one_of_them_1); }
+
+// Of grad_output and ReLU's output: on the CPU their rows are contiguous.
+Matrix as_gradient(const Tensor& t) { return as_matrix(t, Strides::row_major); }
+
+struct LayerOperands {
+  Matrix weight;               // [out_features, in_features]
+  std::optional<Tensor> bias;  // contiguous
+  bool relu, allow_tf32;
+
+  LayerOperands(const Tensor& w, const Tensor* b, bool with_relu, bool with_tf32)
+      : weight(as_factor(w)),
+        relu(with_relu),
+        allow_tf32(with_tf32) {
+    if (b) bias = made_contiguous(*b);
+  }
+
+  int64_t in_features() const { return weight.columns; }
+  int64_t out_features() const { return weight.rows; }
+
+  template <class T>
+  Layer<T> on(int64_t batch, MatrixView<T> input, T* out) const {
+    return {.batch = batch,
+            .in_features = in_features(),
+            .out_features = out_features(),
+            .input = input,
+            .weight = weight.view<T>(),
+            .bias = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr,
+            .relu = relu,
+            .allow_tf32 = allow_tf32,
+            .out = out};
+  }
+};
+
+template <class T>
+void run(const Entry<T>* entries, int64_t count, OnDevice& device) {
+  if (count == 0) return;
+  constexpr double kGrain = 250e3;  // multiply-adds that are worth a thread of their own
+  const Program<T> program = {entries, count, kGrain};
+  void* workspace = device.workspace(kernels<T>().workspace_bytes(program));
+  kernels<T>().run(program, workspace, device.launch());
+}
+
+void check_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_floating(kLinear, "input", input);
+  check_like(kLinear, "weight", weight, "input", input);
+  check(1 <= input.dim() && input.dim() <= kMaxDims, kLinear, ": input: expected 1 to ", kMaxDims, " dimensions, got ",
+        input.dim());
+  check(weight.dim() == 2, kLinear, ": weight: expected 2 dimensions [out_features, in_features], got shape ",
+        Shape(weight));
+  check(input.size(input.dim() - 1) == weight.size(1), kLinear,
+        ": input: expected its last dimension to be in_features = ", weight.size(1), " of weight ", Shape(weight),
+        ", got shape ", Shape(input));
+  if (!bias) return;
+  check_operand(kLinear, "bias", *bias, "input", input, bias->dim() == 1 && bias->size(0) == weight.size(0), "shape [",
+                weight.size(0), "] for weight ", Shape(weight));
+}
+
+// What linear_backward returns: undefined where not wanted.
+struct LinearGradients {
+  int64_t in_features = 0, out_features;
+  Tensor input, weight, bias;
+
+  // Checks the arguments.
+  LinearGradients(const Tensor& grad_output, const std::optional<Tensor>& x, const std::optional<Tensor>& w,
+                  const std::optional<Tensor>& output, bool need_bias) {
+    check_floating(kLinearBackward, "grad_output", grad_output);
+    const int64_t dims = grad_output.dim();
+    check(1 <= dims && dims <= kMaxDims, kLinearBackward, ": grad_output: expected 1 to ", kMaxDims,
+          " dimensions, got ", dims);
+    out_features = grad_output.size(dims - 1);
+    if (w) {
+      check_operand(kLinearBackward, "weight", *w, "grad_output", grad_output,
+                    w->dim() == 2 && w->size(0) == out_features, "shape [", out_features,
+                    ", in_features] for grad_output ", Shape(grad_output));
+      in_features = w->size(1);
+    }
+    if (x) {
+      check_operand(kLinearBackward, "input", *x, "grad_output", grad_output, same_leading_dimensions(*x, grad_output),
+                    "the leading dimensions of grad_output ", Shape(grad_output));
+      if (w) {
+        check(x->size(dims - 1) == in_features, kLinearBackward,
+              ": input: expected its last dimension to be in_features = ", in_features, " of weight ", Shape(*w),
+              ", got shape ", Shape(*x));
+      }
+      in_features = x->size(dims - 1);
+    }
+    if (output) {
+      check_operand(kLinearBackward, "output", *output, "grad_output", grad_output, same_sizes(*output, grad_output),
+                    "the shape of grad_output, ", Shape(grad_output));
+    }
+    const Device device = device_of(grad_output);
+    if (w) input = empty_with_columns(grad_output, in_features);
+    if (x) weight = empty(device, dtype_of(grad_output), {out_features, in_features});
+    if (need_bias) bias = empty(device, dtype_of(grad_output), {out_features});
+  }
+};
+
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu,
+              bool allow_tf32) {
+  check_linear(input, weight, bias);
+  OnDevice device(input);
+  const Matrix x = as_factor(input);
+  const LayerOperands layer(weight, bias ? &*bias : nullptr, relu, allow_tf32);
+  const Tensor out = empty_with_columns(input, layer.out_features());
+  dispatch_floating(input, [&](auto zero) {
+    using T = decltype(zero);
+    const Entry<T> entry = {forward_product(layer.on<T>(x.rows, x.view<T>(), data_of<T>(out)))};
+    run(&entry, 1, device);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const std::optional<Tensor>& input,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& output, bool need_bias,
+                                                   bool allow_tf32) {
+  const LinearGradients gradients(grad_output, input, weight, output, need_bias);
+  OnDevice device(grad_output);
+  const Matrix dy = as_gradient(grad_output);
+  std::optional<Matrix> x, w, y;
+  if (input) x = as_factor(*input);
+  if (weight) w = as_factor(*weight);
+  if (output) y = as_gradient(*output);
+  dispatch_floating(grad_output, [&](auto zero) {
+    using T = decltype(zero);
+    const auto view = [](const std::optional<Matrix>& m) { return m ? m->template view<T>() : MatrixView<T>{}; };
+    const Layer<T> layer = {.batch = dy.rows,
+                            .in_features = gradients.in_features,
+                            .out_features = gradients.out_features,
+                            .input = view(x),
+                            .weight = view(w),
+                            .bias = nullptr,
+                            .relu = y.has_value(),
+                            .allow_tf32 = allow_tf32,
+                            .out = nullptr,
+                            .grad_output = dy.view<T>(),
+                            .output = view(y),
+                            .grad_input = data_of<T>(gradients.input),
+                            .grad_weight = data_of<T>(gradients.weight),
+                            .grad_bias = data_of<T>(gradients.bias)};
+    Entry<T> entries[2];
+    int64_t count = 0;
+    if (weight) entries[count++] = {grad_input_product(layer)};
+    if (input || need_bias) entries[count++] = {grad_weight_product(layer)};
+    run(entries, count, device);
+  });
+  return {gradients.input, gradients.weight, gradients.bias};
+}
 
 enum LayerFlags : int64_t { kBias = 1, kRelu = 2 };  // of a layer, as the ops take it
 
@@ -102,28 +272,30 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  const std::optional<Tensor>& output, const std::vector<Tensor>& weights,
                                  const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool need_input,
                                  bool allow_tf32) {
-  const auto taken = layers_of(kBackward, input, weights, biases, flags, allow_tf32);
-  check(taken.has_value(), kBackward, ": input, weights, biases: expected what mlp takes");
+  const auto taken = layers_of(kMlpBackward, input, weights, biases, flags, allow_tf32);
+  check(taken.has_value(), kMlpBackward, ": input, weights, biases: expected what mlp takes");
   const Layers& layers = *taken;
   OnDevice device(input);
   const Matrix x = as_factor(input);
   const int64_t classes = layers.back().out_features();
   const auto check_output = [&](const char* name, const Tensor& t) {
-    check_like(kBackward, name, t, "input", input);
-    check(same_leading_dimensions(t, input) && t.size(t.dim() - 1) == classes, kBackward, ": ", name,
-          ": expected the shape of input ", Shape(input), " with ", classes, " columns, got ", Shape(t));
+    check_operand(kMlpBackward, name, t, "input", input,
+                  same_leading_dimensions(t, input) && t.size(t.dim() - 1) == classes, "the shape of input ",
+                  Shape(input), " with ", classes, " columns");
   };
   check_output("grad_output", grad_output);
   const Matrix dy = as_gradient(grad_output);
-  check(output.has_value() == layers.back().relu, kBackward, ": output: expected it where the last layer has a ReLU");
+  check(output.has_value() == layers.back().relu, kMlpBackward,
+        ": output: expected it where the last layer has a ReLU");
   std::optional<Matrix> y;
   if (output) {
     check_output("output", *output);
     y = as_gradient(*output);
   }
-  check_like(kBackward, "hidden", hidden, "input", input);
-  check(hidden.dim() == 1 && hidden.size(0) == hidden_size(layers, x.rows) && hidden.is_contiguous(), kBackward,
-        ": hidden: expected the ", hidden_size(layers, x.rows), " numbers that mlp returned, got ", Shape(hidden));
+  const int64_t numbers = hidden_size(layers, x.rows);
+  check_operand(kMlpBackward, "hidden", hidden, "input", input,
+                hidden.dim() == 1 && hidden.size(0) == numbers && hidden.is_contiguous(), "the ", numbers,
+                " numbers that mlp returned");
 
   const auto new_tensor = [&](std::initializer_list<int64_t> sizes) {
     return empty(device_of(input), dtype_of(input), sizes);
@@ -178,7 +350,9 @@ std::tuple<Tensor, Tensor> not_taken(const Tensor&, const std::vector<Tensor>&, 
 
 }  // namespace
 
-void implement_mlp(Library& m) {
+void implement_layers(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
   m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
 }

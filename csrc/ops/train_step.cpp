@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "device.h"
-#include "extents.h"
 #include "schemas.h"
 #include "step_graphs.h"
 
@@ -269,10 +268,10 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
   const Examples examples(images, labels, order, first);
   if (class_weight) {
     const int64_t classes = weights.back().size(0);
-    check_like<Refused>(kTrainSteps, "class_weight", *class_weight, "weights[0]", first);
-    check<Refused>(class_weight->dim() == 1 && class_weight->size(0) == classes && class_weight->is_contiguous(),
-                   kTrainSteps, ": class_weight: expected shape [", classes, "], contiguous, got ",
-                   Shape(*class_weight));
+    check_operand<Refused>(
+        kTrainSteps, "class_weight", *class_weight, "weights[0]", first,
+        class_weight->dim() == 1 && class_weight->size(0) == classes && class_weight->is_contiguous(), "shape [",
+        classes, "], contiguous");
   }
   check_apart(model, examples.images, class_weight);
   const auto held = held_graph(graph);

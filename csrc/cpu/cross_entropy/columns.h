@@ -2,7 +2,6 @@
 // neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed.
 #pragma once
 
-#include "../simd/log.h"
 #include "../threads/scratch.h"
 #include "terms.h"
 

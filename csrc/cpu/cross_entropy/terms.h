@@ -6,7 +6,7 @@
 
 #include "../../api/cross_entropy.h"
 #include "../simd/elements.h"
-#include "../simd/exp.h"
+#include "../simd/exp_log.h"
 #include "../threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {

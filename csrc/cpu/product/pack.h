@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../simd/elements.h"
-#include "../simd/transpose.h"
 #include "block.h"
 #include "tile.h"
 

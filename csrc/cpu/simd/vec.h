@@ -16,7 +16,7 @@
 #endif
 
 #if !defined(MNIST_EXT_ISA)
-#error "kernels_<isa>.cpp defines MNIST_EXT_ISA before it includes a kernel header"
+#error "MNIST_EXT_ISA is to be defined as the name of the instruction set that this is compiled for"
 #endif
 
 #define MNIST_EXT_INLINE inline __attribute__((always_inline))
@@ -239,6 +239,26 @@ template <class T>
 MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
   return reduce_halves<T>(
       v.raw, [](auto a, auto b) { return a > b ? a : b; }, std::make_index_sequence<Vec<T>::width / 2>{});
+}
+
+// Swaps the off-diagonal quarters of each 2h x 2h block that rows a and b = a + h belong to (Eklundh's method).
+template <int h, class Raw, std::size_t... K>
+MNIST_EXT_INLINE void swap_quarters(Raw& a, Raw& b, std::index_sequence<K...>) {
+  constexpr int width = sizeof...(K);
+  const Raw first = shuffle<static_cast<int>(K & h ? width + K - h : K)...>(a, b);
+  b = shuffle<static_cast<int>(K & h ? width + K : K + h)...>(a, b);
+  a = first;
+}
+
+// Transposes a square block of a vector's width in registers.
+template <class T, int h = Vec<T>::width / 2>
+MNIST_EXT_INLINE void transpose(Vec<T> (&rows)[Vec<T>::width]) {
+  constexpr int width = Vec<T>::width;
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) {
+    if ((i & h) == 0) swap_quarters<h>(rows[i].raw, rows[i + h].raw, std::make_index_sequence<width>{});
+  }
+  if constexpr (h > 1) transpose<T, h / 2>(rows);
 }
 
 #if defined(__AVX512F__)
