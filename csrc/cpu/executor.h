@@ -73,9 +73,7 @@ class Worker {
   void reserve(const Entry<T>& entry) const {
     const auto* product = std::get_if<Product<T>>(&entry.work);
     if (!product) return;
-    a_tile_scratch<T>();
-    b_block_scratch<T>();
-    piece_scratch<T>();
+    reserve_product<T>();
     if (product->update.param && !product->c)
       packed_a_scratch<T>(share(*product, entry.sharing).rows.size(), product->K);
   }

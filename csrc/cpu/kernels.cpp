@@ -20,8 +20,8 @@ constexpr Kernels<T> kernels_of() {
     kernels.run = run_program_half<T>;
   } else {
     kernels.run = run_program<T>;
-    kernels.train_steps = cpu::train_steps;
-    kernels.train_steps_workspace_bytes = cpu::train_steps_workspace_bytes;
+    kernels.train_steps = cpu::train_steps<T>;
+    kernels.train_steps_workspace_bytes = cpu::train_steps_workspace_bytes<T>;
   }
   return kernels;
 }

@@ -22,12 +22,12 @@ extern const KernelTable kTable;  // AVX-512 F, DQ, BW and VL
 }
 #endif
 
-// In every table: training steps, as programs that the table in use runs (train_steps.cpp).
+// In every table, for float and double: training steps, as programs that the table in use runs (train_steps.cpp).
 namespace cpu {
-BadExample train_steps(const TrainSteps<float>&, void* workspace, StepGraph*, const Launch&);
-BadExample train_steps(const TrainSteps<double>&, void* workspace, StepGraph*, const Launch&);
-int64_t train_steps_workspace_bytes(const TrainSteps<float>&);
-int64_t train_steps_workspace_bytes(const TrainSteps<double>&);
+template <class T>
+BadExample train_steps(const TrainSteps<T>&, void* workspace, StepGraph*, const Launch&);
+template <class T>
+int64_t train_steps_workspace_bytes(const TrainSteps<T>&);
 }  // namespace cpu
 
 // Names of the instruction sets this binary holds and this CPU can run, from the plainest to the best.

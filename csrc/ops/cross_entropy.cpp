@@ -78,13 +78,13 @@ struct Layout {
     const int64_t dims = logits.dim();
     int64_t sizes[kMaxDims], strides[kMaxDims];
     for (int64_t i = 0; i < dims; ++i) sizes[i] = logits.size(i);
-    if (!classes_last) return empty(device_of(logits), dtype_of(logits), sizes, dims);
+    if (!classes_last) return empty(logits, dtype_of(logits), sizes, dims);
     int64_t stride = 1;
     for_dims_with_classes_last(dims, [&](int64_t dim) {
       strides[dim] = stride;
       stride *= sizes[dim] > 1 ? sizes[dim] : 1;
     });
-    return empty_strided(device_of(logits), dtype_of(logits), sizes, strides, dims);
+    return empty_strided(logits, dtype_of(logits), sizes, strides, dims);
   }
 
   // Whether t could have been made by gradient().
@@ -288,11 +288,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  double label_smoothing, int64_t reduction) {
   const Operands operands("mnist_ext.cross_entropy", logits, target, weight, ignore_index, label_smoothing, reduction);
   const Positions positions(logits);
-  const Device device = device_of(logits);
   const bool none = operands.reduction() == Reduction::none;
-  const Tensor loss = empty(device, dtype_of(logits), positions.sizes(), none ? positions.dims() : 0);
-  const Tensor stats = empty(device, compute_dtype_of(logits), positions.stats_sizes(), positions.dims() + 1);
-  const Tensor total_weight = empty(device, compute_dtype_of(logits), {});
+  const Tensor loss = empty(logits, dtype_of(logits), positions.sizes(), none ? positions.dims() : 0);
+  const Tensor stats = empty(logits, compute_dtype_of(logits), positions.stats_sizes(), positions.dims() + 1);
+  const Tensor total_weight = empty(logits, compute_dtype_of(logits), {});
   forward(logits, operands, {.loss = &loss, .stats = &stats, .total_weight = &total_weight});
   return {loss, stats, total_weight};
 }
@@ -303,7 +302,7 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   const Operands operands("mnist_ext.cross_entropy_with_gradient", logits, target, weight, ignore_index,
                           label_smoothing, reduction);
   operands.check_reduced();
-  const Tensor loss = empty(device_of(logits), dtype_of(logits), {});
+  const Tensor loss = empty(logits, {});
   const Tensor grad_logits = operands.layout().gradient(logits);
   forward(logits, operands, {.loss = &loss, .grad_logits = &grad_logits});
   return {loss, grad_logits};

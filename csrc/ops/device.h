@@ -34,17 +34,6 @@ class OnDevice {
   std::unique_ptr<State> state_;
 };
 
-struct Device {
-  int32_t type, index;
-};
-
-inline Device device_of(const Tensor& t) {
-  Device device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
-  return device;
-}
-
 // From here on glibc's malloc maps an allocation by itself (its mmap threshold never grows beyond) unless so much is
 // free in one piece, so that as a rule the advice is about nothing else and ends with the tensor.
 inline constexpr std::size_t kHugePagesFrom = std::size_t{32} << 20;
@@ -61,31 +50,39 @@ inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] st
 #endif
 }
 
-// A new tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which costs more than
-// a small op has to compute.
-inline Tensor empty_strided(Device device, int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+// A new tensor on the device of `like`. Straight to the allocator: torch::stable::new_empty goes through the
+// dispatcher, which costs more than a small op has to compute.
+inline Tensor empty_strided(const Tensor& like, int32_t dtype, const int64_t* sizes, const int64_t* strides,
+                            int64_t dims) {
+  int32_t type, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type, index, &handle));
   const Tensor t(handle);
-  if (device.type == aoti_torch_device_type_cpu()) {
+  if (type == aoti_torch_device_type_cpu()) {
     const std::size_t bytes = static_cast<std::size_t>(t.numel()) * t.element_size();
     if (bytes >= kHugePagesFrom) advise_huge_pages(t.mutable_data_ptr(), bytes);
   }
   return t;
 }
 
-inline Tensor empty(Device device, int32_t dtype, const int64_t* sizes, int64_t dims) {
+inline Tensor empty(const Tensor& like, int32_t dtype, const int64_t* sizes, int64_t dims) {
   int64_t strides[kMaxDims];
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  return empty_strided(device, dtype, sizes, strides, dims);
+  return empty_strided(like, dtype, sizes, strides, dims);
 }
 
-inline Tensor empty(Device device, int32_t dtype, std::initializer_list<int64_t> sizes) {
-  return empty(device, dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
+inline Tensor empty(const Tensor& like, int32_t dtype, std::initializer_list<int64_t> sizes) {
+  return empty(like, dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty(like, dtype_of(like), sizes);
 }
 
 }  // namespace mnist_ext::ops

@@ -17,9 +17,7 @@ constexpr const char* kMlpBackward = "mnist_ext.mlp_backward";
 
 // All of shape [..., columns] with the same leading dimensions.
 bool same_leading_dimensions(const Tensor& a, const Tensor& b) {
-  bool same = a.dim() == b.dim();
-  for (int64_t i = 0; same && i < a.dim() - 1; ++i) same = a.size(i) == b.size(i);
-  return same;
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end() - 1, b.sizes().begin());
 }
 
 // An uninitialized tensor [..., columns] with the leading dimensions, dtype and device of t.
@@ -28,7 +26,7 @@ Tensor empty_with_columns(const Tensor& t, int64_t columns) {
   const int64_t dims = t.dim();
   for (int64_t i = 0; i < dims - 1; ++i) sizes[i] = t.size(i);
   sizes[dims - 1] = columns;
-  return empty(device_of(t), dtype_of(t), sizes, dims);
+  return empty(t, dtype_of(t), sizes, dims);
 }
 
 // Of input and weight.
@@ -123,10 +121,9 @@ struct LinearGradients {
       check_operand(kLinearBackward, "output", *output, "grad_output", grad_output, same_sizes(*output, grad_output),
                     "the shape of grad_output, ", Shape(grad_output));
     }
-    const Device device = device_of(grad_output);
     if (w) input = empty_with_columns(grad_output, in_features);
-    if (x) weight = empty(device, dtype_of(grad_output), {out_features, in_features});
-    if (need_bias) bias = empty(device, dtype_of(grad_output), {out_features});
+    if (x) weight = empty(grad_output, {out_features, in_features});
+    if (need_bias) bias = empty(grad_output, {out_features});
   }
 };
 
@@ -246,8 +243,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   // Where nothing is kept, layers write to two buffers by turns.
   const int64_t buffer_size = keep_hidden ? 0 : x.rows * widest_hidden(layers);
-  const auto new_hidden = [&](int64_t size) { return empty(device_of(input), dtype_of(input), {size}); };
-  const Tensor hidden = new_hidden(keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size);
+  const Tensor hidden = empty(input, {keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size});
   dispatch_float_or_double(input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<Layer<T>> forward;
@@ -265,7 +261,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
     append_forward<T>(forward, Sharing::any, program);
     run(program, device);
   });
-  return {output, keep_hidden ? hidden : new_hidden(0)};
+  return {output, keep_hidden ? hidden : empty(input, {0})};
 }
 
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, const Tensor& hidden,
@@ -297,16 +293,13 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                 hidden.dim() == 1 && hidden.size(0) == numbers && hidden.is_contiguous(), "the ", numbers,
                 " numbers that mlp returned");
 
-  const auto new_tensor = [&](std::initializer_list<int64_t> sizes) {
-    return empty(device_of(input), dtype_of(input), sizes);
-  };
   std::vector<Tensor> gradients;
   if (need_input) gradients.push_back(empty_with_columns(grad_output, x.columns));
   for (const LayerOperands& layer : layers) {
-    gradients.push_back(new_tensor({layer.out_features(), layer.in_features()}));
+    gradients.push_back(empty(input, {layer.out_features(), layer.in_features()}));
   }
-  for (const Tensor& bias : biases) gradients.push_back(new_tensor({bias.size(0)}));
-  const Tensor grad_hidden = new_tensor({hidden.numel()});
+  for (const Tensor& bias : biases) gradients.push_back(empty(input, {bias.size(0)}));
+  const Tensor grad_hidden = empty(input, {hidden.numel()});
 
   dispatch_float_or_double(input, [&](auto zero) {
     using T = decltype(zero);

@@ -293,7 +293,7 @@ Tensor train_steps(const Tensor& images, const Tensor& labels, const std::option
     check<Refused>(lr.size() == steps.steps() * model.groups.size(), kTrainSteps, ": lr: expected ", steps.steps(),
                    " steps times ", model.groups.size(), " groups, got ", lr.size());
     const int64_t sizes[] = {steps.steps()};
-    losses = empty(device_of(first), dtype_of(first), sizes, batch_size > 0 ? 1 : 0);
+    losses = empty(first, dtype_of(first), sizes, batch_size > 0 ? 1 : 0);
     steps.losses = data_of<T>(losses);
     check_example(steps, run(steps, held.get(), first));
   });

@@ -38,6 +38,19 @@ inline constexpr int kVectorRegisters = 32;
 inline constexpr int kVectorRegisters = 16;
 #endif
 
+// A number that the compiler knows.
+template <int n>
+struct Constant {};
+
+// Calls body(Constant<n>) for 1 <= n <= most.
+template <int most, class Body>
+MNIST_EXT_INLINE void with_constant(int n, const Body& body) {
+  if constexpr (most > 1) {
+    if (n < most) return with_constant<most - 1>(n, body);
+  }
+  body(Constant<most>{});
+}
+
 template <class T>
 struct BitsOf;
 template <>
@@ -113,12 +126,12 @@ MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// x in the first n lanes, 0 in the others.
+// x in the first n lanes, `fill` in the others.
 template <class T>
-MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n) {
+MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n, T fill = T(0)) {
   typename Vec<T>::RawBits lane;
   for (int i = 0; i < Vec<T>::width; ++i) lane[i] = i;
-  return {lane < n ? x.raw : typename Vec<T>::Raw{}};
+  return {lane < n ? x.raw : Vec<T>::broadcast(fill).raw};
 }
 
 // x where gate is > 0 or NaN, else 0: the gradient of ReLU, whose output the gate is.
