@@ -42,13 +42,13 @@ if TOOLKIT:
 
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
-ISA_SOURCES = Path("csrc/cpu/isa")
+ISA_SOURCE = "csrc/cpu/kernels.cpp"
 
 # The oldest torch that the binary runs on: 2.10, as major << 56 | minor << 48.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
-# Each csrc/cpu/isa/<isa>.cpp, with the flags for it alone: code for one instruction set must not
-# leak into another's.
+# What ISA_SOURCE is compiled for, and with which flags for it alone: code for one instruction set
+# must not leak into another's.
 ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -66,10 +66,6 @@ INCLUDES = [f"-isystem{path}" for path in (pybind11.get_include(), *include_path
 DEPENDS = [str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern)]
 
 
-def isa_source(isa: str) -> str:
-    return str(ISA_SOURCES / f"{isa}.cpp")
-
-
 def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).glob(pattern))
 
@@ -82,11 +78,11 @@ def cpu_library() -> Extension:
         "mnist_ext._C",
         sources=[
             "csrc/bindings/cpu.cpp",
-            *sources("csrc/cpu", "*.cpp"),
-            "csrc/cpu/isa/dispatch.cpp",
+            "csrc/cpu/dispatch.cpp",
+            "csrc/cpu/train_steps.cpp",
             "csrc/cpu/threads/scratch.cpp",
         ],
-        depends=[*map(isa_source, ISA_FLAGS), *OP_SOURCES, *DEPENDS],
+        depends=[ISA_SOURCE, *OP_SOURCES, *DEPENDS],
         library_dirs=library_paths(),
         libraries=["torch_cpu", "c10"],
         define_macros=[
@@ -135,7 +131,7 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit) -> Extension:
 
 
 class BuildWithIsaFlags(BuildExtension):
-    """BuildExtension that compiles each csrc/cpu/isa/<isa>.cpp with its instruction set's flags.
+    """BuildExtension that compiles the CPU's kernels for each instruction set, with its flags.
 
     And CUDA's tensor cores for their architectures. The ops are compiled once, and linked into each
     library.
@@ -160,7 +156,8 @@ class BuildWithIsaFlags(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "mnist_ext._C":
             for isa, flags in ISA_FLAGS.items():
-                ext.extra_objects += self.objects([isa_source(isa)], flags, ext.depends)
+                flags = [*flags, f"-DMNIST_EXT_ISA={isa}"]
+                ext.extra_objects += self.objects([ISA_SOURCE], flags, ext.depends, isa)
         else:
             ext.extra_objects += self.compiler.compile(
                 TENSOR_CORE_SOURCES,
@@ -174,11 +171,13 @@ class BuildWithIsaFlags(BuildExtension):
         ext.extra_objects += self.op_objects
         super().build_extension(ext)
 
-    def objects(self, sources: list[str], flags: list[str], depends: list[str]) -> list[str]:
+    def objects(
+        self, sources: list[str], flags: list[str], depends: list[str], folder: str = ""
+    ) -> list[str]:
         flags = [*CXX_FLAGS, *WARNINGS, *flags]
         compiled: list[str] = self.compiler.compile(
             sources,
-            output_dir=self.build_temp,
+            output_dir=os.path.join(self.build_temp, folder),
             extra_postargs={"cxx": flags} if self.use_ninja else flags,
             depends=depends,
         )

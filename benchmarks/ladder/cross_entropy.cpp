@@ -1,5 +1,5 @@
 // Softmax cross-entropy of rows of logits against class indices, mean, forward and backward: from a pass per operation
-// to csrc/cpu/cross_entropy/rows.h and short_rows.h. Once for 4096x1000, which is more than the second-level cache
+// to csrc/cpu/cross_entropy/rows.h and columns.h. Once for 4096x1000, which is more than the second-level cache
 // holds, and once for 4096x10, where a row is less than a vector.
 //
 //   pass_per_op        each operation reads and writes whole matrices; the exponential is libm's
@@ -7,7 +7,7 @@
 //   vector_exp         in vectors, with an exponential by a polynomial of degree 7
 //   row_in_cache       a row's gradient while the row is in the first-level cache
 //   one_exp            the exponentials are kept, where the gradient will be
-//   fetched_powers     (AVX-512) the exponential of exp.h: powers of 2 from a register and a polynomial of degree 3
+//   fetched_powers     (AVX-512) the exponential of exp_log.h: powers of 2 from a register and a polynomial of degree 3
 //   transposed         (short rows) a vector of rows at a time, transposed in registers: vectors are full
 //   threads            each its share of the rows
 //   cross_entropy      the kernel in use
@@ -78,7 +78,7 @@ void pass_per_op(const Problem& x) {
   }
 }
 
-// exp(x) for x <= 0, as exp.h has it where no permutation fetches powers of 2.
+// exp(x) for x <= 0, as exp_log.h has it where no permutation fetches powers of 2.
 struct ByPolynomial {
   static MNIST_EXT_INLINE V exp(V x) {
     using C = ExpConstants<float>;

@@ -7,7 +7,7 @@
 //
 // The operations are those of torch.optim.SGD in its order, each rounded to T (a multiply-add is one operation), so
 // that the results are the same bits where the instruction set has a fused multiply-add. Aliasing: a param or
-// momentum buffer overlaps nothing else, as threads share the tensors among themselves; ops/extents.h checks that.
+// momentum buffer overlaps nothing else, as threads share the tensors among themselves; ops/tensors.h checks that.
 // Results do not depend on the number of threads.
 #pragma once
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <optional>
 
-#include "../cpu/isa/dispatch.h"
+#include "../cpu/kernels.h"
 #include "../cpu/threads/scratch.h"
 #include "../ops/device.h"
 #include "../ops/schemas.h"

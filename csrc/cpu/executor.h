@@ -7,7 +7,7 @@
 #include "product/half.h"
 #include "product/row_sums.h"
 #include "product/update.h"
-#include "threads/barrier.h"
+#include "threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -73,9 +73,7 @@ class Worker {
   void reserve(const Entry<T>& entry) const {
     const auto* product = std::get_if<Product<T>>(&entry.work);
     if (!product) return;
-    a_tile_scratch<T>();
-    b_block_scratch<T>();
-    piece_scratch<T>();
+    reserve_product<T>();
     if (product->update.param && !product->c)
       packed_a_scratch<T>(share(*product, entry.sharing).rows.size(), product->K);
   }

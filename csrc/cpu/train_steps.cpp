@@ -1,7 +1,8 @@
-#include "train_steps.h"
-
+// Training steps on the CPU: some of them as one program. The same for every instruction set, whose table runs it.
 #include <algorithm>
 #include <vector>
+
+#include "kernels.h"
 
 namespace mnist_ext::cpu {
 namespace {
@@ -36,8 +37,10 @@ Program<T> program_of(const std::vector<Entry<T>>& entries) {
   return {entries.data(), static_cast<int64_t>(entries.size()), kGrain};
 }
 
+}  // namespace
+
 template <class T>
-BadExample run(const TrainSteps<T>& steps, void* workspace, const Launch& launch) {
+BadExample train_steps(const TrainSteps<T>& steps, void* workspace, StepGraph*, const Launch& launch) {
   const BadExample bad = first_bad_example(steps);
   if (bad.what != BadExample::none) return bad;
   const TrainStepProgram<T> builder(steps, kTraits, workspace);
@@ -52,7 +55,7 @@ BadExample run(const TrainSteps<T>& steps, void* workspace, const Launch& launch
 }
 
 template <class T>
-int64_t bytes_of(const TrainSteps<T>& steps) {
+int64_t train_steps_workspace_bytes(const TrainSteps<T>& steps) {
   CrossEntropyForward<T> loss{};
   loss.problem.batch = steps.rows_of(0);
   loss.problem.positions = 1;
@@ -60,18 +63,9 @@ int64_t bytes_of(const TrainSteps<T>& steps) {
          kernels<T>().cross_entropy_workspace_bytes(loss);
 }
 
-}  // namespace
-
-BadExample train_steps(const TrainSteps<float>& steps, void* workspace, StepGraph*, const Launch& launch) {
-  return run(steps, workspace, launch);
-}
-
-BadExample train_steps(const TrainSteps<double>& steps, void* workspace, StepGraph*, const Launch& launch) {
-  return run(steps, workspace, launch);
-}
-
-int64_t train_steps_workspace_bytes(const TrainSteps<float>& steps) { return bytes_of(steps); }
-
-int64_t train_steps_workspace_bytes(const TrainSteps<double>& steps) { return bytes_of(steps); }
+template BadExample train_steps(const TrainSteps<float>&, void*, StepGraph*, const Launch&);
+template BadExample train_steps(const TrainSteps<double>&, void*, StepGraph*, const Launch&);
+template int64_t train_steps_workspace_bytes(const TrainSteps<float>&);
+template int64_t train_steps_workspace_bytes(const TrainSteps<double>&);
 
 }  // namespace mnist_ext::cpu

@@ -78,13 +78,13 @@ struct Layout {
     const int64_t dims = logits.dim();
     int64_t sizes[kMaxDims], strides[kMaxDims];
     for (int64_t i = 0; i < dims; ++i) sizes[i] = logits.size(i);
-    if (!classes_last) return empty(device_of(logits), dtype_of(logits), sizes, dims);
+    if (!classes_last) return empty(logits, dtype_of(logits), sizes, dims);
     int64_t stride = 1;
     for_dims_with_classes_last(dims, [&](int64_t dim) {
       strides[dim] = stride;
       stride *= sizes[dim] > 1 ? sizes[dim] : 1;
     });
-    return empty_strided(device_of(logits), dtype_of(logits), sizes, strides, dims);
+    return empty_strided(logits, dtype_of(logits), sizes, strides, dims);
   }
 
   // Whether t could have been made by gradient().
@@ -118,9 +118,8 @@ struct Scores {
 };
 
 void check_probabilities(const char* op, const Tensor& logits, const Tensor& target, int64_t ignore_index) {
-  check_like(op, "target", target, "logits", logits);
-  check(same_sizes(target, logits), op, ": target: expected probabilities of the shape of logits, ", Shape(logits),
-        ", got ", Shape(target));
+  check_operand(op, "target", target, "logits", logits, same_sizes(target, logits),
+                "probabilities of the shape of logits, ", Shape(logits));
   check(ignore_index < 0, op, ": ignore_index: expected a negative number, as target holds probabilities, got ",
         ignore_index);
 }
@@ -148,10 +147,9 @@ void check_operands(const char* op, const Tensor& logits, const Tensor& target, 
         Shape(logits));
   is_floating(target) ? check_probabilities(op, logits, target, ignore_index) : check_indices(op, logits, target);
   if (weight) {
-    check_like(op, "weight", *weight, "logits", logits);
     const int64_t classes = logits.size(class_dim(logits));
-    check(weight->dim() == 1 && weight->size(0) == classes, op, ": weight: expected shape [", classes,
-          "], one for each class, got ", Shape(*weight));
+    check_operand(op, "weight", *weight, "logits", logits, weight->dim() == 1 && weight->size(0) == classes, "shape [",
+                  classes, "], one for each class");
   }
   check(0 <= label_smoothing && label_smoothing <= 1, op, ": label_smoothing: expected a number in [0, 1], got ",
         label_smoothing);
@@ -229,12 +227,12 @@ class Operands {
 };
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& logits, Reduction reduction) {
-  check_like(op, "grad_output", grad_output, "logits", logits);
   if (reduction == Reduction::none) {
     const Positions positions(logits);
-    check(positions.is_shape_of(grad_output), op, ": grad_output: expected shape ", positions,
-          " for reduction none, got ", Shape(grad_output));
+    check_operand(op, "grad_output", grad_output, "logits", logits, positions.is_shape_of(grad_output), "shape ",
+                  positions, " for reduction none");
   } else {
+    check_like(op, "grad_output", grad_output, "logits", logits);
     check(grad_output.numel() == 1, op, ": grad_output: expected one element, got shape ", Shape(grad_output));
   }
 }
@@ -290,11 +288,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  double label_smoothing, int64_t reduction) {
   const Operands operands("mnist_ext.cross_entropy", logits, target, weight, ignore_index, label_smoothing, reduction);
   const Positions positions(logits);
-  const Device device = device_of(logits);
   const bool none = operands.reduction() == Reduction::none;
-  const Tensor loss = empty(device, dtype_of(logits), positions.sizes(), none ? positions.dims() : 0);
-  const Tensor stats = empty(device, compute_dtype_of(logits), positions.stats_sizes(), positions.dims() + 1);
-  const Tensor total_weight = empty(device, compute_dtype_of(logits), {});
+  const Tensor loss = empty(logits, dtype_of(logits), positions.sizes(), none ? positions.dims() : 0);
+  const Tensor stats = empty(logits, compute_dtype_of(logits), positions.stats_sizes(), positions.dims() + 1);
+  const Tensor total_weight = empty(logits, compute_dtype_of(logits), {});
   forward(logits, operands, {.loss = &loss, .stats = &stats, .total_weight = &total_weight});
   return {loss, stats, total_weight};
 }
@@ -305,7 +302,7 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
   const Operands operands("mnist_ext.cross_entropy_with_gradient", logits, target, weight, ignore_index,
                           label_smoothing, reduction);
   operands.check_reduced();
-  const Tensor loss = empty(device_of(logits), dtype_of(logits), {});
+  const Tensor loss = empty(logits, {});
   const Tensor grad_logits = operands.layout().gradient(logits);
   forward(logits, operands, {.loss = &loss, .grad_logits = &grad_logits});
   return {loss, grad_logits};
@@ -318,10 +315,8 @@ void cross_entropy_gradient_(const Tensor& gradient, const Tensor& grad_output, 
   const Operands operands(kOp, logits, target, weight, ignore_index, label_smoothing, reduction);
   operands.check_reduced();
   check_grad_output(kOp, grad_output, logits, operands.reduction());
-  check_like(kOp, "gradient", gradient, "logits", logits);
-  check(operands.layout().is_gradient(gradient, logits), kOp,
-        ": gradient: expected what cross_entropy_with_gradient returned for logits ", Shape(logits), ", got ",
-        Shape(gradient));
+  check_operand(kOp, "gradient", gradient, "logits", logits, operands.layout().is_gradient(gradient, logits),
+                "what cross_entropy_with_gradient returned for logits ", Shape(logits));
   forward(logits, operands, {.grad_logits = &gradient}, &grad_output);
 }
 

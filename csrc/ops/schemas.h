@@ -87,15 +87,13 @@ inline void define_ops(Library& m) {
 }
 
 // Registers the kernels of one of the libraries, for the device that is its own.
-void implement_linear(Library& m);
-void implement_mlp(Library& m);
+void implement_layers(Library& m);
 void implement_cross_entropy(Library& m);
 void implement_sgd_step(Library& m);
 void implement_train_steps(Library& m);
 
 inline void implement_ops(Library& m) {
-  implement_linear(m);
-  implement_mlp(m);
+  implement_layers(m);
   implement_cross_entropy(m);
   implement_sgd_step(m);
   implement_train_steps(m);

@@ -2,7 +2,6 @@
 #include <vector>
 
 #include "device.h"
-#include "extents.h"
 #include "schemas.h"
 
 namespace mnist_ext::ops {

@@ -12,9 +12,10 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../api/backend.h"
-#include "huge_pages.h"
 
 namespace mnist_ext::ops {
 
@@ -126,6 +127,14 @@ void check_like(const char* op, const char* argument, const Tensor& t, const cha
   check_device<Error>(op, argument, t, other_argument, other);
 }
 
+// The same, and that the shape fits: `expected` says in words which one would.
+template <class Error = std::runtime_error, class... Parts>
+void check_operand(const char* op, const char* argument, const Tensor& t, const char* other_argument,
+                   const Tensor& other, bool fits, const Parts&... expected) {
+  check_like<Error>(op, argument, t, other_argument, other);
+  check<Error>(fits, op, ": ", argument, ": expected ", expected..., ", got ", Shape(t));
+}
+
 // Calls body with an element of the kernels' type for the tensor's dtype, which is float32 or float64.
 template <class Body>
 void dispatch_float_or_double(const Tensor& t, const Body& body) {
@@ -210,47 +219,41 @@ inline int32_t compute_dtype_of(const Tensor& t) {
   return t.element_size() == 2 ? aoti_torch_dtype_float32() : dtype_of(t);
 }
 
-struct Device {
-  int32_t type, index;
-};
-
-inline Device device_of(const Tensor& t) {
-  Device device;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
-  return device;
-}
-
-// A new tensor. Straight to the allocator: torch::stable::new_empty goes through the dispatcher, which costs more than
-// a small op has to compute.
-inline Tensor empty_strided(Device device, int32_t dtype, const int64_t* sizes, const int64_t* strides, int64_t dims) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
-  const Tensor t(handle);
-  if (device.type == aoti_torch_device_type_cpu()) {
-    const std::size_t bytes = static_cast<std::size_t>(t.numel()) * t.element_size();
-    if (bytes >= kHugePagesFrom) advise_huge_pages(t.mutable_data_ptr(), bytes);
-  }
-  return t;
-}
-
-inline Tensor empty(Device device, int32_t dtype, const int64_t* sizes, int64_t dims) {
-  int64_t strides[kMaxDims];
-  int64_t stride = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return empty_strided(device, dtype, sizes, strides, dims);
-}
-
-inline Tensor empty(Device device, int32_t dtype, std::initializer_list<int64_t> sizes) {
-  return empty(device, dtype, sizes.begin(), static_cast<int64_t>(sizes.size()));
-}
-
 template <class T>
 T* data_of(const Tensor& t) {  // null for an undefined tensor: not wanted
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+// What lies in [begin, end) of memory: what is updated in place needs memory of its own.
+struct Extent {
+  const char *begin, *end;
+  int32_t number;  // the caller's, to know it by
+  bool written;
+};
+
+inline Extent extent_of(const Tensor& t, int32_t number, bool written) {
+  const char* begin = static_cast<const char*>(t.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return {begin, begin, number, written};
+    last += (t.size(i) - 1) * t.stride(i);
+  }
+  return {begin, begin + (last + 1) * static_cast<int64_t>(t.element_size()), number, written};
+}
+
+// Two that overlap, of which one at least is written, if there are such. Sorts the extents.
+inline std::optional<std::pair<Extent, Extent>> overlapping(std::vector<Extent>& extents) {
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  const Extent* furthest = nullptr;  // of those before, which all begin before
+  const Extent* furthest_written = nullptr;
+  for (const Extent& e : extents) {
+    if (e.begin == e.end) continue;
+    const Extent* other = e.written ? furthest : furthest_written;
+    if (other && other->end > e.begin) return std::pair(*other, e);
+    if (!furthest || furthest->end < e.end) furthest = &e;
+    if (e.written && (!furthest_written || furthest_written->end < e.end)) furthest_written = &e;
+  }
+  return std::nullopt;
 }
 
 }  // namespace mnist_ext::ops

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "device.h"
-#include "extents.h"
 #include "schemas.h"
 #include "train_step_handle.h"
 
@@ -223,10 +222,10 @@ Tensor train_steps(int64_t handle, const Tensor& images, const Tensor& labels, c
   const std::optional<Tensor>& class_weight = settings.class_weight;
   if (class_weight) {
     const int64_t classes = model.weight(settings.layers() - 1).size(0);
-    check_like<Refused>(kTrainSteps, "class_weight", *class_weight, "params[0]", first);
-    check<Refused>(class_weight->dim() == 1 && class_weight->size(0) == classes && class_weight->is_contiguous(),
-                   kTrainSteps, ": class_weight: expected shape [", classes, "], contiguous, got ",
-                   Shape(*class_weight));
+    check_operand<Refused>(
+        kTrainSteps, "class_weight", *class_weight, "params[0]", first,
+        class_weight->dim() == 1 && class_weight->size(0) == classes && class_weight->is_contiguous(), "shape [",
+        classes, "], contiguous");
   }
   check_apart(model, examples.images);
   Tensor losses;
@@ -247,7 +246,7 @@ Tensor train_steps(int64_t handle, const Tensor& images, const Tensor& labels, c
     check<Refused>(lr.size() == steps.steps() * steps.groups.size(), kTrainSteps, ": lr: expected ", steps.steps(),
                    " steps times ", steps.groups.size(), " groups, got ", lr.size());
     const int64_t sizes[] = {steps.steps()};
-    losses = empty(device_of(first), dtype_of(first), sizes, batch_size > 0 ? 1 : 0);
+    losses = empty(first, dtype_of(first), sizes, batch_size > 0 ? 1 : 0);
     steps.losses = data_of<T>(losses);
     check_example(steps, run(steps, step->held, first));
   });

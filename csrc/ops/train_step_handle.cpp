@@ -30,7 +30,7 @@ void* HeldGraph::workspace_for(const Tensor& like, CUstream_st* on_stream, int64
   const bool serves =
       workspace && on_same_device(*workspace, like) && stream == on_stream && workspace->numel() >= bytes;
   if (!serves) {
-    workspace = empty(device_of(like), aoti_torch_dtype_uint8(), {bytes});
+    workspace = empty(like, aoti_torch_dtype_uint8(), {bytes});
     stream = on_stream;
   }
   return workspace->mutable_data_ptr();

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "tensors.h"
+#include "device.h"
 
 namespace mnist_ext::ops {
 

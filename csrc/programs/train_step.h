@@ -5,7 +5,7 @@
 //
 // What each layer computes, in which precision and order of summation, is product.h's, the loss cross_entropy.h's, the
 // update sgd.h's: the results are the bits of those called one after the other.
-// Aliasing: parameters and momentum buffers overlap neither each other nor anything else; ops/extents.h checks that.
+// Aliasing: parameters and momentum buffers overlap neither each other nor anything else; ops/tensors.h checks that.
 #pragma once
 
 #include <algorithm>

@@ -2,7 +2,6 @@
 // neighbouring positions, so that sums over classes are sums of vectors and nothing is transposed.
 #pragma once
 
-#include "../simd/log.h"
 #include "../threads/scratch.h"
 #include "terms.h"
 
@@ -21,28 +20,6 @@ int64_t strip_width(int64_t classes) {
   return (fitting < 1 ? 1 : fitting < kStripVectors ? fitting : kStripVectors) * Register<T>::width;
 }
 
-// Scores of neighbouring positions: element (class, position) lies at class * class_stride + position; or data is null.
-template <class T>
-struct StripScores {
-  T* data;
-  int64_t class_stride;
-
-  StripScores from(int64_t position) const { return {data ? data + position : nullptr, class_stride}; }
-};
-
-// The parts of a strip's tensors, from its first position on; those not given or not wanted are null. S: the tensors'
-// type, or its ComputeType for scores that were widened and gradients that are to be narrowed.
-template <class S>
-struct StripTensors {
-  StripScores<const S> logits, probabilities;
-  StripScores<S> grad_logits, grad_probabilities;
-
-  StripTensors from(int64_t position) const {
-    return {logits.from(position), probabilities.from(position), grad_logits.from(position),
-            grad_probabilities.from(position)};
-  }
-};
-
 struct Strip {
   int64_t position;  // the first one's index in [batch, positions]
   int64_t size;      // how many positions
@@ -50,7 +27,7 @@ struct Strip {
 
 // The sum over classes of f(class): four independent chains in each block, which round less than one.
 template <class T, class F>
-MNIST_EXT_INLINE Register<T> class_sum(int64_t classes, const F& f) {
+MNIST_EXT_INLINE Register<T> column_sum(int64_t classes, const F& f) {
   using V = Register<T>;
   V total{};
   for (int64_t begin = 0; begin < classes; begin += kClassBlock) {
@@ -67,21 +44,27 @@ MNIST_EXT_INLINE Register<T> class_sum(int64_t classes, const F& f) {
   return total;
 }
 
-// q of a vector of positions, one class at a time, without the term of the target class.
-template <class T, class S>
-struct ColumnCoefficients {
+// Some positions, a class of them at a time.
+template <class T>
+struct Column {
   using V = Register<T>;
 
-  const Coefficients<T>& q;
-  StripScores<const S> probabilities;  // from the first of these positions on, or null
-  int lanes;
+  int64_t classes;
+  int lanes;  // positions
 
-  MNIST_EXT_INLINE V operator()(int64_t c) const {
-    V x = V::broadcast(q.every);
-    if (probabilities.data) {
-      x = fma(load(probabilities.data + c * probabilities.class_stride, lanes), V::broadcast(q.target), x);
-    }
-    return q.weight ? x * V::broadcast(load_one(q.weight + c)) : x;
+  template <class S>
+  static MNIST_EXT_INLINE S* at(const Scores<S>& scores, int64_t c) {
+    return scores.data + c * scores.class_stride;
+  }
+  static MNIST_EXT_INLINE V weights(const T* weight, int64_t c, int) { return V::broadcast(load_one(weight + c)); }
+  MNIST_EXT_INLINE V statistics(const ComputeType<T>* x) const { return load(x, lanes); }
+  template <class Body>
+  MNIST_EXT_INLINE void for_each(const Body& body) const {
+    for (int64_t c = 0; c < classes; ++c) body(c, lanes);
+  }
+  template <class F>
+  MNIST_EXT_INLINE V sum(const F& f) const {
+    return column_sum<T>(classes, [&](int64_t c) __attribute__((always_inline)) { return f(c, lanes); });
   }
 };
 
@@ -119,91 +102,66 @@ struct VectorOfTargets {
   }
 };
 
-// Logits of a vector of positions, or their exponentials: class c at data + c * class_stride.
-template <class A>
-struct ColumnTile {
-  A* data;
-  int64_t class_stride;
-
-  MNIST_EXT_INLINE Vec<std::remove_const_t<A>> operator()(int64_t c) const {
-    return Vec<std::remove_const_t<A>>::load(data + c * class_stride);
-  }
-};
-
 // One vector of positions. exponentials: exp(logit - max) to be kept there; or data null. Returns 1 / their sum.
 template <class T, class S>
-Register<T> forward_vector(const CrossEntropyProblem<T>& p, const PositionResults<T>& results,
-                           const ColumnCoefficients<T, S>& coefficients, ColumnTile<const ComputeType<T>> logits,
-                           ColumnTile<ComputeType<T>> exponentials, int64_t position) {
+Register<T> forward_vector(const CrossEntropyWork<T>& work, int64_t position, const Column<T>& along,
+                           Scores<const S> probabilities, Scores<const ComputeType<T>> logits,
+                           Scores<ComputeType<T>> exponentials) {
   using A = ComputeType<T>;
   using V = Register<T>;
-  const Coefficients<T>& q = coefficients.q;
-  const int lanes = coefficients.lanes;
+  const CrossEntropyProblem<T>& p = work.problem;
+  const Coefficients<T>& q = work.q;
+  const int lanes = along.lanes;
   const bool indexed = p.kind == TargetKind::indices;
 
   V max = V::broadcast(-std::numeric_limits<A>::infinity());
-  for (int64_t c = 0; c < p.classes; ++c) max = mnist_ext::MNIST_EXT_ISA::max(logits(c), max);
-  const V sum = class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) {
-    const V e = exp(logits(c) - max);
+  for (int64_t c = 0; c < p.classes; ++c) max = mnist_ext::MNIST_EXT_ISA::max(logits.vector(c), max);
+  const V sum = along.sum([&](int64_t c, int) __attribute__((always_inline)) {
+    const V e = exp(logits.vector(c) - max);
     if (exponentials.data) e.store(exponentials.data + c * exponentials.class_stride);
     return e;
   });
   V log_sum = log(sum);
   V loss{};
   if (!indexed || q.smoothed) {
-    loss = V{} - class_sum<T>(p.classes, [&](int64_t c) __attribute__((always_inline)) {
-             return coefficients(c) * ((logits(c) - max) - log_sum);
-           });
+    const VectorOfCoefficients<T, S, Column<T>> coefficients{q, probabilities, along};
+    loss = V{} - along.sum([&](int64_t c, int n) __attribute__((always_inline)) {
+      return coefficients(c, n) * ((logits.vector(c) - max) - log_sum);
+    });
   }
   if (indexed) {
     const VectorOfTargets<T> targets(p, position, lanes);
     V logit{};
-    for (int64_t c = 0; c < p.classes; ++c) logit = targets.pick(c, logits(c), logit);
+    for (int64_t c = 0; c < p.classes; ++c) logit = targets.pick(c, logits.vector(c), logit);
     const V target_loss = (V{} - ((logit - max) - log_sum)) * targets.weight(q, p.classes);
     loss = q.smoothed ? fma(V::broadcast(q.target), target_loss, loss) : target_loss;
     max = where_positive(targets.counts, max);
     log_sum = where_positive(targets.counts, log_sum);
     loss = where_positive(targets.counts, loss);
   }
+  const PositionResults<T>& results = *work.forward;
   store(results.max + position, max, lanes);
   store(results.log_sum + position, log_sum, lanes);
   store(results.loss + position, loss, lanes);
   return V::broadcast(A(1)) / sum;
 }
 
-// The softmax of a vector of positions, a class at a time: from the logits and what the forward found,
-template <class T, class S>
-struct RecomputedColumn {
-  using V = Register<T>;
-
-  StripScores<const S> logits;
-  int lanes;
-  V max, log_sum;
-
-  RecomputedColumn(const CrossEntropyBackward<T>& args, StripScores<const S> strip, int64_t position, int n)
-      : logits(strip),
-        lanes(n),
-        max(load(args.position_max + position, n)),
-        log_sum(load(args.position_log_sum + position, n)) {}
-
-  MNIST_EXT_INLINE V operator()(int64_t c) const {
-    return exp((load(logits.data + c * logits.class_stride, lanes) - max) - log_sum);
-  }
-};
-
-// or from exponentials that the forward kept.
+// The softmax from exponentials that the forward kept.
 template <class T>
 struct KeptColumn {
-  ColumnTile<ComputeType<T>> exponentials;
-  Register<T> inverse_sum;
+  using V = Register<T>;
 
-  MNIST_EXT_INLINE Register<T> operator()(int64_t c) const { return exponentials(c) * inverse_sum; }
+  Scores<ComputeType<T>> exponentials;
+  V inverse_sum;
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int) const { return exponentials.vector(c) * inverse_sum; }
+  MNIST_EXT_INLINE auto times(V factor) const { return multiplied(factor, *this); }
 };
 
-// By value, here and below: as far as the compiler knows, the stores might change what lies behind a reference.
+// By value: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
 MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work, int64_t position, int lanes,
-                                                 Softmax softmax, StripScores<S> grad) {
+                                                 Softmax softmax, Scores<S> grad) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = work.problem;
@@ -215,7 +173,7 @@ MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work
   const V of_target = scale * V::broadcast(q.target) * targets.weight(q, classes);
   const V of_all = smoothed ? fma(scale, V::broadcast(q.every_summed), of_target) : of_target;
   for (int64_t c = 0; c < classes; ++c) {
-    const V p_c = softmax(c);
+    const V p_c = softmax(c, lanes);
     V g, at_target;
     if (smoothed) {
       g = of_all * p_c - uncontracted(scale * V::broadcast(q.every * q.weight_of(c)));
@@ -229,61 +187,36 @@ MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work
   }
 }
 
-template <class T, class S, class Softmax>
-MNIST_EXT_INLINE void backward_vector_of_probabilities(const CrossEntropyWork<T>& work, int64_t position, int lanes,
-                                                       Softmax softmax, StripTensors<S> at) {
-  using V = Register<T>;
-  const Coefficients<T>& q = work.q;
-  const int64_t classes = work.problem.classes;
-  const ColumnCoefficients<T, S> coefficients{q, at.probabilities, lanes};
-  const V scale = work.scales.vector(position, lanes);
-  if (at.grad_logits.data) {
-    const V of_all = scale * class_sum<T>(classes, coefficients);
-    for (int64_t c = 0; c < classes; ++c) {
-      const V g = of_all * softmax(c) - uncontracted(scale * coefficients(c));
-      store(at.grad_logits.data + c * at.grad_logits.class_stride, g, lanes);
-    }
-  }
-  if (at.grad_probabilities.data) {
-    const V max = load(work.backward->position_max + position, lanes);
-    const V log_sum = load(work.backward->position_log_sum + position, lanes);
-    const V factor = V{} - scale * V::broadcast(q.target);
-    for (int64_t c = 0; c < classes; ++c) {
-      const V log_p = (load(at.logits.data + c * at.logits.class_stride, lanes) - max) - log_sum;
-      const V g = factor * (log_p * V::broadcast(q.weight_of(c)));
-      store(at.grad_probabilities.data + c * at.grad_probabilities.class_stride, g, lanes);
-    }
-  }
-}
-
 // One vector of positions; inlined, so that `lanes` is a constant for all but the last. widened: the logits, for the
 // forward; kept: room for exponentials, for both.
 template <class T, class S>
-MNIST_EXT_INLINE void do_vector(const CrossEntropyWork<T>& work, int64_t position, int lanes, const StripTensors<S>& at,
-                                ColumnTile<const ComputeType<T>> widened, ColumnTile<ComputeType<T>> kept) {
+MNIST_EXT_INLINE void do_vector(const CrossEntropyWork<T>& work, int64_t position, int lanes,
+                                const PositionTensors<S>& at, Scores<const ComputeType<T>> widened,
+                                Scores<ComputeType<T>> kept) {
+  using V = Register<T>;
+  const Column<T> along{work.problem.classes, lanes};
   const auto backward = [&](const auto& softmax) __attribute__((always_inline)) {
     if (work.problem.kind == TargetKind::indices) {
-      backward_vector_of_indices(work, position, lanes, softmax, at.grad_logits);
-    } else {
-      backward_vector_of_probabilities(work, position, lanes, softmax, at);
+      return backward_vector_of_indices(work, position, lanes, softmax, at.grad_logits);
     }
+    const V scale = work.scales.vector(position, lanes), minus_scale = V{} - scale * V::broadcast(work.q.target);
+    backward_of_probabilities(work, at, along, softmax, position, scale, minus_scale);
   };
   if (work.forward) {
-    const ColumnCoefficients<T, S> coefficients{work.q, at.probabilities, lanes};
-    const auto inverse_sum = forward_vector(work.problem, *work.forward, coefficients, widened, kept, position);
+    const V inverse_sum = forward_vector(work, position, along, at.probabilities, widened, kept);
     if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
   } else {
-    backward(RecomputedColumn<T, S>(*work.backward, at.logits, position, lanes));
+    backward(RecomputedSoftmax<T, S, Column<T>>(*work.backward, at.logits, along, position));
   }
 }
 
 template <class T>
-void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const StripTensors<T>& at) {
+void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const PositionTensors<T>& at) {
   using A = ComputeType<T>;
   constexpr int64_t vector = Register<T>::width;
   const int64_t classes = work.problem.classes, width = strip_width<T>(classes);
-  StripScores<A> tile{};
-  ColumnTile<A> kept{};
+  Scores<A> tile{};
+  Scores<A> kept{};
   if (work.forward) {
     // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
     tile = {static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A))), width};
@@ -310,20 +243,72 @@ void do_columns(const CrossEntropyWork<T>& work, int thread, int threads) {
   for (int64_t i = share.begin; i < share.end; ++i) {
     const int64_t batch = i / strips, begin = i % strips * width;
     const Strip strip = {batch * p.positions + begin, p.positions - begin < width ? p.positions - begin : width};
-    StripTensors<T> at{};
-    at.logits = {p.logits.data + batch * p.logits.batch_stride + begin, p.logits.class_stride};
-    if (p.kind == TargetKind::probabilities) {
-      at.probabilities = {p.probabilities.data + batch * p.probabilities.batch_stride + begin,
-                          p.probabilities.class_stride};
-    }
-    const auto gradient = [&](T* grad) -> StripScores<T> {
-      return {grad ? grad + batch * p.classes * p.positions + begin : nullptr, p.positions};
+    do_strip(work, strip, tensors_at(work, batch, begin));
+  }
+}
+
+// Short rows: a vector of rows at a time is transposed in registers, so that vectors are full and sums over classes are
+// sums of vectors; then as columns.
+
+// Rows of up to this many classes; longer ones fill vectors of their own.
+template <class T>
+inline constexpr int64_t kShortRow = 4 * Register<T>::width;
+// Fewer rows than this leave most of a vector of them empty.
+inline constexpr int64_t kShortRowsFrom = 8;
+
+// [rows, classes] -> tile [classes, width]; lanes of rows that do not exist hold 0.
+template <class T>
+void transpose_in(const T* from, int64_t stride, int64_t rows, int64_t classes, ComputeType<T>* tile) {
+  using V = Register<T>;
+  for_each_vector<T>(classes, [&](int64_t c, int lanes) {
+    V block[V::width];
+    for (int i = 0; i < V::width; ++i) block[i] = i < rows ? load(from + i * stride + c, lanes) : V{};
+    transpose(block);
+    for (int i = 0; i < V::width; ++i) block[i].store(tile + (c + i) * V::width);
+  });
+}
+
+// tile [classes, width] -> [rows, classes], contiguous.
+template <class T>
+void transpose_out(const ComputeType<T>* tile, int64_t rows, int64_t classes, T* to) {
+  using V = Register<T>;
+  for_each_vector<T>(classes, [&](int64_t c, int lanes) {
+    V block[V::width];
+    for (int i = 0; i < V::width; ++i) block[i] = V::load(tile + (c + i) * V::width);
+    transpose(block);
+    for (int i = 0; i < V::width && i < rows; ++i) store(to + i * classes + c, block[i], lanes);
+  });
+}
+
+// This thread's share of the rows.
+template <class T>
+void do_short_rows(const CrossEntropyWork<T>& work, int thread, int threads) {
+  using A = ComputeType<T>;
+  constexpr int64_t width = Register<T>::width;
+  const CrossEntropyProblem<T>& p = work.problem;
+  alignas(64) A tiles[4][kShortRow<T> * width];
+  const Range share = split(p.batch, width, thread, threads);
+  for (int64_t begin = share.begin; begin < share.end; begin += width) {
+    const int64_t rows = share.end - begin < width ? share.end - begin : width;
+    const auto in = [&](const ClassScores<const T>& from, A* tile) -> Scores<const A> {
+      if (!from.data) return {};
+      transpose_in(from.data + begin * from.batch_stride, from.batch_stride, rows, p.classes, tile);
+      return {tile, width};
     };
+    const auto room = [](const T* gradient, A* tile) -> Scores<A> { return {gradient ? tile : nullptr, width}; };
+    const auto out = [&](const Scores<A>& tile, T* gradient) {
+      if (gradient) transpose_out(tile.data, rows, p.classes, gradient + begin * p.classes);
+    };
+    PositionTensors<A> at = {in(p.logits, tiles[0]), in(p.probabilities, tiles[1]), {}, {}};
     if (work.backward) {
-      at.grad_logits = gradient(work.backward->grad_logits);
-      at.grad_probabilities = gradient(work.backward->grad_probabilities);
+      at.grad_logits = room(work.backward->grad_logits, tiles[2]);
+      at.grad_probabilities = room(work.backward->grad_probabilities, tiles[3]);
     }
-    do_strip(work, strip, at);
+    // Exponentials are kept where the gradient then takes their place.
+    do_vector(work, begin, static_cast<int>(rows), at, {at.logits.data, width}, {at.grad_logits.data, width});
+    if (!work.backward) continue;
+    out(at.grad_logits, work.backward->grad_logits);
+    out(at.grad_probabilities, work.backward->grad_probabilities);
   }
 }
 

@@ -5,7 +5,6 @@
 #include "../../api/backend.h"
 #include "columns.h"
 #include "rows.h"
-#include "short_rows.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 

@@ -96,55 +96,46 @@ RowSum<ComputeType<T>> row_exponentials(const T* row, int64_t n, ComputeType<T>*
   return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)};
 }
 
-// The softmax of one row, a vector of classes at a time: from the logits and what the forward found,
+// The classes of one position, in vectors.
 template <class T>
-struct RecomputedSoftmax {
+struct Row {
   using V = Register<T>;
 
-  const T* row;
-  V max, log_sum;
+  int64_t classes;
 
-  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
-    constexpr auto lowest = -std::numeric_limits<ComputeType<T>>::infinity();
-    return exp((load(row + c, lanes, lowest) - max) - log_sum);
+  template <class S>
+  static MNIST_EXT_INLINE S* at(const Scores<S>& scores, int64_t c) {
+    return scores.data + c;
   }
-  MNIST_EXT_INLINE auto times(V factor) const {
-    return [*this, factor](int64_t c, int lanes) __attribute__((always_inline)) { return factor * (*this)(c, lanes); };
+  static MNIST_EXT_INLINE V weights(const T* weight, int64_t c, int lanes) { return load(weight + c, lanes); }
+  static MNIST_EXT_INLINE V statistics(const ComputeType<T>* x) { return V::broadcast(*x); }
+  template <class Body>
+  MNIST_EXT_INLINE void for_each(const Body& body) const {
+    for_each_vector<T>(classes, body);
   }
-  ComputeType<T> at(int64_t c) const { return exp((V::broadcast(load_one(row + c)) - max) - log_sum).raw[0]; }
+  template <class F>
+  MNIST_EXT_INLINE V sum(const F& f) const {
+    return V::broadcast(static_cast<ComputeType<T>>(row_sum<T>(classes, f)));
+  }
 };
 
-// or from exponentials that the forward kept: one exp per logit for both.
+// The softmax from exponentials that the forward kept: one exp per logit for both.
 template <class T>
-struct KeptSoftmax {
+struct KeptRow {
   using V = Register<T>;
 
   const ComputeType<T>* exponentials;
   V inverse_sum;
 
   MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return load(exponentials + c, lanes) * inverse_sum; }
-  MNIST_EXT_INLINE KeptSoftmax times(V factor) const { return {exponentials, factor * inverse_sum}; }
-  ComputeType<T> at(int64_t c) const { return exponentials[c] * inverse_sum.raw[0]; }
-};
-
-// q of one row, a vector of classes at a time, without the term of the target class.
-template <class T>
-struct RowCoefficients {
-  using V = Register<T>;
-
-  const Coefficients<T>& q;
-  const T* probabilities;  // of this row, or null
-
-  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
-    V x = V::broadcast(q.every);
-    if (probabilities) x = fma(load(probabilities + c, lanes), V::broadcast(q.target), x);
-    return q.weight ? x * load(q.weight + c, lanes) : x;
-  }
+  MNIST_EXT_INLINE KeptRow times(V factor) const { return {exponentials, factor * inverse_sum}; }
+  ComputeType<T> of_class(int64_t c) const { return exponentials[c] * inverse_sum.raw[0]; }
 };
 
 // exponentials: to be kept there; or null.
 template <class T>
-RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, int64_t i, ComputeType<T>* exponentials) {
+RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, const PositionTensors<T>& at, int64_t i,
+                                   ComputeType<T>* exponentials) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = work.problem;
@@ -156,12 +147,11 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, int64_t i, C
     results.loss[i] = results.max[i] = results.log_sum[i] = A(0);
     return {};
   }
-  const T* row = p.logits.data + i * p.logits.batch_stride;
+  const T* row = at.logits.data;
   const RowSum<A> lse = exponentials ? row_exponentials(row, p.classes, exponentials) : row_log_sum_exp(row, p.classes);
   A loss = 0;
   if (!indexed || q.smoothed) {
-    const T* probabilities = indexed ? nullptr : p.probabilities.data + i * p.probabilities.batch_stride;
-    const RowCoefficients<T> coefficients{q, probabilities};
+    const VectorOfCoefficients<T, T, Row<T>> coefficients{q, at.probabilities, {p.classes}};
     const V max = V::broadcast(lse.max), log_sum = V::broadcast(lse.log_sum);
     loss = static_cast<A>(-row_sum<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
       return coefficients(c, lanes) * ((load(row + c, lanes) - max) - log_sum);
@@ -178,13 +168,11 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, int64_t i, C
 }
 
 template <class T, class Softmax>
-void backward_row_of_index(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
+void backward_row_of_index(const CrossEntropyWork<T>& work, T* grad, const Softmax& softmax, int64_t i) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = work.problem;
-  const CrossEntropyBackward<T>& args = *work.backward;
   const Coefficients<T>& q = work.q;
-  T* grad = args.grad_logits + i * p.classes;
   const int64_t t = p.target[i];
   if (t == p.ignore_index) {
     std::memset(grad, 0, p.classes * sizeof(T));
@@ -193,10 +181,10 @@ void backward_row_of_index(const CrossEntropyWork<T>& work, int64_t i, const Sof
   const A scale = work.scales[i];
   const A of_target = scale * q.target * q.weight_of(t);
   const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
-  const A p_target = softmax.at(t);
+  const A p_target = softmax.of_class(t);
   const auto scaled_softmax = softmax.times(V::broadcast(of_all));
   const V scale_vector = V::broadcast(scale);
-  const RowCoefficients<T> coefficients{q, nullptr};
+  const VectorOfCoefficients<T, T, Row<T>> coefficients{q, {}, {p.classes}};
   const bool smoothed = q.smoothed;  // read once: as far as the compiler knows, the stores might change q
   for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
     V g = scaled_softmax(c, lanes);
@@ -209,65 +197,31 @@ void backward_row_of_index(const CrossEntropyWork<T>& work, int64_t i, const Sof
   store_one(grad + t, g);
 }
 
-template <class T, class Softmax>
-void backward_row_of_probabilities(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
-  using A = ComputeType<T>;
-  using V = Register<T>;
-  const CrossEntropyProblem<T>& p = work.problem;
-  const CrossEntropyBackward<T>& args = *work.backward;
-  const Coefficients<T>& q = work.q;
-  const T* row = p.logits.data + i * p.logits.batch_stride;
-  const RowCoefficients<T> coefficients{q, p.probabilities.data + i * p.probabilities.batch_stride};
-  const A scale = work.scales[i];
-  if (args.grad_logits) {
-    T* grad = args.grad_logits + i * p.classes;
-    const auto scaled_softmax =
-        softmax.times(V::broadcast(scale * static_cast<A>(row_sum<T>(p.classes, coefficients))));
-    const V scale_vector = V::broadcast(scale);
-    for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      store(grad + c, scaled_softmax(c, lanes) - uncontracted(scale_vector * coefficients(c, lanes)), lanes);
-    });
-  }
-  if (args.grad_probabilities) {
-    T* grad = args.grad_probabilities + i * p.classes;
-    const V max = V::broadcast(args.position_max[i]), log_sum = V::broadcast(args.position_log_sum[i]);
-    const V factor = V::broadcast(-scale * q.target);
-    for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
-      const V log_p = (load(row + c, lanes) - max) - log_sum;
-      store(grad + c, factor * (q.weight ? log_p * load(q.weight + c, lanes) : log_p), lanes);
-    });
-  }
-}
-
-template <class T, class Softmax>
-void backward_row(const CrossEntropyWork<T>& work, int64_t i, const Softmax& softmax) {
-  if (work.problem.kind == TargetKind::indices) {
-    backward_row_of_index(work, i, softmax);
-  } else {
-    backward_row_of_probabilities(work, i, softmax);
-  }
-}
-
 template <class T>
 void do_row(const CrossEntropyWork<T>& work, int64_t i) {
   using V = Register<T>;
-  const CrossEntropyBackward<T>* backward = work.backward;
-  if (!backward) {
-    forward_row(work, i, nullptr);
+  const CrossEntropyBackward<T>* args = work.backward;
+  const int64_t classes = work.problem.classes;
+  const PositionTensors<T> at = tensors_at(work, i, 0);
+  const Row<T> along{classes};
+  const auto backward = [&](const auto& softmax) {
+    if (work.problem.kind == TargetKind::indices) return backward_row_of_index(work, at.grad_logits.data, softmax, i);
+    const V scale = V::broadcast(work.scales[i]), minus_scale = V::broadcast(-work.scales[i] * work.q.target);
+    backward_of_probabilities(work, at, along, softmax, i, scale, minus_scale);
+  };
+  if (!args) {
+    forward_row(work, at, i, nullptr);
   } else if (!work.forward) {
-    const ClassScores<const T>& logits = work.problem.logits;
-    const V max = V::broadcast(backward->position_max[i]), log_sum = V::broadcast(backward->position_log_sum[i]);
-    backward_row(work, i, RecomputedSoftmax<T>{logits.data + i * logits.batch_stride, max, log_sum});
+    backward(RecomputedSoftmax<T, T, Row<T>>(*args, at.logits, along, i));
   } else {
-    const int64_t classes = work.problem.classes;
     ComputeType<T>* exponentials;
     if constexpr (is_half<T>) {
       exponentials = static_cast<float*>(scratch(Scratch::exponentials, classes * sizeof(float)));
     } else {
-      exponentials = backward->grad_logits + i * classes;  // which takes their place
+      exponentials = at.grad_logits.data;  // which takes their place
     }
-    const auto lse = forward_row<T>(work, i, exponentials);
-    backward_row(work, i, KeptSoftmax<T>{exponentials, V::broadcast(lse.inverse_sum)});
+    const auto lse = forward_row<T>(work, at, i, exponentials);
+    backward(KeptRow<T>{exponentials, V::broadcast(lse.inverse_sum)});
   }
 }
 

@@ -1,4 +1,12 @@
-// What the two layouts of softmax cross-entropy share: targets, coefficients, the reduction over positions.
+// What the layouts of softmax cross-entropy share: targets, coefficients, the reduction over positions, and formulas.
+//
+// A formula takes a vector at a time: some classes of one position (rows.h: struct Row), or one class of some positions
+// (columns.h: struct Column). `along` says which:
+//   at(scores, c)       where the vector lies that begins at class c
+//   for_each(body)      body(c, lanes) for each vector; so many of its numbers exist
+//   sum(f)              the sum of f(c, lanes) over all classes, in every lane
+//   weights(w, c, n)    the weights of the vector's classes
+//   statistics(x)       what the forward found, from x on, one number for each position
 #pragma once
 
 #include <cmath>
@@ -6,7 +14,7 @@
 
 #include "../../api/cross_entropy.h"
 #include "../simd/elements.h"
-#include "../simd/exp.h"
+#include "../simd/exp_log.h"
 #include "../threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -162,5 +170,117 @@ struct CrossEntropyWork {
   const CrossEntropyBackward<T>* backward;
   const GradientScale<T>& scales;
 };
+
+// Scores of a position, or of neighbouring ones: those of class c lie at data + c * class_stride; or data is null.
+template <class S>
+struct Scores {
+  S* data;
+  int64_t class_stride;
+
+  Scores from(int64_t position) const { return {data ? data + position : nullptr, class_stride}; }
+
+  // A whole one, where so many positions have memory.
+  MNIST_EXT_INLINE auto vector(int64_t c) const { return Vec<std::remove_const_t<S>>::load(data + c * class_stride); }
+};
+
+// The parts of all tensors from a position on; those not given or not wanted are null. S: the tensors' type, or its
+// ComputeType for scores that were widened and gradients that are to be narrowed.
+template <class S>
+struct PositionTensors {
+  Scores<const S> logits, probabilities;
+  Scores<S> grad_logits, grad_probabilities;
+
+  PositionTensors from(int64_t position) const {
+    return {logits.from(position), probabilities.from(position), grad_logits.from(position),
+            grad_probabilities.from(position)};
+  }
+};
+
+template <class T>
+PositionTensors<T> tensors_at(const CrossEntropyWork<T>& work, int64_t batch, int64_t position) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  const auto scores = [&](const ClassScores<const T>& s) -> Scores<const T> {
+    return {s.data ? s.data + batch * s.batch_stride + position : nullptr, s.class_stride};
+  };
+  const auto gradient = [&](T* grad) -> Scores<T> {
+    return {grad ? grad + batch * p.classes * p.positions + position : nullptr, p.positions};
+  };
+  const CrossEntropyBackward<T>* backward = work.backward;
+  return {scores(p.logits), scores(p.probabilities), gradient(backward ? backward->grad_logits : nullptr),
+          gradient(backward ? backward->grad_probabilities : nullptr)};
+}
+
+// q, without the term of the target class.
+template <class T, class S, class Along>
+struct VectorOfCoefficients {
+  using V = Register<T>;
+
+  const Coefficients<T>& q;
+  Scores<const S> probabilities;  // or data null
+  Along along;
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
+    V x = V::broadcast(q.every);
+    if (probabilities.data) x = fma(load(along.at(probabilities, c), lanes), V::broadcast(q.target), x);
+    return q.weight ? x * along.weights(q.weight, c, lanes) : x;
+  }
+};
+
+// factor * softmax(c, lanes).
+template <class V, class Softmax>
+MNIST_EXT_INLINE auto multiplied(V factor, const Softmax& softmax) {
+  return [factor, softmax](int64_t c, int lanes) __attribute__((always_inline)) { return factor * softmax(c, lanes); };
+}
+
+// The softmax, from the logits and what the forward found.
+template <class T, class S, class Along>
+struct RecomputedSoftmax {
+  using V = Register<T>;
+
+  Scores<const S> logits;
+  Along along;
+  V max, log_sum;
+
+  RecomputedSoftmax(const CrossEntropyBackward<T>& args, Scores<const S> scores, Along direction, int64_t position)
+      : logits(scores),
+        along(direction),
+        max(along.statistics(args.position_max + position)),
+        log_sum(along.statistics(args.position_log_sum + position)) {}
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
+    constexpr auto lowest = -std::numeric_limits<ComputeType<T>>::infinity();
+    return exp((load(along.at(logits, c), lanes, lowest) - max) - log_sum);
+  }
+  MNIST_EXT_INLINE auto times(V factor) const { return multiplied(factor, *this); }
+  ComputeType<T> of_class(int64_t c) const {
+    return exp((V::broadcast(load_one(along.at(logits, c))) - max) - log_sum).raw[0];
+  }
+};
+
+// The gradients where the targets are probabilities. minus_scale: -scale * (1 - s).
+template <class T, class S, class Along, class Softmax>
+MNIST_EXT_INLINE void backward_of_probabilities(const CrossEntropyWork<T>& work, const PositionTensors<S>& at,
+                                                const Along& along, const Softmax& softmax, int64_t position,
+                                                Register<T> scale, Register<T> minus_scale) {
+  using V = Register<T>;
+  const T* const weight = work.q.weight;
+  const VectorOfCoefficients<T, S, Along> coefficients{work.q, at.probabilities, along};
+  if (at.grad_logits.data) {
+    const auto scaled_softmax = softmax.times(scale * along.sum(coefficients));
+    along.for_each([&](int64_t c, int lanes) __attribute__((always_inline)) {
+      const V g = scaled_softmax(c, lanes) - uncontracted(scale * coefficients(c, lanes));
+      store(along.at(at.grad_logits, c), g, lanes);
+    });
+  }
+  if (at.grad_probabilities.data) {
+    const V max = along.statistics(work.backward->position_max + position);
+    const V log_sum = along.statistics(work.backward->position_log_sum + position);
+    along.for_each([&](int64_t c, int lanes) __attribute__((always_inline)) {
+      const V log_p = (load(along.at(at.logits, c), lanes) - max) - log_sum;
+      const V g = minus_scale * (weight ? log_p * along.weights(weight, c, lanes) : log_p);
+      store(along.at(at.grad_probabilities, c), g, lanes);
+    });
+  }
+}
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

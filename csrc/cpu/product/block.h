@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../api/product.h"
-#include "../simd/vec.h"
+#include "../simd/elements.h"
 #include "../threads/parallel.h"
 #include "../threads/scratch.h"
 
@@ -91,15 +91,13 @@ T* piece_scratch() {
 // c += the sums of a piece, and ReLU.
 template <class T>
 void add_piece(const Block<T>& piece, T* c, int64_t ldc, bool relu) {
-  using V = Vec<T>;
   for (int64_t row = 0; row < piece.M; ++row, c += ldc) {
     const T* from = piece.c + row * piece.ldc;
-    for (int64_t i = 0; i < piece.N; i += V::width) {
-      const int lanes = piece.N - i < V::width ? static_cast<int>(piece.N - i) : V::width;
-      V sum = V::load_partial(c + i, lanes) + V::load_partial(from + i, lanes);
-      if (relu) sum = max(V{}, sum);  // NaN stays NaN
-      sum.store_partial(c + i, lanes);
-    }
+    for_each_vector<T>(piece.N, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      Vec<T> sum = load(c + i, lanes) + load(from + i, lanes);
+      if (relu) sum = max(Vec<T>{}, sum);  // NaN stays NaN
+      store(c + i, sum, lanes);
+    });
   }
 }
 

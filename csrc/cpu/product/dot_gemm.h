@@ -13,23 +13,9 @@ namespace mnist_ext::MNIST_EXT_ISA {
 inline constexpr int kDotRows = kVectorRegisters == 32 ? 6 : 3;
 inline constexpr int kDotColumns = 4;  // summed together
 
-// One block of K for one tile of C; as Tile in gemm.h.
-template <class T>
-struct DotTile {
-  int64_t K;
-  const T* a;
-  int64_t a_stride;  // between rows of A
-  const T* b;
-  int64_t b_stride;  // between rows of B, which are columns of C
-  T* c;
-  int64_t ldc;
-  const T* add;  // added to the sums: bias (ldadd 0), C so far, or null
-  int64_t ldadd;
-  bool relu;
-};
-
+// t.a and t.b are contiguous along K.
 template <class T, int R, int N>
-void dot_tile(const DotTile<T>& t) {
+void dot_tile(const Tile<T>& t) {
   using V = Vec<T>;
   V acc[R][kDotColumns] = {};  // those beyond N stay 0
   const T* a = t.a;
@@ -40,7 +26,7 @@ void dot_tile(const DotTile<T>& t) {
     for (int r = 0; r < R; ++r) av[r] = load(a + r * t.a_stride);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const V bv = load(b + n * t.b_stride);
+      const V bv = load(b + n * t.ldb);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][n] = fma(av[r], bv, acc[r][n]);
     }
@@ -64,26 +50,12 @@ void dot_tile(const DotTile<T>& t) {
   }
 }
 
-template <class T, int R>
-void dot_tile_rows(const DotTile<T>& t, int64_t columns) {
-  switch (columns) {
-    case 1: return dot_tile<T, R, 1>(t);
-    case 2: return dot_tile<T, R, 2>(t);
-    case 3: return dot_tile<T, R, 3>(t);
-    default: return dot_tile<T, R, 4>(t);
-  }
-}
-
 template <class T>
-void dot_tile(const DotTile<T>& t, int64_t rows, int64_t columns) {
-  if constexpr (kDotRows == 6) {
-    if (rows == 6) return dot_tile_rows<T, 6>(t, columns);
-    if (rows == 5) return dot_tile_rows<T, 5>(t, columns);
-    if (rows == 4) return dot_tile_rows<T, 4>(t, columns);
-  }
-  if (rows == 3) return dot_tile_rows<T, 3>(t, columns);
-  if (rows == 2) return dot_tile_rows<T, 2>(t, columns);
-  dot_tile_rows<T, 1>(t, columns);
+void dot_tile(const Tile<T>& t, int rows, int columns) {
+  with_constant<kDotRows>(rows, [&]<int R>(Constant<R>) __attribute__((always_inline)) {
+    with_constant<kDotColumns>(columns,
+                               [&]<int N>(Constant<N>) __attribute__((always_inline)) { dot_tile<T, R, N>(t); });
+  });
 }
 
 // The part of the rows of A that is read again for each tile of columns: it stays in the second-level cache. A long K
@@ -139,20 +111,21 @@ void dot_gemm_block(const Block<T>& g, Range k) {
       for (int64_t i = begin; i < end; ++i) {
         const Range rows = rows_of(i);
         T* c = g.c + rows.begin * g.ldc + column;
-        const DotTile<T> t = {.K = k.size(),
-                              .a = packs ? packed + (rows.begin - first_row) * row_size
-                                         : g.a.data + rows.begin * g.a.outer_stride + k.begin,
-                              .a_stride = packs ? row_size : g.a.outer_stride,
-                              .b = g.b.data + column * g.b.outer_stride + k.begin,
-                              .b_stride = g.b.outer_stride,
-                              .c = c,
-                              .ldc = g.ldc,
-                              .add = !first   ? c
-                                     : g.bias ? g.bias + column
-                                              : nullptr,
-                              .ldadd = first ? 0 : g.ldc,
-                              .relu = g.relu && k.end == g.K};
-        dot_tile(t, rows.size(), rest < kDotColumns ? rest : kDotColumns);
+        const Tile<T> t = {.K = k.size(),
+                           .a = packs ? packed + (rows.begin - first_row) * row_size
+                                      : g.a.data + rows.begin * g.a.outer_stride + k.begin,
+                           .a_stride = packs ? row_size : g.a.outer_stride,
+                           .a_k_stride = 1,
+                           .b = g.b.data + column * g.b.outer_stride + k.begin,
+                           .ldb = g.b.outer_stride,
+                           .c = c,
+                           .ldc = g.ldc,
+                           .add = !first   ? c
+                                  : g.bias ? g.bias + column
+                                           : nullptr,
+                           .ldadd = first ? 0 : g.ldc,
+                           .relu = g.relu && k.end == g.K};
+        dot_tile(t, static_cast<int>(rows.size()), rest < kDotColumns ? static_cast<int>(rest) : kDotColumns);
       }
     }
   }
@@ -165,7 +138,7 @@ void dot_gemm(const Block<T>& g) {
   for (int64_t i = 0; i < blocks; ++i) dot_gemm_block(g, split(g.K, Vec<T>::width, i, blocks));
 }
 
-// Asks for all that a product will ask for.
+// Asks scratch() for all that a product stored to C will.
 template <class T>
 void reserve_product() {
   a_tile_scratch<T>();

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../simd/elements.h"
-#include "../simd/transpose.h"
 #include "block.h"
 #include "tile.h"
 
@@ -17,13 +16,10 @@ void pack_transposed(const T* from, int64_t stride, const T* mask, int64_t mask_
   using V = Vec<T>;
   for (int64_t p = 0; p < length; p += V::width) {
     const int lanes = length - p < V::width ? static_cast<int>(length - p) : V::width;
-    const auto load = [&](const T* at) __attribute__((always_inline)) {
-      return lanes == V::width ? V::load(at + p) : V::load_partial(at + p, lanes);
-    };
     V block[V::width];
     for (int i = 0; i < V::width; ++i) {
-      block[i] = i < lines ? load(from + i * stride) : V{};
-      if (mask && i < lines) block[i] = where_positive(load(mask + i * mask_stride), block[i]);
+      block[i] = i < lines ? load(from + i * stride + p, lanes) : V{};
+      if (mask && i < lines) block[i] = where_positive(load(mask + i * mask_stride + p, lanes), block[i]);
     }
     transpose(block);
     for (int i = 0; i < lanes; ++i) block[i].store(packed + (p + i) * to_stride);

@@ -43,15 +43,9 @@ template <class T>
 void sum_rows(const Product<T>& p, int64_t m, int64_t n, T* sums) {
   constexpr int width = Vec<T>::width;
   const int vectors = static_cast<int>((n + width - 1) / width), last = static_cast<int>(n - (vectors - 1) * width);
-  const auto some = [&]<int N>() {
+  with_constant<4>(vectors, [&]<int N>(Constant<N>) __attribute__((always_inline)) {
     last == width ? sum_rows<T, N, false>(p, m, last, sums) : sum_rows<T, N, true>(p, m, last, sums);
-  };
-  switch (vectors) {
-    case 1: return some.template operator()<1>();
-    case 2: return some.template operator()<2>();
-    case 3: return some.template operator()<3>();
-    default: return some.template operator()<4>();
-  }
+  });
 }
 
 // The sums of some rows, stored, or a parameter's update by them.

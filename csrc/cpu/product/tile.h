@@ -14,6 +14,7 @@ template <class T>
 inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
 template <class T>
 inline constexpr int64_t kColumnBlock = 2048 / sizeof(T) / kTileColumns<T> * kTileColumns<T>;
+
 // One block of K for one tile of C.
 template <class T>
 struct Tile {
@@ -21,16 +22,16 @@ struct Tile {
   const T* a;
   int64_t a_stride, a_k_stride;  // between rows of the tile, and steps of K
   const T* b;
-  int64_t ldb;  // between steps of K
+  int64_t ldb;  // between steps of K; of dot products, between columns of C
   T* c;
   int64_t ldc;
-  int last;  // lanes of the last vector that lie inside C
   // Added to the block's own sum, or null: the bias (ldadd 0) to the first block, C so far to the others. A block sums
   // from 0, so that no chain of additions is longer than a block.
   const T* add;
   int64_t ldadd;
   bool relu;         // after the last block
   bool one = false;  // add is a single number; of a single row
+  int last = 0;      // lanes of the last vector that lie inside C; of outer products
 };
 
 template <class T, int R, int N, bool partial>
@@ -93,41 +94,26 @@ struct TileShape {
   static constexpr bool is_partial = partial;
 };
 
-// Calls body(TileShape) for a tile of R rows and so many vectors, at most `most`, the last of which has `last` lanes.
-template <class T, int R, int most, class Body>
-MNIST_EXT_INLINE void with_tile_vectors(int vectors, int last, const Body& body) {
-  if constexpr (most > 1) {
-    if (vectors < most) return with_tile_vectors<T, R, most - 1>(vectors, last, body);
-  }
-  if (last == Vec<T>::width) {
-    body(TileShape<R, most, false>{});
-  } else {
-    body(TileShape<R, most, true>{});
-  }
-}
-
-template <class T, class Body>
+// Calls body(TileShape) for a tile of so many rows and vectors, the last of which has `last` lanes.
+template <class T, int most_rows, int most_vectors, class Body>
 MNIST_EXT_INLINE void with_tile_shape(int rows, int vectors, int last, const Body& body) {
-  switch (rows) {
-    case 1: return with_tile_vectors<T, 1, kTileVectors>(vectors, last, body);
-    case 2: return with_tile_vectors<T, 2, kTileVectors>(vectors, last, body);
-    case 3: return with_tile_vectors<T, 3, kTileVectors>(vectors, last, body);
-    case 4: return with_tile_vectors<T, 4, kTileVectors>(vectors, last, body);
-    case 5: return with_tile_vectors<T, 5, kTileVectors>(vectors, last, body);
-    default: return with_tile_vectors<T, 6, kTileVectors>(vectors, last, body);
-  }
+  with_constant<most_rows>(rows, [&]<int R>(Constant<R>) __attribute__((always_inline)) {
+    with_constant<most_vectors>(vectors, [&]<int N>(Constant<N>) __attribute__((always_inline)) {
+      if (last == Vec<T>::width) {
+        body(TileShape<R, N, false>{});
+      } else {
+        body(TileShape<R, N, true>{});
+      }
+    });
+  });
 }
 
 template <class T>
 void compute_tile(const Tile<T>& t, int rows, int vectors) {
-  if (vectors > kTileVectors) {
-    return with_tile_vectors<T, 1, kRowVectors>(vectors, t.last, [&](auto s) __attribute__((always_inline)) {
-      compute_tile<T, 1, s.vectors, s.is_partial>(t);
-    });
-  }
-  with_tile_shape<T>(rows, vectors, t.last, [&](auto s) __attribute__((always_inline)) {
-    compute_tile<T, s.rows, s.vectors, s.is_partial>(t);
-  });
+  const auto compute = [&](auto s)
+                           __attribute__((always_inline)) { compute_tile<T, s.rows, s.vectors, s.is_partial>(t); };
+  if (vectors > kTileVectors) return with_tile_shape<T, 1, kRowVectors>(rows, vectors, t.last, compute);
+  with_tile_shape<T, kTileRows, kTileVectors>(rows, vectors, t.last, compute);
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

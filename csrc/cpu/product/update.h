@@ -76,14 +76,15 @@ void update_from_tiles(const Product<T>& p, Range m, Range n) {
                          .ldb = p.b.k_stride,
                          .c = p.update.param + offset,
                          .ldc = p.N,
-                         .last = static_cast<int>(columns - (vectors - 1) * width),
                          .add = nullptr,
                          .ldadd = 0,
-                         .relu = false};
+                         .relu = false,
+                         .last = static_cast<int>(columns - (vectors - 1) * width)};
       T* buffer = p.update.momentum_buffer ? p.update.momentum_buffer + offset : nullptr;
-      with_tile_shape<T>(static_cast<int>(rows.size()), vectors, t.last, [&](auto s) __attribute__((always_inline)) {
+      const auto update = [&](auto s) __attribute__((always_inline)) {
         update_tile<T, s.rows, s.vectors, s.is_partial>(t, buffer, sgd);
-      });
+      };
+      with_tile_shape<T, kTileRows, kTileVectors>(static_cast<int>(rows.size()), vectors, t.last, update);
     }
   }
 }

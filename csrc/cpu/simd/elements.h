@@ -144,9 +144,7 @@ MNIST_EXT_INLINE Register<T> load(const T* p, int lanes, ComputeType<T> fill = 0
       if (i < lanes) bits[i] = p[i].bits;  // lanes of constant numbers stay in the register
     }
 #endif
-    typename V::RawBits lane;
-    for (int i = 0; i < V::width; ++i) lane[i] = i;
-    return {lane < lanes ? widen_vector<T>(bits).raw : V::broadcast(fill).raw};
+    return first_lanes(widen_vector<T>(bits), lanes, fill);
   } else {
     return lanes == V::width ? V::load(p) : V::load_partial(p, lanes, fill);
   }

@@ -16,7 +16,7 @@
 #endif
 
 #if !defined(MNIST_EXT_ISA)
-#error "isa/<isa>.cpp defines MNIST_EXT_ISA before it includes a kernel header"
+#error "MNIST_EXT_ISA is to be defined as the name of the instruction set that this is compiled for"
 #endif
 
 #define MNIST_EXT_INLINE inline __attribute__((always_inline))
@@ -37,6 +37,19 @@ inline constexpr int kVectorRegisters = 32;
 #else
 inline constexpr int kVectorRegisters = 16;
 #endif
+
+// A number that the compiler knows.
+template <int n>
+struct Constant {};
+
+// Calls body(Constant<n>) for 1 <= n <= most.
+template <int most, class Body>
+MNIST_EXT_INLINE void with_constant(int n, const Body& body) {
+  if constexpr (most > 1) {
+    if (n < most) return with_constant<most - 1>(n, body);
+  }
+  body(Constant<most>{});
+}
 
 template <class T>
 struct BitsOf;
@@ -113,12 +126,12 @@ MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// x in the first n lanes, 0 in the others.
+// x in the first n lanes, `fill` in the others.
 template <class T>
-MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n) {
+MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n, T fill = T(0)) {
   typename Vec<T>::RawBits lane;
   for (int i = 0; i < Vec<T>::width; ++i) lane[i] = i;
-  return {lane < n ? x.raw : typename Vec<T>::Raw{}};
+  return {lane < n ? x.raw : Vec<T>::broadcast(fill).raw};
 }
 
 // x where mask is > 0 or NaN, else 0: the gradient of ReLU, whose output the mask is.
@@ -239,6 +252,26 @@ template <class T>
 MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
   return reduce_halves<T>(
       v.raw, [](auto a, auto b) { return a > b ? a : b; }, std::make_index_sequence<Vec<T>::width / 2>{});
+}
+
+// Swaps the off-diagonal quarters of each 2h x 2h block that rows a and b = a + h belong to (Eklundh's method).
+template <int h, class Raw, std::size_t... K>
+MNIST_EXT_INLINE void swap_quarters(Raw& a, Raw& b, std::index_sequence<K...>) {
+  constexpr int width = sizeof...(K);
+  const Raw first = shuffle<static_cast<int>(K & h ? width + K - h : K)...>(a, b);
+  b = shuffle<static_cast<int>(K & h ? width + K : K + h)...>(a, b);
+  a = first;
+}
+
+// Transposes a square block of a vector's width in registers.
+template <class T, int h = Vec<T>::width / 2>
+MNIST_EXT_INLINE void transpose(Vec<T> (&rows)[Vec<T>::width]) {
+  constexpr int width = Vec<T>::width;
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) {
+    if ((i & h) == 0) swap_quarters<h>(rows[i].raw, rows[i + h].raw, std::make_index_sequence<width>{});
+  }
+  if constexpr (h > 1) transpose<T, h / 2>(rows);
 }
 
 #if defined(__AVX512F__)

@@ -1,18 +1,34 @@
-// Which instruction set the kernels use: the best that this CPU has, or the one asked for.
+// The CPU's tables of kernels, one for each instruction set, and which of them is used: that of the best that this CPU
+// has, or of the one asked for.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "../../api/backend.h"
+#include "../api/backend.h"
 
 namespace mnist_ext {
 
-extern const KernelTable kernels_baseline;
+// kernels.cpp, compiled for each:
+namespace baseline {
+extern const KernelTable kTable;  // any CPU of this architecture: SSE2 on x86-64, NEON on AArch64
+}
 #if defined(__x86_64__)
-extern const KernelTable kernels_avx2;
-extern const KernelTable kernels_avx512;
+namespace avx2 {
+extern const KernelTable kTable;  // AVX2, FMA and F16C
+}
+namespace avx512 {
+extern const KernelTable kTable;  // AVX-512 F, DQ, BW and VL
+}
 #endif
+
+// In every table, for float and double: training steps, as programs that the table in use runs (train_steps.cpp).
+namespace cpu {
+template <class T>
+BadExample train_steps(const TrainSteps<T>&, void* workspace, StepGraph*, const Launch&);
+template <class T>
+int64_t train_steps_workspace_bytes(const TrainSteps<T>&);
+}  // namespace cpu
 
 // Names of the instruction sets this binary holds and this CPU can run, from the plainest to the best.
 std::vector<std::string> available_isas();

@@ -1,6 +1,7 @@
-#include "dispatch.h"
-
+// Which instruction set the kernels use.
 #include <stdexcept>
+
+#include "kernels.h"
 
 namespace mnist_ext {
 namespace {
@@ -11,14 +12,14 @@ struct Isa {
 };
 
 std::vector<Isa> detect() {
-  std::vector<Isa> isas = {{"baseline", &kernels_baseline}};
+  std::vector<Isa> isas = {{"baseline", &baseline::kTable}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    isas.push_back({"avx2", &kernels_avx2});
+    isas.push_back({"avx2", &avx2::kTable});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
-      isas.push_back({"avx512", &kernels_avx512});
+      isas.push_back({"avx512", &avx512::kTable});
     }
   }
 #endif

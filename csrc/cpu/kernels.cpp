@@ -1,8 +1,8 @@
-// Every kernel for one instruction set, as a table.
-#pragma once
+// Every kernel for one instruction set, as a table. Compiled for each of them: with its flags, and its name as
+// MNIST_EXT_ISA.
+#include "kernels.h"
 
-#include "../executor.h"
-#include "../train_steps.h"
+#include "executor.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -20,18 +20,18 @@ constexpr Kernels<T> kernels_of() {
     kernels.run = run_program_half<T>;
   } else {
     kernels.run = run_program<T>;
-    kernels.train_steps = cpu::train_steps;
-    kernels.train_steps_workspace_bytes = cpu::train_steps_workspace_bytes;
+    kernels.train_steps = cpu::train_steps<T>;
+    kernels.train_steps_workspace_bytes = cpu::train_steps_workspace_bytes<T>;
   }
   return kernels;
 }
 
-inline constexpr KernelTable kTable = {{kernels_of<float>()},
-                                       {kernels_of<double>()},
-                                       {kernels_of<BFloat16>()},
-                                       {kernels_of<Float16>()},
-                                       nullptr,
-                                       nullptr,
-                                       false};
+constexpr KernelTable kTable = {{kernels_of<float>()},
+                                {kernels_of<double>()},
+                                {kernels_of<BFloat16>()},
+                                {kernels_of<Float16>()},
+                                nullptr,
+                                nullptr,
+                                false};
 
 }  // namespace mnist_ext::MNIST_EXT_ISA
