@@ -7,7 +7,7 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest bench bench-kernels gpu lint format clean
+.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,12 +31,14 @@ train: install  ## train on MNIST; options: make train ARGS="--epochs 1"
 test: install  ## run the tests; options: make test ARGS="-k linear"
 	$(BIN)/pytest $(ARGS)
 
-# First pip builds against the newest torch in an isolated environment, and installs beside the oldest one; then it
-# builds against that one too, without CUDA's kernels: they know no torch, and take minutes.
-test-oldest:  ## test with the oldest torch supported, built against the newest one and against that
+# pip builds against the newest torch in an isolated environment, and installs beside the oldest one.
+test-oldest:  ## test with the oldest torch supported
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/pip install '.[test]' 'torch==2.10.*'
 	$(OLDEST)/bin/pytest $(ARGS)
+
+# CUDA's kernels know no torch, and take minutes.
+test-built-with-oldest: test-oldest  ## the same, built against that torch: before a release
 	$(OLDEST)/bin/pip install $(BUILD_REQUIRES)
 	MNIST_EXT_CUDA=0 $(OLDEST)/bin/pip install --no-build-isolation --no-deps --force-reinstall .
 	$(OLDEST)/bin/pytest $(ARGS) tests/test_library.py $(addprefix tests/ops/test_,errors.py mlp.py optim.py)
