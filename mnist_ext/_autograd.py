@@ -304,11 +304,12 @@ def _scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor | None:
     scale = None if _has_cuda_kernels(grad_output) else grad_output.item()
     if scale is not None and not math.isfinite(scale):  # 0 for a row that is ignored, all the same
         return _cross_entropy_gradients(ctx, grad_output)[0]
+    saved = ctx.saved_tensors  # once: under checkpointing each access forms them again
     gradient, ctx.gradient = ctx.gradient, None
     if gradient is None:  # none was formed, or a backward has taken it
-        _, gradient = _cross_entropy_with_gradient(*ctx.saved_tensors, *ctx.options)
+        _, gradient = _cross_entropy_with_gradient(*saved, *ctx.options)
     if scale is None:
-        _cross_entropy_gradient_(gradient, grad_output, *ctx.saved_tensors, *ctx.options)
+        _cross_entropy_gradient_(gradient, grad_output, *saved, *ctx.options)
     elif scale != 1:
         gradient.mul_(scale)
     return gradient

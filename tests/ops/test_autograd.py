@@ -428,3 +428,15 @@ def test_ignored_rows_have_gradient_0_however_it_is_made(way, ignored):
     reference = values[[0, 2, 3]].requires_grad_()
     F.cross_entropy(reference, target[[0, 2, 3]]).backward()
     torch.testing.assert_close(grad[[0, 2, 3]], reference.grad)
+
+
+def test_a_hook_of_the_logits_is_called_once_by_a_recorded_backward():
+    logits = torch.randn(4, 5).requires_grad_()
+    target = torch.tensor([0, 1, 2, 4])
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    calls = []
+    logits.register_hook(lambda grad: calls.append(grad) or 2 * grad)
+    loss = functional.cross_entropy(logits, target)
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    assert len(calls) == 1
+    torch.testing.assert_close(grad, 2 * expected)

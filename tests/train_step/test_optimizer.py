@@ -68,3 +68,33 @@ def test_parameters_that_the_optimizer_does_not_hold_stay():
     optimizer = torch.optim.SGD(model[3].parameters(), lr=0.1)
     TrainStep(model, nn.CrossEntropyLoss(), optimizer)(*first_batch(16))
     assert torch.equal(model[1].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"relu": []}, "relu: expected at least one layer"),
+        ({"bias": []}, "bias: expected one for each of 1 layers, got 0"),
+        ({"groups": [0]}, "groups: expected one for each of 2 params, got 1"),
+        ({"groups": [0, 1]}, "groups: expected -1 to 0, got 1"),
+        ({"dampening": []}, "dampening: expected one for each of 1 groups, got 0"),
+        ({"maximize": [True, True]}, "maximize: expected one for each of 1 groups, got 2"),
+        ({"label_smoothing": 2.0}, r"label_smoothing: expected a number in \[0, 1\], got 2"),
+        ({"reduction": 0}, r"reduction: expected 1 \(mean\) or 2 \(sum\), got 0"),
+    ],
+)
+def test_settings_that_the_op_refuses(wrong, message):
+    settings = {
+        **{"relu": [False], "bias": [True], "groups": [0, -1], "momentum": [0.9]},
+        **{"dampening": [0.0], "weight_decay": [0.0], "nesterov": [False], "maximize": [False]},
+        **{"scale": 1.0, "shift": 0.0, "class_weight": None, "ignore_index": -100},
+        **{"label_smoothing": 0.0, "reduction": 1},
+    }
+    op = torch.ops.mnist_ext.new_train_step
+    with pytest.raises(ValueError, match=message):
+        op(torch.empty(0), **{**settings, **wrong})
+
+
+def test_a_handle_that_was_freed():
+    with pytest.raises(ValueError, match=r"step: expected a handle from new_train_step.*got -1"):
+        torch.ops.mnist_ext.free_train_step(torch.empty(0), -1)
