@@ -48,17 +48,16 @@ struct ParameterUpdate {
 template <class T>
 struct Product {
   int64_t M = 0, N = 0, K = 0;
-  Operand<T> a{};  // [M, K]
-  Operand<T>
-      relu_mask{};  // [M, K], ReLU's output: where it is <= 0, A counts as 0 (where it is NaN, as A); or null data
-  Operand<T> b{};   // [N, K]
+  Operand<T> a{};           // [M, K]
+  Operand<T> relu_mask{};   // [M, K], ReLU's output: where it is <= 0, A counts as 0 (NaN lets A pass); or null data
+  Operand<T> b{};           // [N, K]
   const T* bias = nullptr;  // [N], or null
   bool relu = false;
   bool allow_tf32 = false;    // float32 on CUDA: the factors may be rounded to TF32, never what row_sums adds up
   const T* c_mask = nullptr;  // [M, N], contiguous, ReLU's output: where it is <= 0, C is 0; or null
   T* c = nullptr;             // [M, N]; null: not kept
   T* row_sums = nullptr;      // [M], sums over K of A behind its mask; null: not kept
-  // C and the row sums need no memory where they update a parameter and K is at most Kernels::largest_fused_k.
+  // C and the row sums need no memory where they update a parameter and K is at most StepTraits::largest_fused_k.
   ParameterUpdate<T> update{}, row_sums_update{};
 
   bool forms_c() const { return c || update.param; }

@@ -26,14 +26,13 @@ struct Layer {
   MatrixView<T> weight;  // [out_features, in_features]
   const T* bias;         // [out_features], or null
   bool relu, allow_tf32;
-  T* out;                       // [batch, out_features], contiguous
-  MatrixView<T> grad_output{};  // [batch, out_features]
-  MatrixView<T> output{};       // of ReLU, where grad_output is not yet 0 where that was <= 0; or null data
-  const T* input_mask =
-      nullptr;               // [batch, in_features], contiguous: ReLU's output that input is, the mask of grad_input
-  T* grad_input = nullptr;   // [batch, in_features], contiguous, or null: not wanted
-  T* grad_weight = nullptr;  // [out_features, in_features], contiguous, or null
-  T* grad_bias = nullptr;    // [out_features], or null
+  T* out;                         // [batch, out_features], contiguous
+  MatrixView<T> grad_output{};    // [batch, out_features]
+  MatrixView<T> output{};         // of ReLU, where grad_output is not yet 0 where that was <= 0; or null data
+  const T* input_mask = nullptr;  // where input is ReLU's output: that again, contiguous, the mask of grad_input
+  T* grad_input = nullptr;        // [batch, in_features], contiguous, or null: not wanted
+  T* grad_weight = nullptr;       // [out_features, in_features], contiguous, or null
+  T* grad_bias = nullptr;         // [out_features], or null
   ParameterUpdate<T> update_weight{}, update_bias{};
 };
 
