@@ -304,8 +304,9 @@ def _scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor | None:
     scale = None if _has_cuda_kernels(grad_output) else grad_output.item()
     if scale is not None and not math.isfinite(scale):  # 0 for a row that is ignored, all the same
         return _cross_entropy_gradients(ctx, grad_output)[0]
-    saved = ctx.saved_tensors  # once: under checkpointing each access forms them again
     gradient, ctx.gradient = ctx.gradient, None
+    # Once, as checkpointing forms them again; and not where nothing of them is read.
+    saved = ctx.saved_tensors if gradient is None or scale is None else ()
     if gradient is None:  # none was formed, or a backward has taken it
         _, gradient = _cross_entropy_with_gradient(*saved, *ctx.options)
     if scale is None:
