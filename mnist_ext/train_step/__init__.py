@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,8 @@ __all__ = ["Scheduler", "TrainStep"]
 _train_steps = torch.ops.mnist_ext.train_steps.default
 _new_train_step = torch.ops.mnist_ext.new_train_step.default
 _free_train_step = torch.ops.mnist_ext.free_train_step.default
+# torch.fx replaces Module.__call__ while it traces a forward, for the other threads as well.
+_TRACING = threading.RLock()
 _REPLAYS_GRAPHS = True  # on CUDA; tests and benchmarks compare with launches alone
 _increment_version = torch.autograd.graph.increment_version
 
@@ -102,7 +105,8 @@ class TrainStep:
         names[self._criterion] = "criterion"
         check_hooks(names, self._optimizer)
         loss = loss_arguments(self._criterion)
-        layers = Layers(self._model, names)
+        with _TRACING:
+            layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers)
         guard = Guard(list(names), self._criterion, self._optimizer, layers)
         self._layers, self._groups, self._guard = layers, groups, guard

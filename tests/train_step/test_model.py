@@ -1,6 +1,8 @@
 """Which models a TrainStep takes."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -46,6 +48,29 @@ OTHER_FUNCTIONS = {
     r"nothing else, found add": lambda m, x: m.a(x) + x,
     r"model \(Written\): .*following it failed": lambda m, x: m.a(x) if x.sum() > 0 else x,
 }
+
+
+@pytest.mark.cpu_only("the emulator is not for threads of Python")
+def test_made_in_several_threads_at_once():
+    """torch.fx, which traces the forwards, replaces functions of modules for all threads."""
+    errors = []
+
+    def make():
+        try:
+            for _ in range(10):
+                pair(mlp((20,), "relu"))
+        except ValueError as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors
 
 
 class TestFunctions:
