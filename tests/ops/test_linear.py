@@ -105,6 +105,15 @@ def test_error_does_not_grow_with_the_length_of_sums(device, shape, layout):
         assert_as_accurate(our, our, true, factor=0, floor=4)
 
 
+def test_relu_of_a_long_sum_is_that_of_the_whole():
+    """Of pieces whose sums have either sign."""
+    input = torch.ones(1, 2**14)
+    weight = torch.cat([torch.full((2, 2**13), -1.0), torch.full((2, 2**13), 2.0)], dim=1)
+    weight[1].neg_()
+    output = functional.linear(input, weight, activation="relu")
+    assert output.tolist() == [[2.0**13, 0.0]]
+
+
 @pytest.mark.parametrize("layout", [Tensor.contiguous, column_major])
 @pytest.mark.parametrize("shape", SHAPES + SHORT_SUMS, ids=lambda s: "x".join(map(str, s)))
 def test_float64_agrees(device, shape, layout):

@@ -70,6 +70,17 @@ def test_parameters_that_the_optimizer_does_not_hold_stay():
     assert torch.equal(model[1].weight, before)
 
 
+def new_train_step(**changed):
+    """Describe a single layer whose bias is frozen to the op."""
+    settings = {
+        **{"relu": [False], "bias": [True], "groups": [0, -1], "momentum": [0.9]},
+        **{"dampening": [0.0], "weight_decay": [0.0], "nesterov": [False], "maximize": [False]},
+        **{"scale": 1.0, "shift": 0.0, "class_weight": None, "ignore_index": -100},
+        **{"label_smoothing": 0.0, "reduction": 1},
+    }
+    return torch.ops.mnist_ext.new_train_step(torch.empty(0), **{**settings, **changed})
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -84,15 +95,35 @@ def test_parameters_that_the_optimizer_does_not_hold_stay():
     ],
 )
 def test_settings_that_the_op_refuses(wrong, message):
-    settings = {
-        **{"relu": [False], "bias": [True], "groups": [0, -1], "momentum": [0.9]},
-        **{"dampening": [0.0], "weight_decay": [0.0], "nesterov": [False], "maximize": [False]},
-        **{"scale": 1.0, "shift": 0.0, "class_weight": None, "ignore_index": -100},
-        **{"label_smoothing": 0.0, "reduction": 1},
-    }
-    op = torch.ops.mnist_ext.new_train_step
     with pytest.raises(ValueError, match=message):
-        op(torch.empty(0), **{**settings, **wrong})
+        new_train_step(**wrong)
+
+
+def test_steps_of_one_call_with_new_momentum_buffers():
+    """The buffers hold nothing in the first of them only."""
+    images, labels = torch.randn(6, 4), torch.arange(6) % 3
+    models = []
+    for batch_size, calls in ((2, [slice(0, 6)]), (0, [slice(0, 2), slice(2, 4), slice(4, 6)])):
+        torch.manual_seed(0)
+        params, first = [torch.randn(3, 4), torch.randn(3)], [True]
+        buffers = [torch.empty(3, 4)]
+        for rows in calls:
+            x, y, lr = images[rows], labels[rows], [0.1] * (3 // len(calls))
+            handle = new_train_step()
+            torch.ops.mnist_ext.train_steps(
+                handle, x, y, None, batch_size, lr, params, buffers, first
+            )
+            first = [False]
+        models.append([*params, *buffers])
+    for one_call, calls in zip(*models, strict=True):
+        assert torch.equal(one_call, calls)
+
+
+def test_loss_of_a_step_that_updates_nothing():
+    images, labels, params = torch.randn(6, 4), torch.arange(6) % 3, [torch.randn(3, 4)]
+    handle = new_train_step(bias=[False], groups=[-1])
+    loss = torch.ops.mnist_ext.train_steps(handle, images, labels, None, 0, [0.1], params, [], [])
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(images @ params[0].t(), labels))
 
 
 def test_a_handle_that_was_freed():
