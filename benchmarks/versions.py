@@ -165,6 +165,8 @@ def main() -> None:
     from provenance import describe, fields
     from table import Table
 
+    from mnist_ext.app.bench.timing import percentiles
+
     old, new = Version(args.old), Version(args.new)
     print(f"{describe()}\nold: {old.commit()}, new: {new.commit()}\n")
     columns = {"case": "<46", "old_us": ">9.1f", "new_us": ">9.1f", "ratio": ">6.3f"}
@@ -181,9 +183,9 @@ def main() -> None:
         for turn in range(TURNS):
             for version in (old, new) if turn % 2 == 0 else (new, old):
                 times[version].append(version.ask(name, calls))
-        cuts = statistics.quantiles((b / a for a, b in zip(*times.values(), strict=True)), n=10)
+        p20, ratio, p80 = percentiles(b / a for a, b in zip(*times.values(), strict=True))
         medians = (1e6 * statistics.median(t) for t in times.values())
-        row = dict(zip(columns, (name, *medians, cuts[4], cuts[1], cuts[7]), strict=True))
+        row = dict(zip(columns, (name, *medians, ratio, p20, p80), strict=True))
         table.add(**row)
     if args.csv:
         table.write(args.csv)

@@ -74,8 +74,9 @@ class Worker {
     const auto* product = std::get_if<Product<T>>(&entry.work);
     if (!product) return;
     reserve_product<T>();
-    if (product->update.param && !product->c)
+    if (product->update.param && !product->c) {
       packed_a_scratch<T>(share(*product, entry.sharing).rows.size(), product->K);
+    }
   }
 
  private:
@@ -90,6 +91,7 @@ class Worker {
     return split(n, n >= 4 * Vec<T>::width * count_ ? Vec<T>::width : kDotColumns, thread_, count_);
   }
 
+  // The neurons are the rows of a weight's gradient, which is what has an update, and the columns of other products.
   Share share(const Product<T>& p, Sharing sharing) const {
     if (sharing == Sharing::examples) return {examples(p.M), {0, p.N}};
     if (!p.update.param) return {{0, p.M}, neurons(p.N)};
@@ -124,16 +126,6 @@ class Worker {
   int64_t row_unit_;
   void* workspace_;
 };
-
-// Asks for entries that lie in the cache of the core that wrote them, and take some hundred nanoseconds from there.
-template <class T>
-void fetch(const Entry<T>* entry, const Entry<T>* end) {
-  const char* stop = reinterpret_cast<const char*>(end);
-  for (const char* line = reinterpret_cast<const char*>(entry); line < stop; line += 64) prefetch(line);
-}
-
-// So many entries ahead: about a training step's.
-inline constexpr int64_t kFetchAhead = 8;
 
 template <class T>
 double multiply_adds(const Program<T>& program) {
@@ -171,7 +163,6 @@ void run_program(const Program<T>& program, void* workspace, const Launch& launc
     parallel_in_phases(
         threads,
         [&](int thread, int count) {
-          if (thread > 0) fetch(begin, end - begin < kFetchAhead ? end : begin + kFetchAhead);
           const Worker<T> worker(thread, count, unit, workspace);
           for (const Entry<T>* entry = begin; entry < end; ++entry) worker.reserve(*entry);
         },

@@ -6,6 +6,8 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
+static_assert(cpu::kLargestFusedK <= kBlockK);
+
 template <class T>
 constexpr Kernels<T> kernels_of() {
   Kernels<T> kernels = {.run = nullptr,

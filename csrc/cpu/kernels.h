@@ -24,6 +24,10 @@ extern const KernelTable kTable;  // AVX-512 F, DQ, BW and VL
 
 // In every table, for float and double: training steps, as programs that the table in use runs (train_steps.cpp).
 namespace cpu {
+// A gradient that sums over more examples is not finished in registers: a tile adds up kBlockK (product/block.h) at
+// most.
+inline constexpr int64_t kLargestFusedK = 256;
+
 template <class T>
 BadExample train_steps(const TrainSteps<T>&, void* workspace, StepGraph*, const Launch&);
 template <class T>

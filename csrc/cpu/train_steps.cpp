@@ -7,8 +7,7 @@
 namespace mnist_ext::cpu {
 namespace {
 
-// kBlockK of product/block.h: a gradient that sums over more examples is not finished in registers.
-constexpr StepTraits kTraits = {.largest_fused_k = 256, .always_gathers = false};
+constexpr StepTraits kTraits = {.largest_fused_k = kLargestFusedK, .always_gathers = false};
 // Threads meet some six times a step, which costs nearly nothing between cores that share a cache, and more than a
 // small step between others.
 constexpr double kGrain = 1.5e6;  // multiply-adds that are worth a thread of their own

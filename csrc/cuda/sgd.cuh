@@ -19,7 +19,7 @@ struct SgdWork {
   const double* lr;  // null, or in device memory: instead of that of options
 };
 
-// The operations of ../cpu/sgd_impl.h, in its order. `fma` keeps them from being contracted otherwise.
+// The operations of ../cpu/sgd.h, in its order. `fma` keeps them from being contracted otherwise.
 template <class T, int N>
 __device__ void sgd_elements(const SgdOptions& options, Pack<T, N>& p, Pack<T, N> g, Pack<T, N>* buffer) {
   using A = ComputeType<T>;

@@ -78,7 +78,6 @@ void run_widened(const Product<T>& p, int threads, const Run& run) {
                      .relu_mask = mask.operand(),
                      .b = b.operand(),
                      .bias = bias.data(),
-
                      .relu = p.relu,
                      .c_mask = c_mask.data(),
                      .c = c.data(),

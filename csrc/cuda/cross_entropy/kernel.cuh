@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const Work<T> work
   }
 }
 
-// Rows of a few classes: a thread each. The block's rows travel between memory and shared memory side by side, 16 bytes
+// Rows of a few classes: a thread each. The block's rows travel between memory and shared memory coalesced, 16 bytes
 // at a time, however few bytes one row has. pitch: elements between rows in shared memory.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_kernel(const Work<T> work, int pitch) {
@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(Group::kMaxThreads, kPlain ? 1024 / Group::kMa
   finish_forward(work, sums, scratch);
 }
 
-// Classes that do not lie side by side: a thread per position, so that neighbours read neighbours.
+// Classes that are not contiguous: a thread per position, so that a warp's reads are coalesced.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kColumnsThreads, kPlain ? 4 : 1) columns_kernel(const Work<T> work) {
   if (work.has_nothing_to_do()) return;

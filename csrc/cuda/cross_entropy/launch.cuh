@@ -3,7 +3,7 @@
 // and its gradient. Rows that are too long for that are read twice.
 //
 // Sums of a row: in T's compute type over 16 bytes, then in double (float for a warp's rows); over positions in double,
-// in an order that is fixed by the shape. No atomics but the counter that tells the last block.
+// in an order that is fixed by the shape. No atomics but the counter by which the last block is known.
 #pragma once
 
 #include "kernel.cuh"

@@ -77,7 +77,7 @@ __device__ ComputeType<T> exp_for(ComputeType<T> x) {
   }
 }
 
-// N elements side by side.
+// N contiguous elements.
 template <class T, int N>
 struct Pack {
   static constexpr int size = N;

@@ -98,7 +98,7 @@ using TensorMap = emulator::TensorMap;
 
 inline constexpr int kSwizzleBytes = 128;  // of a row of a box, whose 16-byte chunks are permuted within 8 rows
 
-// Of a matrix: `rows` of `row_size` elements side by side, `stride` bytes apart, copied in boxes of box_rows by 128
+// Of a matrix: `rows` of `row_size` contiguous elements, `stride` bytes apart, copied in boxes of box_rows by 128
 // bytes; what lies beyond the matrix comes as 0. in_tf32: floats are converted to TF32 on their way.
 template <class T>
 TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stride, int box_rows, bool in_tf32) {

@@ -234,7 +234,7 @@ __device__ inline void transpose_among_four(uint32_t (&word)[4], int lane) {
   exchange(1, 3, 2);
 }
 
-// As store_fragments, of a half dtype and the whole of K: 16 bytes from every lane, 64 side by side.
+// As store_fragments, of a half dtype and the whole of K: 16 bytes from every lane, 64 contiguous.
 template <class Half, int kTiles>
 __device__ void store_half_fragments(const Epilogue<Half>& epilogue, const float (&sum)[kTiles][4], int64_t row,
                                      int64_t column) {

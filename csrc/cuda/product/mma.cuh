@@ -23,7 +23,7 @@ struct MmaOperandTile {
   static constexpr __device__ int place(int row, int chunk) {
     int permuted = chunk;
     if constexpr (kMajor == Major::k) {
-      permuted ^= row / 2 % 4;  // two rows lie side by side in the banks
+      permuted ^= row / 2 % 4;  // two rows fill all banks
     } else if constexpr (sizeof(T) == 2) {
       permuted ^= row % 8;
     } else {

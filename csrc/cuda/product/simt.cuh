@@ -38,7 +38,7 @@ struct SimtOperandTile {
   static constexpr int kBytes = kRows * kChunksOfRow * kChunk;
 
   // Outer-major: [K][outer]. K-major: [outer][K], changed in two ways. The lanes of a warp read the same chunk of rows
-  // that are kVector apart: those rows lie side by side. And each row is half as long as all banks: the four chunks of
+  // that are kVector apart: those rows are adjacent here. And each row is half as long as all banks: the four chunks of
   // a row change places, differently in each pair of rows, so that eight rows meet in no bank.
   static constexpr __device__ int row_of(int slot) {
     return kByK ? slot % (kOuter / kVector) * kVector + slot / (kOuter / kVector) : slot;
@@ -57,7 +57,7 @@ struct SimtOperandTile {
 };
 
 // Which rows or columns of the block's tile a thread has: kCount of kOuter, in vectors, those of neighbouring lanes
-// side by side.
+// adjacent.
 template <class S, int kOuter, int kCount>
 struct Share {
   static constexpr int kVector = kPack<S>;

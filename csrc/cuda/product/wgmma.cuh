@@ -292,8 +292,8 @@ struct WgmmaKernel {
   }
 };
 
-// Where the instructions are missing, the kernel is compiled for blocks too small to be launched with, which tells
-// has_wgmma so.
+// Where the instructions are missing, the kernel is compiled for blocks too small to be launched with, by which
+// has_wgmma knows.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline constexpr int kWgmmaLargestBlock = kWgmmaThreads;
 #else
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kWgmmaLargestBlock, 1)
 inline constexpr int kTransposeSide = 32;
 inline constexpr int kTransposeThreads = 256;
 
-// to[c * to_stride + r] = from[r * from_stride + c]: through shared memory, so that warps read and write side by side.
+// to[c * to_stride + r] = from[r * from_stride + c]: through shared memory, so that reads and writes are coalesced.
 // Grid: any.
 template <class T>
 __global__ void __launch_bounds__(kTransposeThreads)
