@@ -139,6 +139,12 @@ class BuildWithIsaFlags(BuildExtension):
 
     op_objects: list[str] | None = None
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One folder for setup.py, pip install and pip install -e (whose own is a temporary one):
+        # each compiles only what has changed since the last of them.
+        self.build_temp = os.path.join("build", "objects", sys.implementation.cache_tag)
+
     def build_extensions(self) -> None:
         if missing := build_requirements.missing_compiler():
             sys.exit(missing)

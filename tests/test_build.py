@@ -1,5 +1,7 @@
 """How the build finds a CUDA compiler, or asks for one."""
 
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -159,6 +161,14 @@ def test_compilers(monkeypatch, tmp_path, macros, refused):
         compiler.chmod(0o755)
     message = build_requirements.missing_compiler()
     assert message is None if refused is None else refused in message
+
+
+def test_the_makefile_installs_what_an_isolated_build_would():
+    root = Path(__file__).parents[1]
+    requires = re.search(r"^requires = \[(.*)\]$", (root / "pyproject.toml").read_text(), re.M)
+    installed = re.search(r"^BUILD_REQUIRES := (.*)$", (root / "Makefile").read_text(), re.M)
+    wanted = sorted(re.findall('"(.*?)"', requires[1]))
+    assert sorted([*shlex.split(installed[1]), "torch>=2.10"]) == wanted
 
 
 def test_what_pip_is_asked_for(monkeypatch, tmp_path):
