@@ -28,12 +28,17 @@ class StepGraph {
   virtual ~StepGraph() = default;
 };
 
+inline constexpr int64_t kWeighTargetsBytes = 64 << 10;
+
 // Workspaces are memory of the device, aligned to 64 bytes, whose content does not matter.
 template <class T>
 struct Kernels {
   // Throws std::bad_alloc on the CPU, having done nothing.
   void (*run)(const Program<T>&, void* workspace, const Launch&);
   int64_t (*workspace_bytes)(const Program<T>&);
+
+  // Writes what a mean over the targets divides by; returns as the two below. workspace: of kWeighTargetsBytes.
+  int64_t (*weigh_targets)(const CrossEntropyProblem<T>&, ComputeType<T>* total_weight, void* workspace, const Launch&);
 
   // Return -1, or on the CPU the first position whose target is neither ignore_index nor in [0, classes); outputs are
   // then incomplete.

@@ -11,6 +11,7 @@
 //         pieces of blocks: no chain of additions is longer than 512, or than some square root of a 256th of K. Row
 //         sums: over 8 steps of K in ComputeType<T>, and these added up in double.
 //   CUDA: row sums in double, or by tensor cores in float32 with what is rounded away summed beside.
+//   accumulate: one more addition in T. For float and double only.
 // Layout: operands are read at any strides on CUDA; on the CPU one stride of each is 1, and A's outer stride where row
 // sums are wanted. C is row-major and contiguous. A stride of 0 (an expanded tensor) is allowed.
 // Aliasing: what is written overlaps nothing else. Any size may be 0; a sum over nothing is 0.
@@ -53,6 +54,7 @@ struct Product {
   Operand<T> b{};           // [N, K]
   const T* bias = nullptr;  // [N], or null
   bool relu = false;
+  bool accumulate = false;    // C and the row sums are added to what is there; without bias, ReLU, mask and update
   bool allow_tf32 = false;    // float32 on CUDA: the factors may be rounded to TF32, never what row_sums adds up
   const T* c_mask = nullptr;  // [M, N], contiguous, ReLU's output: where it is <= 0, C is 0; or null
   T* c = nullptr;             // [M, N]; null: not kept

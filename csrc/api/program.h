@@ -65,6 +65,10 @@ struct Entry {
   bool operator==(const Entry&) const = default;
 };
 
+// In place of the workspace while its bytes are counted: what a product needs depends on which results it has, and on
+// their alignment.
+inline void* const kNowhere = reinterpret_cast<void*>(uintptr_t{256});
+
 template <class T>
 struct Program {
   const Entry<T>* entries;

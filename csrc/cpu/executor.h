@@ -119,7 +119,8 @@ class Worker {
   }
 
   ForwardPass<T> pass_of(const CrossEntropyForward<T>& loss) const {
-    return {loss, workspace_, check_targets(loss.problem).total_weight};
+    const double divisor = loss.divisor ? static_cast<double>(*loss.divisor) : check_targets(loss.problem).total_weight;
+    return {loss, workspace_, divisor};
   }
 
   int thread_, count_;

@@ -12,6 +12,7 @@ template <class T>
 constexpr Kernels<T> kernels_of() {
   Kernels<T> kernels = {.run = nullptr,
                         .workspace_bytes = workspace_bytes<T>,
+                        .weigh_targets = weigh_targets<T>,
                         .cross_entropy_forward = cross_entropy_forward<T>,
                         .cross_entropy_backward = cross_entropy_backward<T>,
                         .cross_entropy_workspace_bytes = ForwardPass<T>::workspace_bytes,

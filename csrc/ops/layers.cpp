@@ -67,8 +67,7 @@ struct LayerOperands {
 template <class T>
 void run(const Entry<T>* entries, int64_t count, OnDevice& device) {
   if (count == 0) return;
-  constexpr double kGrain = 250e3;  // multiply-adds that are worth a thread of their own
-  const Program<T> program = {entries, count, kGrain};
+  const Program<T> program = {entries, count, kProductGrain};
   void* workspace = device.workspace(kernels<T>().workspace_bytes(program));
   kernels<T>().run(program, workspace, device.launch());
 }

@@ -59,6 +59,16 @@ inline void define_ops(Library& m) {
       "Tensor total_weight, int ignore_index, float label_smoothing, int reduction, bool need_logits, "
       "bool need_target) -> (Tensor, Tensor)");
 
+  // (loss, grad_input if need_input, grad_weight if need_weight, grad_bias if need_bias) of the cross-entropy of
+  // linear(input, linear_weight, linear_bias), whose logits are never in memory as a whole; the others are undefined
+  // (None). input [N, in] or [in], linear_weight [C, in] or [C, d1, ..., in], linear_bias [C, d1, ...], of float32 or
+  // float64; target, weight and options as in `cross_entropy` of logits [N, C, d1, ...]. The gradients are those of
+  // grad_output, as the loss, without which the loss is formed and they are those of 1.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+      "int ignore_index, float label_smoothing, int reduction, Tensor? grad_output, bool need_input, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
   // first_step. Returns -1, or, having changed nothing, an index at which the tensors are none that the kernels take:
   // of a dtype of theirs, dense, all of the same shape, strides and dtype, and what is written shares no memory.
@@ -89,12 +99,14 @@ inline void define_ops(Library& m) {
 // Registers the kernels of one of the libraries, for the device that is its own.
 void implement_layers(Library& m);
 void implement_cross_entropy(Library& m);
+void implement_linear_cross_entropy(Library& m);
 void implement_sgd_step(Library& m);
 void implement_train_steps(Library& m);
 
 inline void implement_ops(Library& m) {
   implement_layers(m);
   implement_cross_entropy(m);
+  implement_linear_cross_entropy(m);
   implement_sgd_step(m);
   implement_train_steps(m);
 }

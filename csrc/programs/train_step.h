@@ -63,10 +63,6 @@ struct StepTraits {
   bool always_gathers;      // copies images that could be read in place
 };
 
-// In place of the workspace while its bytes are counted: what a product needs depends on which results it has, and on
-// their alignment.
-inline void* const kNowhere = reinterpret_cast<void*>(uintptr_t{256});
-
 template <class T>
 class TrainStepProgram {
  public:

@@ -49,7 +49,7 @@ class ForwardPass {
         divisor_(static_cast<A>(total_weight)),
         backward_{.problem = args.problem,
                   .grad_output = args.grad_output ? args.grad_output : &one_,
-                  .grad_output_stride = 0,
+                  .grad_output_stride = args.grad_output_stride,
                   .position_max = results_.max,
                   .position_log_sum = results_.log_sum,
                   .total_weight = &divisor_,
@@ -102,6 +102,14 @@ class ForwardPass {
   const Coefficients<T> q_;
   const GradientScale<T> scales_;
 };
+
+// As the kernel table has it.
+template <class T>
+int64_t weigh_targets(const CrossEntropyProblem<T>& problem, ComputeType<T>* total_weight, void*, const Launch&) {
+  const Targets targets = check_targets(problem);
+  *total_weight = static_cast<ComputeType<T>>(targets.total_weight);
+  return targets.first_bad;
+}
 
 template <class T>
 int64_t cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, const Launch& launch) {

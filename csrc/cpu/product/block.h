@@ -19,6 +19,7 @@ struct Block {
   bool one_bias = false;  // of a single row: one number, not one for each column
   const T* c_mask;        // as C
   bool relu;
+  bool accumulate;  // to what C holds
 
   static Block whole(const Product<T>& p) {
     return {.M = p.M,
@@ -31,7 +32,8 @@ struct Block {
             .ldc = p.N,
             .bias = p.bias,
             .c_mask = p.c_mask,
-            .relu = p.relu};
+            .relu = p.relu,
+            .accumulate = p.accumulate};
   }
 
   // Whether A is read along its columns.
@@ -124,6 +126,7 @@ void multiply_in_pieces(const Block<T>& g, Range rows, Range columns, void (*mul
         piece.c = sums;
         piece.ldc = kPieceN<T>;
         piece.bias = nullptr;
+        piece.accumulate = false;
         multiply(piece);
         add_piece(piece, to, g.ldc, g.relu && i + 1 == pieces);
       }

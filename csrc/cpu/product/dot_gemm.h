@@ -80,7 +80,7 @@ void dot_gemm_block(const Block<T>& g, Range k) {
   constexpr int64_t unit = Vec<T>::width;
   const int64_t row_tiles = (g.M + kDotRows - 1) / kDotRows;
   const int64_t column_tiles = (g.N + kDotColumns - 1) / kDotColumns;
-  const bool first = k.begin == 0, transposed = g.a_is_transposed(), packs = g.packs_a();
+  const bool first = k.begin == 0 && !g.accumulate, transposed = g.a_is_transposed(), packs = g.packs_a();
   const int64_t row_size = k.size() < 1 ? unit : (k.size() + unit - 1) / unit * unit;
   const int64_t row_bytes = row_size * static_cast<int64_t>(sizeof(T));
   // Where B stays in the second-level cache, each tile of A is read from memory once, while the one before it is

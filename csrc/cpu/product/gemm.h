@@ -41,7 +41,7 @@ T* b_block_scratch() {
 // All of C, on the calling thread.
 template <class T>
 void gemm(const Block<T>& g) {
-  if (g.K == 1 && g.b.outer_stride == 1 && !g.bias && !g.relu) return outer_product(g);
+  if (g.K == 1 && g.b.outer_stride == 1 && !g.bias && !g.relu && !g.accumulate) return outer_product(g);
   constexpr int64_t panel = kTileColumns<T>;
   const int64_t row_tiles = (g.M + kTileRows - 1) / kTileRows;
   const bool packs_a = g.packs_a();
@@ -52,7 +52,7 @@ void gemm(const Block<T>& g) {
   int64_t p = 0;
   do {  // once for K = 0 too: C is then bias or 0
     const Range k = {p, g.K - p < kBlockK ? g.K : p + kBlockK};
-    const bool first = p == 0, last = k.end == g.K;
+    const bool first = p == 0 && !g.accumulate, last = k.end == g.K;
     for (int64_t block = 0; block < g.N; block += kColumnBlock<T>) {
       const int64_t block_end = g.N - block < kColumnBlock<T> ? g.N : block + kColumnBlock<T>;
       if (packs_b) pack_b(g, k, {block, block_end}, b_block);

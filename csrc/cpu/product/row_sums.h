@@ -57,6 +57,7 @@ void row_sums(const Product<T>& p, Range rows) {
   for (int64_t m = rows.begin; m < rows.end; m += kSummedRows<T>) {
     const int64_t n = rows.end - m < kSummedRows<T> ? rows.end - m : kSummedRows<T>;
     sum_rows(p, m, n, sums);
+    for (int64_t i = 0; p.accumulate && i < n; ++i) sums[i] += p.row_sums[m + i];
     if (p.row_sums) std::memcpy(p.row_sums + m, sums, n * sizeof(T));
     if (!update.param) continue;
     for_each_vector<T>(n, [&](int64_t i, int lanes) {
