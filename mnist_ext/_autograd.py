@@ -32,6 +32,7 @@ _mlp_backward = _ops.mlp_backward.default
 _cross_entropy = _ops.cross_entropy.default
 _cross_entropy_with_gradient = _ops.cross_entropy_with_gradient.default
 _cross_entropy_backward = _ops.cross_entropy_backward.default
+_linear_cross_entropy = _ops.linear_cross_entropy.default
 # On a device that the host must not wait for: this op decides there.
 _cross_entropy_gradient_ = _ops.cross_entropy_gradient_.default
 
@@ -221,7 +222,7 @@ def _layer_by_layer(
 
 def _gradients_of(
     function: Callable[..., Tensor],
-    tensors: Iterable[Tensor],
+    tensors: Iterable[Tensor | None],
     wants: Sequence[bool],
     grad_output: Tensor,
 ) -> list[Tensor | None]:
@@ -231,7 +232,11 @@ def _gradients_of(
         # The hooks of the tensors themselves are called by the backward at hand. What is detached
         # gets no gradient.
         views = [
-            tensor.view_as(tensor) if want or recorded else tensor.detach()
+            None
+            if tensor is None
+            else tensor.view_as(tensor)
+            if want or recorded
+            else tensor.detach()
             for tensor, want in zip(tensors, wants, strict=True)
         ]
         output = function(*views)
@@ -323,6 +328,85 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     return _cross_entropy_backward(
         grad_output, logits, target, weight, *statistics, *ctx.options, *ctx.needs_input_grad[:2]
     )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    """As the op `linear_cross_entropy`: the loss."""
+    args = input, linear_weight, linear_bias, target, weight, *options
+    needs = [tensor is not None and tensor.requires_grad for tensor in args[:3]]
+    if _is_grad_enabled() and any(needs):
+        return LinearCrossEntropy.apply(*args)
+    return _linear_cross_entropy(*args, None, False, False, False, _may_use_tf32(input))[0]
+
+
+class LinearCrossEntropy(Function):
+    """`linear_cross_entropy` where a gradient is wanted.
+
+    As in `CrossEntropy`, the gradients of a mean or a sum are formed in the forward: three products
+    instead of the four that forming the logits again in the backward takes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Form the gradients along with the loss, where that is a mean or a sum."""
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5:]
+        is_formed = (
+            ctx.options[2] != REDUCTIONS["none"] and not _torch_private.are_saved_tensors_hooked()
+        )
+        needs = ctx.needs_input_grad[:3] if is_formed else (False,) * 3
+        loss, *grads = _linear_cross_entropy(*args, None, *needs, _may_use_tf32(args[0]))
+        ctx.grads = grads if is_formed else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input, linear_weight and linear_bias that are wanted."""
+        grads: Sequence[Tensor | None] | None
+        wants = ctx.needs_input_grad[:3]
+        if _is_recorded():
+            *tensors, target, weight = ctx.saved_tensors
+            function = functools.partial(_linear_and_pytorchs_op, target, weight, ctx.options)
+            grads = _gradients_of(function, tensors, wants, grad_output)
+        else:
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:  # none were formed, or a backward has taken them
+                args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
+                _, *grads = _linear_cross_entropy(*args, _may_use_tf32(grad_output))
+            elif _has_cuda_kernels(grad_output) or grad_output.item() != 1:
+                for grad in grads:
+                    if grad is not None:
+                        grad.mul_(grad_output)
+        return *grads, None, None, None, None, None
+
+
+def _linear_and_pytorchs_op(
+    target: Tensor,
+    weight: Tensor | None,
+    options: _Options,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+) -> Tensor:
+    logits = F.linear(input, *as_one_layer(linear_weight, linear_bias))
+    logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    return _of_pytorchs_op(weight, options, logits, target)
+
+
+def as_one_layer(
+    linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return a weight [C, d1, ..., in] as [C * d1 * ..., in], and its bias."""
+    if linear_weight.dim() == 2:
+        return linear_weight, linear_bias
+    return linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
 
 
 def _of_pytorchs_op(

@@ -8,6 +8,7 @@ where `is_patched` or a hook is found. ``docs/semantics.md`` lists every case.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,11 +117,14 @@ def against_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     reduction: str,
+    shape: Sequence[int] | None = None,
 ) -> str | None:
     """Return why this call of cross_entropy is PyTorch's, or None: our kernels do it.
 
-    Sparse and nested tensors, which PyTorch does not take either, are left to the op.
+    shape: of the logits, where they are not input but what a layer makes of it. Sparse and nested
+    tensors, which PyTorch does not take either, are left to the op.
     """
+    shape = input.shape if shape is None else shape
     if type(input) not in _TYPES or type(target) not in _TYPES:
         return "a tensor subclass"
     if who := observer():
@@ -138,7 +142,7 @@ def against_cross_entropy(
         return "another device, or devices that differ"
     if input.dtype not in DTYPES:
         return "another dtype"
-    rows, *others = input.shape or (0, 0)
+    rows, *others = shape or (0, 0)
     classes = others[0] if others else rows
     if classes == 0:
         return "no classes"
@@ -146,14 +150,44 @@ def against_cross_entropy(
         if target.shape != ((rows, *others[1:]) if others else ()):
             return "class indices of another shape"
     # Probabilities of another dtype are promoted, which is left to PyTorch.
-    elif target.dtype is not input.dtype or target.shape != input.shape:
+    elif target.dtype is not input.dtype or target.shape != shape:
         return "probabilities of another shape or dtype"
-    if weight is not None and not _is_constant_per_class(weight, input):
+    if weight is not None and not _is_constant_per_class(weight, input, classes):
         return "a weight that is not one constant for each class"
     return None
 
 
-def _is_constant_per_class(weight: Tensor, input: Tensor) -> bool:
+def against_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> str | None:
+    """Return why a call of linear_cross_entropy is one of linear and one of cross_entropy.
+
+    Or None: one op does both. The shapes of input, linear_weight and linear_bias fit together.
+    """
+    if why := against_linear(input, linear_weight.flatten(0, -2), linear_bias):
+        return why
+    if is_compiling():
+        return "torch.compile, which fuses by itself"
+    if is_any_autocast_enabled():
+        return "autocast, which casts for one of them and back for the other"
+    if input.dtype.itemsize == 2 and not input.is_cpu:
+        return "a half dtype, whose products tensor cores make"
+    if target.is_floating_point() and target.requires_grad and torch.is_grad_enabled():
+        return "probabilities with a gradient"
+    logits = (*input.shape[:-1], *linear_weight.shape[:-1])
+    return against_cross_entropy(
+        input, target, weight, ignore_index, label_smoothing, reduction, logits
+    )
+
+
+def _is_constant_per_class(weight: Tensor, input: Tensor, classes: int) -> bool:
     return (
         type(weight) in _TYPES
         and weight.layout is torch.strided
@@ -161,7 +195,7 @@ def _is_constant_per_class(weight: Tensor, input: Tensor) -> bool:
         and weight.device == input.device
         and weight.dtype is input.dtype
         and weight.dim() == 1
-        and weight.size(0) == input.size(1 if input.dim() > 1 else 0)
+        and weight.size(0) == classes
     )
 
 

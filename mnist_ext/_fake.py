@@ -114,6 +114,22 @@ def _(_: Tensor, logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor 
     return tuple(_gradient(logits, target) if need else None for need in options[-2:])
 
 
+@register_fake("mnist_ext::linear_cross_entropy")
+def _(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *args: Any
+) -> tuple[Tensor | None, ...]:
+    *_, reduction, grad_output, need_input, need_weight, need_bias = args[:8]
+    positions = (*input.shape[:-1], *linear_weight.shape[1:-1])
+    loss = input.new_empty(positions if reduction == REDUCTIONS["none"] else ())
+    wanted = zip(
+        (input, linear_weight, linear_bias), (need_input, need_weight, need_bias), strict=True
+    )
+    return (
+        loss if grad_output is None else None,
+        *(t.new_empty(t.shape) if t is not None and want else None for t, want in wanted),
+    )
+
+
 def _flops(input: _Shape, *weights: _Shape) -> int:
     """Count those of the products of input with each of weights."""
     return sum(2 * math.prod(input[:-1]) * math.prod(weight) for weight in weights)
@@ -122,6 +138,11 @@ def _flops(input: _Shape, *weights: _Shape) -> int:
 def _mlp_backward_flops(*args: Any, **_: Any) -> int:
     input, weights, need_input = args[1], args[4], args[7]
     return _flops(input, *weights, *(weights if need_input else weights[1:]))
+
+
+def _linear_cross_entropy_flops(*args: Any, **_: Any) -> int:
+    input, weight, need_input, need_weight = args[0], args[1], args[9], args[10]
+    return _flops(input, *[weight] * (1 + need_input + need_weight))
 
 
 def _train_steps_flops(*args: Any, **_: Any) -> int:
@@ -138,6 +159,7 @@ _FORMULAS = {
     ),
     "mlp": lambda input, weights, *_, **__: _flops(input, *weights),
     "mlp_backward": _mlp_backward_flops,
+    "linear_cross_entropy": _linear_cross_entropy_flops,
     "train_steps": _train_steps_flops,
 }
 

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from mnist_ext import _autograd, _fake  # noqa: F401  (_fake: the shapes for torch.compile)
 from mnist_ext._autograd import BIAS, FLAGS, RELU, by_layer
-from mnist_ext._decision import REDUCTIONS, against_cross_entropy, against_linear, against_mlp
+from mnist_ext._decision import (
+    REDUCTIONS,
+    against_cross_entropy,
+    against_linear,
+    against_linear_cross_entropy,
+    against_mlp,
+)
 from mnist_ext._torch_private import is_any_autocast_enabled, observer, reduction_of_legacy
 
 Activation = Literal["none", "relu"]
@@ -197,4 +203,149 @@ def cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+) -> Any:
+    """Compute ``cross_entropy(linear(input, linear_weight, linear_bias), target)``.
+
+    As ``torch.nn.functional.linear_cross_entropy``. Products, softmax and gradients are made for
+    some rows after the others in one native call, so that the logits are never in memory as a
+    whole; the gradients of a mean or a sum are formed in the forward. In float32 and float64, and
+    on the CPU in bfloat16 and float16, for which float32 copies of the arguments are made. Under
+    torch.compile and autocast, where a gradient of probabilities is wanted, for softcap, z_loss and
+    return_lse, and wherever `linear` is PyTorch's, it is one call of `linear` and one of
+    `cross_entropy`.
+
+    input: ``[in_features]`` or ``[N, in_features]``; linear_weight ``[C, in_features]`` or
+    ``[C, d1, ..., in_features]``; linear_bias ``[C]`` or ``[C, d1, ...]``; target: class indices
+    ``[]``, ``[N]`` or ``[N, d1, ...]`` of int64, int32 or uint8, or probabilities ``[C]`` or
+    ``[N, C, d1, ...]``; weight ``[C]``. ignore_index: None is -100, and the only choice with
+    probabilities. options: a ``torch.nn.LinearCrossEntropyOptions`` changes nothing here.
+
+    Ours alone, with ``z = linear(...)``: softcap makes the logits ``softcap * tanh(z / softcap)``
+    (Gemma 2, arXiv:2408.00118); z_loss adds ``z_loss * lse ** 2`` to the loss of each position that
+    is not ignored, where lse is the log-sum-exp of its logits, and a mean divides that by the
+    number of those positions (PaLM, arXiv:2204.02311); return_lse returns (loss, lse), lse of the
+    shape of the loss without a reduction.
+
+    Raises:
+        IndexError: a class index that is neither a class nor ignore_index.
+        ValueError: batch sizes that differ; unknown reduction; softcap that is not positive.
+        RuntimeError: shapes, dtypes or devices that do not fit together, ignore_index with
+            probabilities, label_smoothing above 1.
+    """
+    _check_head(input, linear_weight, target, linear_bias, ignore_index)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(
+            f"mnist_ext.linear_cross_entropy: softcap: expected a positive number, got {softcap}"
+        )
+    ignored = -100 if ignore_index is None else ignore_index
+    extended = softcap is not None or z_loss != 0 or return_lse
+    linear_weight_rows, bias = _autograd.as_one_layer(linear_weight, linear_bias)
+    if not extended and (
+        against_linear_cross_entropy(
+            input, linear_weight, bias, target, weight, ignored, label_smoothing, reduction
+        )
+        is None
+    ):
+        head = input, linear_weight, linear_bias, target, weight
+        dtype = input.dtype
+        if dtype.itemsize == 2:
+            head = tuple(t.float() if t is not None and t.dtype is dtype else t for t in head)
+        loss = _autograd.linear_cross_entropy(
+            *head, (ignored, label_smoothing, REDUCTIONS[reduction])
+        )
+        return loss if dtype.itemsize > 2 else loss.to(dtype)
+    logits = linear(input, linear_weight_rows, bias).unflatten(-1, linear_weight.shape[:-1])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignored,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if not (z_loss or return_lse):
+        return loss
+    lse = torch.logsumexp(logits.float() if logits.dtype.itemsize == 2 else logits, input.dim() - 1)
+    if z_loss:
+        loss = loss + _reduced_z_loss(z_loss * lse.square(), target, ignored, reduction)
+    return (loss, lse) if return_lse else loss
+
+
+def _reduced_z_loss(z_loss: Tensor, target: Tensor, ignored: int, reduction: str) -> Tensor:
+    if not target.is_floating_point():
+        z_loss = z_loss.masked_fill(target == ignored, 0)
+    if reduction == "none":
+        return z_loss
+    if reduction == "sum":
+        return z_loss.sum()
+    count = z_loss.numel() if target.is_floating_point() else (target != ignored).sum()
+    return z_loss.sum() / count
+
+
+def _check_head(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int | None,
+) -> None:
+    def check(condition: bool, argument: str, expected: str, got: object) -> None:
+        if not condition:
+            raise RuntimeError(
+                f"mnist_ext.linear_cross_entropy: {argument}: expected {expected}, got {got}"
+            )
+
+    shape, outputs = list(linear_weight.shape), list(linear_weight.shape[:-1])
+    check(
+        input.dim() in (1, 2), "input", "[in_features] or [N, in_features]", list(input.shape)
+    )
+    check(
+        linear_weight.dim() >= 2,
+        "linear_weight",
+        "[C, in_features] or [C, d1, ..., in_features]",
+        shape,
+    )
+    check(
+        input.shape[-1] == shape[-1],
+        "input",
+        f"its last dimension to be in_features of linear_weight {shape}",
+        list(input.shape),
+    )
+    check(
+        len(outputs) == 1 or input.dim() == 2,
+        "input",
+        f"[N, in_features] for linear_weight {shape}",
+        list(input.shape),
+    )
+    if linear_bias is not None:
+        check(
+            list(linear_bias.shape) == outputs,
+            "linear_bias",
+            f"shape {outputs}",
+            list(linear_bias.shape),
+        )
+    check(
+        ignore_index is None or list(target.shape) != [*input.shape[:-1], *outputs],
+        "ignore_index",
+        "None, as target holds probabilities",
+        ignore_index,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -114,6 +115,70 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,  # type: ignore[arg-type]  # any str: checked there
             label_smoothing=self.label_smoothing,
         )
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """``torch.nn.LinearCrossEntropyLoss``, of torch 2.13, on the fused kernel; the same arguments.
+
+    Holds the last layer of a classifier as ``linear``, and the options of the loss; softcap and
+    z_loss are those of `functional.linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: functional.Reduction = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                "mnist_ext.nn.LinearCrossEntropyLoss: weight: expected shape "
+                f"[{num_classes}], got {list(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                "mnist_ext.nn.LinearCrossEntropyLoss: label_smoothing: expected a number in "
+                f"[0, 1], got {label_smoothing}"
+            )
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        rows = num_classes * math.prod(out_features)
+        self.linear = torch.nn.Linear(in_features, rows, bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.weight: Tensor | None
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing, self.options = label_smoothing, options
+        self.softcap, self.z_loss = softcap, z_loss
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Map ``[N, in_features]`` and a target to a loss."""
+        outputs = self.num_classes, *self.out_features
+        bias = self.linear.bias
+        loss: Tensor = functional.linear_cross_entropy(
+            input,
+            self.linear.weight.unflatten(0, outputs),
+            target,
+            linear_bias=None if bias is None else bias.unflatten(0, outputs),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+        )
+        return loss
 
 
 def swap(module: _Module) -> _Module:

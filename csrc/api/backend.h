@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../programs/linear_cross_entropy.h"
 #include "../programs/train_step.h"
 #include "cross_entropy.h"
 #include "program.h"
@@ -59,6 +60,7 @@ struct KernelTable : Kernels<float>, Kernels<double>, Kernels<BFloat16>, Kernels
   StepGraph* (*new_step_graph)();
   bool (*is_capturing)(const Launch&);  // whether what is started goes into the caller's graph instead of running
   bool any_strides = false;             // of operands of products; else those that product.h says of the CPU
+  BlockTraits blocks{};
 };
 
 // The table in use.

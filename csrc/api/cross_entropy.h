@@ -84,7 +84,8 @@ struct CrossEntropyForward {
   const ComputeType<T>* divisor = nullptr;  // [1]: what the mean divides by, where it is one over more positions than
                                             // these; null: total_weight
   T* loss = nullptr;                        // mean or sum: [1]. none: [batch, positions]
-  T* grad_logits = nullptr;                 // [batch, classes, positions], contiguous
+  T* grad_logits = nullptr;  // [batch, classes, positions], contiguous; on the CPU it may be the logits themselves,
+                             // of class indices without label smoothing
   const T* grad_output = nullptr;           // what grad_logits is multiplied by: as in the backward; null: 1
   int64_t grad_output_stride = 0;
   bool unless_one = false;  // do nothing at all if *grad_output is 1: grad_logits already holds the gradient of that

@@ -35,6 +35,7 @@ constexpr KernelTable kTable = {{kernels_of<float>()},
                                 {kernels_of<Float16>()},
                                 nullptr,
                                 nullptr,
-                                false};
+                                false,
+                                cpu::kBlockTraits};
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

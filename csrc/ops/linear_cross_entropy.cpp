@@ -43,6 +43,7 @@ struct Arguments {
   double label_smoothing;
   int64_t reduction;
   const std::optional<Tensor>& grad_output;
+  bool allow_tf32;
 };
 
 // The arguments, checked, and in the kernels' terms.
@@ -78,7 +79,7 @@ class Operands {
             .weight = linear_weight_.view<T>(),
             .bias = pointer<T>(linear_bias_),
             .relu = false,
-            .allow_tf32 = false,
+            .allow_tf32 = args_.allow_tf32,
             .out = nullptr};
   }
 
@@ -185,22 +186,22 @@ class Operands {
 
 template <class T>
 void run(const Operands& operands, LinearCrossEntropy<T>& args, OnDevice& device) {
-  const LinearCrossEntropyProgram<T> counted(args, kNowhere);
+  const LinearCrossEntropyProgram<T> counted(args, kernel_table().blocks, kNowhere);
   std::vector<Entry<T>> entries = counted.entries();
   const int64_t count = static_cast<int64_t>(entries.size()), bytes = counted.workspace_bytes();
   const int64_t bytes_of_entries = kernels<T>().workspace_bytes({entries.data(), count, kProductGrain});
   char* workspace = static_cast<char*>(device.workspace(bytes + std::max(bytes_of_entries, kWeighTargetsBytes)));
   operands.check_class(kernels<T>().weigh_targets(args.problem, args.divisor, workspace + bytes, device.launch()));
-  entries = LinearCrossEntropyProgram<T>(args, workspace).entries();
+  entries = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, workspace).entries();
   kernels<T>().run({entries.data(), count, kProductGrain}, workspace + bytes, device.launch());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias, const Tensor& target,
     const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
-    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias) {
+    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
   const Operands operands(
-      {input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction, grad_output});
+      {input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction, grad_output, allow_tf32});
   check(!need_bias || linear_bias, kOp, ": need_bias: expected false without linear_bias, got true");
   OnDevice device(input);
   Tensor losses, grad_input, grad_weight, grad_bias;  // undefined where not wanted
@@ -220,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     args.layer.grad_weight = data_of<T>(grad_weight);
     args.layer.grad_bias = data_of<T>(grad_bias);
     if (!grad_output) {
-      const int64_t blocks = LinearCrossEntropyProgram<T>::blocks(args.problem.batch, args.logits_of_row());
+      const int64_t blocks = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, kNowhere).blocks();
       losses = operands.has_reduction() ? empty(input, {blocks}) : empty_of(input, operands.positions_sizes());
       args.loss = data_of<T>(losses);
     }

@@ -67,7 +67,7 @@ inline void define_ops(Library& m) {
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
       "int ignore_index, float label_smoothing, int reduction, Tensor? grad_output, bool need_input, "
-      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_weight, bool need_bias, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
   // first_step. Returns -1, or, having changed nothing, an index at which the tensors are none that the kernels take:

@@ -29,37 +29,26 @@ struct LinearCrossEntropy {
   int64_t logits_of_row() const { return problem.classes * problem.positions; }
 };
 
-// Bytes of logits in a block: the weight is read three times for each block, its gradient read and written, which a
-// block of many rows pays back; few logits stay in the second-level cache of a core, or in a GPU's.
-inline constexpr int64_t kCachedBytes = int64_t{2} << 20, kMostBytes = int64_t{12} << 20, kFewestRows = 256;
-
-template <class T>
-int64_t rows_of_block(int64_t batch, int64_t logits_of_row) {
-  const int64_t row_bytes = std::max<int64_t>(1, logits_of_row) * static_cast<int64_t>(sizeof(T));
-  const int64_t most = std::max<int64_t>(1, kMostBytes / row_bytes);
-  const int64_t rows = std::min(most, std::max(kFewestRows, kCachedBytes / row_bytes));
-  // Blocks of nearly the same size.
-  const int64_t blocks = std::max<int64_t>(1, (batch + rows - 1) / rows);
-  return (batch + blocks - 1) / blocks;
-}
+// How a device wants its blocks made.
+struct BlockTraits {
+  int64_t cached_bytes;  // of logits, that stay in a cache from product to product
+  int64_t most_bytes;    // of logits, in memory
+  bool in_place;         // the gradient of logits may take their place, where class indices are not smoothed
+};
 
 template <class T>
 class LinearCrossEntropyProgram {
  public:
-  LinearCrossEntropyProgram(const LinearCrossEntropy<T>& args, void* workspace)
+  LinearCrossEntropyProgram(const LinearCrossEntropy<T>& args, BlockTraits traits, void* workspace)
       : args_(args),
-        rows_(rows_of_block<T>(args.problem.batch, args.logits_of_row())),
+        matrices_(args.has_gradient() && !is_in_place(args.problem, traits) ? 2 : 1),
+        rows_(rows_of_block(traits)),
         logits_(static_cast<T*>(workspace)),
-        grad_logits_(logits_ + logits_size()) {}
+        grad_logits_(logits_ + (matrices_ - 1) * logits_size()) {}
 
-  static int64_t blocks(int64_t batch, int64_t logits_of_row) {
-    const int64_t rows = rows_of_block<T>(batch, logits_of_row);
-    return rows == 0 ? 1 : (batch + rows - 1) / rows;
-  }
+  int64_t blocks() const { return rows_ == 0 ? 1 : (args_.problem.batch + rows_ - 1) / rows_; }
 
-  int64_t workspace_bytes() const {
-    return (args_.has_gradient() ? 2 : 1) * logits_size() * static_cast<int64_t>(sizeof(T));
-  }
+  int64_t workspace_bytes() const { return matrices_ * logits_size() * static_cast<int64_t>(sizeof(T)); }
 
   std::vector<Entry<T>> entries() const {
     std::vector<Entry<T>> program;
@@ -72,6 +61,25 @@ class LinearCrossEntropyProgram {
   }
 
  private:
+  static bool is_in_place(const CrossEntropyProblem<T>& p, BlockTraits traits) {
+    return traits.in_place && p.kind == TargetKind::indices && p.label_smoothing == 0;
+  }
+
+  // Of each element of the weight a block reads three copies and its gradient, and writes that; of each logit as much
+  // is read and written where they stay in no cache. So few rows that they do, or as many as there is memory for.
+  int64_t rows_of_block(BlockTraits traits) const {
+    const int64_t batch = args_.problem.batch;
+    const int64_t row_bytes = matrices_ * std::max<int64_t>(1, args_.logits_of_row()) * static_cast<int64_t>(sizeof(T));
+    const int64_t cached = std::max<int64_t>(1, traits.cached_bytes / row_bytes);
+    const int64_t most = std::max<int64_t>(1, traits.most_bytes / row_bytes);
+    const double in_features = static_cast<double>(args_.layer.in_features);
+    const double of_cached = in_features / static_cast<double>(cached);
+    const double of_most = in_features / static_cast<double>(most) + 1;
+    const int64_t rows = of_most < of_cached ? most : cached;
+    const int64_t blocks = std::max<int64_t>(1, (batch + rows - 1) / rows);
+    return (batch + blocks - 1) / blocks;  // all blocks of nearly the same size
+  }
+
   // Of a block, in whole cache lines.
   int64_t logits_size() const { return (rows_ * args_.logits_of_row() + 63) / 64 * 64; }
 
@@ -117,7 +125,8 @@ class LinearCrossEntropyProgram {
   }
 
   const LinearCrossEntropy<T>& args_;
-  int64_t rows_;  // of a block
+  int64_t matrices_;  // of logits and of their gradient, in memory
+  int64_t rows_;      // of a block
   T* logits_;
   T* grad_logits_;
 };

@@ -148,6 +148,7 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, const Positi
     return {};
   }
   const T* row = at.logits.data;
+  const A target_logit = indexed ? load_one(row + t) : A(0);  // exponentials may take the logits' place
   const RowSum<A> lse = exponentials ? row_exponentials(row, p.classes, exponentials) : row_log_sum_exp(row, p.classes);
   A loss = 0;
   if (!indexed || q.smoothed) {
@@ -158,7 +159,7 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, const Positi
     }));
   }
   if (indexed) {
-    const A target_loss = -((load_one(row + t) - lse.max) - lse.log_sum) * q.weight_of(t);
+    const A target_loss = -((target_logit - lse.max) - lse.log_sum) * q.weight_of(t);
     loss = q.smoothed ? q.target * target_loss + loss : target_loss;
   }
   results.max[i] = lse.max;
