@@ -436,7 +436,9 @@ __global__ void __launch_bounds__(kMostCrossEntropyThreads, 1) positions_kernel(
   const ComputeType<T> scale = scale_of_all(work, scratch);
   Sums<T> sums;
   const int64_t n = work.problem.batch * work.problem.positions;
-  for (int64_t i = group.index(); i < n; i += group.count()) position_at(work, group, i, scale).run(sums);
+  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / group.size();
+  const int64_t groups = int64_t{gridDim.x} * blockDim.x / group.size();
+  for (int64_t i = first; i < n; i += groups) position_at(work, group, i, scale).run(sums);
   finish_forward(work, sums, scratch);
 }
 

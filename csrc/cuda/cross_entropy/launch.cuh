@@ -48,10 +48,11 @@ void launch_short_rows(const Work<T>& work, bool one_block, cudaStream_t stream)
   launch("cross_entropy short_rows", short_rows_kernel<T>, shape, stream, work, pitch);
 }
 
+// Of a block: threads, and groups of them.
 template <class Group, class T>
-void launch_positions(const char* name, const Work<T>& work, bool one_block, unsigned threads, cudaStream_t stream) {
+void launch_positions(const char* name, const Work<T>& work, bool one_block, unsigned threads, unsigned groups,
+                      cudaStream_t stream) {
   const CrossEntropyProblem<T>& p = work.problem;
-  const int64_t groups = Group::groups_of(threads);
   const Shape shape = {blocks_for(p.batch * p.positions, groups, one_block), threads, OneBlock::kScratchBytes};
   launch(name, positions_kernel<T, Group>, shape, stream, work);
 }
@@ -62,13 +63,13 @@ void launch_cross_entropy(const Work<T>& work, bool one_block, cudaStream_t stre
   const CrossEntropyProblem<T>& p = work.problem;
   const unsigned threads = kCrossEntropyThreads;
   if (p.positions != 1) {
-    launch_positions<OneThread>("cross_entropy columns", work, one_block, threads, stream);
+    launch_positions<OneThread>("cross_entropy columns", work, one_block, threads, threads, stream);
   } else if (p.kind == TargetKind::indices && p.classes <= kShortRowClasses) {
     launch_short_rows(work, one_block, stream);
   } else if (p.classes * static_cast<int64_t>(sizeof(T)) <= kWarpRowBytes) {
-    launch_positions<OneWarp>("cross_entropy warp_rows", work, one_block, threads, stream);
+    launch_positions<OneWarp>("cross_entropy warp_rows", work, one_block, threads, threads / kWarp, stream);
   } else {
-    launch_positions<OneBlock>("cross_entropy block_rows", work, one_block, kMostCrossEntropyThreads, stream);
+    launch_positions<OneBlock>("cross_entropy block_rows", work, one_block, kMostCrossEntropyThreads, 1, stream);
   }
 }
 

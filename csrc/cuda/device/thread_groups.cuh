@@ -32,10 +32,6 @@ struct OneThread {
   static constexpr bool kAlone = true;
 
   __device__ static OneThread in(char*) { return {}; }
-  static int64_t groups_of(unsigned threads) { return threads; }
-  __device__ int64_t index() const { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
-  __device__ int64_t count() const { return int64_t{gridDim.x} * blockDim.x; }
-
   __device__ int rank() const { return 0; }
   __device__ int size() const { return 1; }
   template <class A, class Operation>
@@ -48,10 +44,6 @@ struct OneWarp {
   static constexpr bool kAlone = false;
 
   __device__ static OneWarp in(char*) { return {}; }
-  static int64_t groups_of(unsigned threads) { return threads / kWarp; }
-  __device__ int64_t index() const { return int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp; }
-  __device__ int64_t count() const { return int64_t{gridDim.x} * (blockDim.x / kWarp); }
-
   __device__ int rank() const { return threadIdx.x % kWarp; }
   __device__ int size() const { return kWarp; }
   template <class A, class Operation>
@@ -67,10 +59,6 @@ struct OneBlock {
   char* scratch;  // shared, kScratchBytes
 
   __device__ static OneBlock in(char* scratch) { return {scratch}; }
-  static int64_t groups_of(unsigned) { return 1; }
-  __device__ int64_t index() const { return blockIdx.x; }
-  __device__ int64_t count() const { return gridDim.x; }
-
   __device__ int rank() const { return threadIdx.x; }
   __device__ int size() const { return blockDim.x; }
   template <class A, class Operation>
