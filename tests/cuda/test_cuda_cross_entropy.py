@@ -65,6 +65,15 @@ class TestEveryKernel:
         assert_accurate(moved, target)
 
 
+def test_a_gradient_of_one_is_left_alone(emulator):
+    """The forward has already made it: the kernel writes nothing."""
+    logits, target = make((64, 10))
+    gradient = torch.full_like(logits, 7)
+    arguments = torch.tensor(1.0), logits, target, None, -100, 0.0, 2
+    torch.ops.mnist_ext.cross_entropy_gradient_(gradient, *arguments)
+    assert (gradient == 7).all()
+
+
 def test_launches(emulator):
     """One forward and one backward for a small batch; one more where the mean must count first."""
     for shape, expected in (((64, 10), [1, 1]), ((4000, 10), [2, 2])):
