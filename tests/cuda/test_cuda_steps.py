@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_ext import TrainStep, train_step
+from mnist_ext import TrainStep, optim, train_step
 from mnist_ext.app.training.models import mlp
 
 
@@ -351,6 +351,16 @@ def test_a_bad_index_ends_the_kernel(emulator, capfd):
     with pytest.raises(IndexError):
         step._run(images, labels, torch.tensor([0, 12]), 2, [0.1])
     assert "order: expected indices in [0, 12), got 12 at position 1" in capfd.readouterr().out
+
+
+def test_a_momentum_buffer_at_any_address(device):
+    """Parameter and gradient may be aligned to 16 bytes where their buffer is not."""
+    param = torch.ones(40, device=device, requires_grad=True)
+    param.grad = torch.full_like(param, 2)
+    sgd = optim.SGD([param], lr=0.5, momentum=0.5)
+    sgd.state[param]["momentum_buffer"] = torch.ones(41, device=device)[1:]
+    sgd.step()
+    assert (param == 1 - 0.5 * 2.5).all()
 
 
 class TestLifetime:
