@@ -8,7 +8,6 @@ from torch.nn.utils.parametrizations import weight_norm
 import mnist_ext
 from mnist_ext.nn import swap, unswap
 
-
 pytestmark = pytest.mark.filterwarnings("error")
 
 
