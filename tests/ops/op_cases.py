@@ -230,12 +230,13 @@ def _mlp_case(shape, features, biases, activations, strided=False) -> Case:
 
 
 MLP = [
-    _mlp_case((6, 3), (4, 9, 2, 7, 2), (True,) * 5, ("relu", "relu", "none", "relu", "none")),
+    _mlp_case((6, 3), (4, 5, 2), (True, True, True), ("relu", "relu", "none")),
     _mlp_case((3,), (4, 2), (False, True), ("none", "none")),
     _mlp_case((2, 3, 3), (4, 1, 2), (True, False, True), ("relu", "none", "relu"), strided=True),
     _mlp_case((140, 3), (40, 37), (True, True), ("relu", "relu")),
     _mlp_case((0, 3), (4, 2), (True, True), ("relu", "none")),
     _mlp_case((5, 0), (4, 2), (True, True), ("relu", "none")),
+    _mlp_case((9, 7), (40, 3, 64, 5, 9, 2), (True,) * 6, ("relu",) * 6),
 ]
 
 CASES = [*LINEAR, *MLP, *CROSS_ENTROPY]

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import CASES, FEW, value_and_gradients, with_gradients
+from op_cases import CASES, FEW, MLP, value_and_gradients, with_gradients
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd import functional as functional_api
@@ -245,7 +245,7 @@ def test_saved_tensor_hooks_and_checkpoint(case):
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, MLP[-1]], ids=str)  # many layers in two buffers
 def test_no_grad_and_inference_mode(case):
     tensors = case.tensors(torch.float32)
     leaves, _ = with_gradients(tensors, case.differentiable)

@@ -119,10 +119,6 @@ def test_another_dtype_is_asked_of_the_images():
         step(*first_batch(8))
 
 
-def set_weights(model, criterion, optimizer):
-    criterion.weight = torch.linspace(0.5, 2, 10)
-
-
 def replace_bias(model, criterion, optimizer):
     """By one of the same numbers: it is another object that is trained from now on."""
     optimizer.param_groups[0]["params"][1] = model[1].bias = nn.Parameter(model[1].bias.detach())
@@ -155,7 +151,7 @@ def write_weight_decay(model, criterion, optimizer):
         lambda m, c, o: setattr(c, "ignore_index", 3),
         lambda m, c, o: setattr(c, "label_smoothing", 0.1),
         lambda m, c, o: setattr(c, "reduction", "sum"),
-        set_weights,
+        lambda m, c, o: setattr(c, "weight", torch.linspace(0.5, 2, 10)),
         replace_bias,
         change_options,
         write_weight_decay,
