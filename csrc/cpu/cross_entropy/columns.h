@@ -146,18 +146,6 @@ Register<T> forward_vector(const CrossEntropyWork<T>& work, int64_t position, co
   return V::broadcast(A(1)) / sum;
 }
 
-// The softmax from exponentials that the forward kept.
-template <class T>
-struct KeptColumn {
-  using V = Register<T>;
-
-  Scores<ComputeType<T>> exponentials;
-  V inverse_sum;
-
-  MNIST_EXT_INLINE V operator()(int64_t c, int) const { return exponentials.vector(c) * inverse_sum; }
-  MNIST_EXT_INLINE auto times(V factor) const { return multiplied(factor, *this); }
-};
-
 // By value: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
 MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work, int64_t position, int lanes,
@@ -204,7 +192,7 @@ MNIST_EXT_INLINE void do_vector(const CrossEntropyWork<T>& work, int64_t positio
   };
   if (work.forward) {
     const V inverse_sum = forward_vector(work, position, along, at.probabilities, widened, kept);
-    if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
+    if (work.backward) backward(KeptSoftmax<T, Column<T>>{{kept.data, kept.class_stride}, along, inverse_sum});
   } else {
     backward(RecomputedSoftmax<T, S, Column<T>>(*work.backward, at.logits, along, position));
   }
