@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd as _torchs_sgd
 from mnist_ext import _library  # noqa: F401  (loads the ops)
 from mnist_ext._torch_private import (
     has_callbacks,
-    hooks_of_all_optimizers,
+    hooks_of_optimizer,
     is_compiling,
     set_grad_enabled,
 )
@@ -54,13 +54,7 @@ class SGD(torch.optim.SGD):
                 param.grad = None
 
     def _is_watched(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or any(hooks_of_all_optimizers)
-            or is_compiling()
-            or has_callbacks()
-        )
+        return bool(any(hooks_of_optimizer(self)) or is_compiling() or has_callbacks())
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if is_compiling() or any(map(_is_torchs, self.param_groups)):

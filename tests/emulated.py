@@ -30,7 +30,7 @@ def library() -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     path = cpp_extension.load(
         "mnist_ext_emulated",
-        [str(EMULATOR / f"{name}.cpp") for name in ("library", "instructions", "mistakes")],
+        [str(EMULATOR / f"{name}.cpp") for name in ("library", "mistakes")],
         # -O1: the kernels are small, and most of the time goes to switching threads.
         extra_cflags=["-std=c++20", "-O1", "-w", "-fvisibility=hidden"],
         extra_include_paths=[str(EMULATOR)],
@@ -53,13 +53,9 @@ def set_seed(seed: int) -> None:
     library().emulator_set_seed(seed)
 
 
-def set_device(
-    compute_capability_major: int = 9,
-    shared_kilobytes: int = 227,
-    multiprocessors: int = 132,
-) -> None:
+def set_device(compute_capability_major: int = 9, multiprocessors: int = 132) -> None:
     """Choose the device that is played; an H200 unless told."""
-    library().emulator_set_device(compute_capability_major, shared_kilobytes << 10, multiprocessors)
+    library().emulator_set_device(compute_capability_major, multiprocessors)
 
 
 def refuse_graphs(refuse: bool = True) -> None:

@@ -55,19 +55,13 @@ def test_another_major_version_is_passed_over(monkeypatch, tmp_path):
     assert toolkit.libraries == tmp_path / "new" / "lib"
 
 
-def test_a_folder_without_the_compiler_is_passed_over(monkeypatch, tmp_path):
+@pytest.mark.parametrize("missing", ["bin/nvcc", "include/cuda.h"])
+def test_a_folder_without_compiler_or_headers_is_passed_over(monkeypatch, tmp_path, missing):
     """The headers come with torch itself, to where the compiler from PyPI would lie."""
     home = make_toolkit(tmp_path / "site" / "nvidia" / "cu13", 13000)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
     assert cuda_toolkit.find("13.0").home == home
-    (home / "bin" / "nvcc").unlink()
-    assert cuda_toolkit.find("13.0") is None
-
-
-def test_a_folder_without_the_headers_is_passed_over(monkeypatch, tmp_path):
-    home = make_toolkit(tmp_path / "toolkit", 13000)
-    monkeypatch.setenv("CUDA_HOME", str(home))
-    (home / "include" / "cuda.h").unlink()
+    (home / missing).unlink()
     assert cuda_toolkit.find("13.0") is None
 
 

@@ -9,6 +9,7 @@ namespace {
 struct Isa {
   std::string name;
   const KernelTable* kernels;
+  bool is_registered = false;
 };
 
 std::vector<Isa> detect() {
@@ -26,18 +27,14 @@ std::vector<Isa> detect() {
   return isas;
 }
 
-const std::vector<Isa>& available() {
-  static const std::vector<Isa> isas = detect();
-  return isas;
-}
-
-std::vector<Isa>& registered() {
-  static std::vector<Isa> tables;
-  return tables;
+// This CPU's, then those that are registered.
+std::vector<Isa>& isas() {
+  static std::vector<Isa> all = detect();
+  return all;
 }
 
 struct Active {
-  Isa isa = available().back();
+  Isa isa = detect().back();
   std::string reason = "the best this CPU supports";
 };
 
@@ -50,7 +47,9 @@ Active& active() {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : available()) names.emplace_back(isa.name);
+  for (const Isa& isa : isas()) {
+    if (!isa.is_registered) names.push_back(isa.name);
+  }
   return names;
 }
 
@@ -60,22 +59,20 @@ std::string active_isa_reason() { return active().reason; }
 
 void set_isa(const std::string& name, const std::string& reason) {
   std::string choices;
-  for (const std::vector<Isa>* isas : {&available(), static_cast<const std::vector<Isa>*>(&registered())}) {
-    for (const Isa& isa : *isas) {
-      if (name == isa.name) {
-        active() = {isa, reason};
-        return;
-      }
-      choices += (choices.empty() ? "" : ", ") + isa.name;
+  for (const Isa& isa : isas()) {
+    if (name == isa.name) {
+      active() = {isa, reason};
+      return;
     }
+    choices += (choices.empty() ? "" : ", ") + isa.name;
   }
   throw std::invalid_argument("instruction set '" + name +
                               "' is unknown or not supported by this CPU: expected one of " + choices);
 }
 
 void register_kernels(const std::string& name, const KernelTable* kernels) {
-  std::erase_if(registered(), [&](const Isa& isa) { return isa.name == name; });
-  registered().push_back({name, kernels});
+  std::erase_if(isas(), [&](const Isa& isa) { return isa.name == name; });
+  isas().push_back({name, kernels, true});
 }
 
 const KernelTable& kernel_table() { return *active().isa.kernels; }

@@ -110,10 +110,10 @@ class Worker {
       const Share part = share(p, sharing);
       update_part(p, part.rows, part.columns);
     } else if (p.c && sharing == Sharing::any) {
-      product_share(Block<T>::whole(p), thread_, count_);
+      product_share(Block<T>(p), thread_, count_);
     } else if (p.c) {
       const Share part = share(p, sharing);
-      product_part(Block<T>::whole(p), part.rows, part.columns);
+      product_part(Block<T>(p), part.rows, part.columns);
     }
     if (p.forms_row_sums()) row_sums(p, sums_share(p));
   }

@@ -31,11 +31,6 @@ BadExample first_bad_example(const TrainSteps<T>& steps) {
   return {};
 }
 
-template <class T>
-Program<T> program_of(const std::vector<Entry<T>>& entries) {
-  return {entries.data(), static_cast<int64_t>(entries.size()), kGrain};
-}
-
 }  // namespace
 
 template <class T>
@@ -48,7 +43,8 @@ BadExample train_steps(const TrainSteps<T>& steps, void* workspace, StepGraph*, 
   for (int64_t step = 0; step < steps.steps();) {
     entries.clear();
     for (int64_t i = 0; i < kStepsTogether && step < steps.steps(); ++i) builder.append(step++, entries);
-    kernels<T>().run(program_of(entries), static_cast<char*>(workspace) + builder.workspace_bytes(), launch);
+    const Program<T> program = {entries.data(), static_cast<int64_t>(entries.size()), kGrain};
+    kernels<T>().run(program, static_cast<char*>(workspace) + builder.workspace_bytes(), launch);
   }
   return {};
 }

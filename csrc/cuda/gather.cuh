@@ -76,32 +76,6 @@ __device__ void begin_step(StepValues<T>& values) {
   for (int g = 0; g < uploaded.groups; ++g) values.lr[g] = uploaded.lr[step * uploaded.groups + g];
 }
 
-[[noreturn]] __device__ inline void report_bad_example(const char* what, int64_t count, int64_t got, int64_t position) {
-  printf("mnist_ext.train_steps: %s: expected indices in [0, %lld), got %lld at position %lld\n", what,
-         static_cast<long long>(count), static_cast<long long>(got), static_cast<long long>(position));
-  __trap();
-}
-
-// The image that an example is; for certain one of those that there are.
-template <class T>
-__device__ int64_t checked_image(const ExampleSource<T>& from, int64_t example) {
-  const int64_t image = from.order ? from.order[example] : example;
-  if (static_cast<uint64_t>(image) >= static_cast<uint64_t>(from.image_count)) {
-    report_bad_example("order", from.image_count, image, example);
-  }
-  return image;
-}
-
-// ignore_index, or a class for certain.
-template <class T>
-__device__ int64_t checked_label(const Gather<T>& work, const ExampleSource<T>& from, int64_t image) {
-  const int64_t label = index_at(from.target, image);
-  if (label != work.ignore_index && static_cast<uint64_t>(label) >= static_cast<uint64_t>(work.classes)) {
-    report_bad_example("labels", work.classes, label, image);
-  }
-  return label;
-}
-
 // A block walks over rows.
 template <class T>
 __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const Gather<T> work) {
@@ -111,8 +85,13 @@ __global__ void __launch_bounds__(kGatherThreads) gather_kernel(const Gather<T> 
     from.first += work.step->next * work.rows;
   }
   for (int64_t row = blockIdx.x; row < work.rows; row += gridDim.x) {
-    const int64_t image = checked_image(from, from.first + row);
-    if (threadIdx.x == 0) work.labels[row] = checked_label(work, from, image);
+    const int64_t example = from.first + row, image = from.order ? from.order[example] : example;
+    check_index("train_steps: order", from.image_count, image, example);
+    if (threadIdx.x == 0) {
+      const int64_t label = index_at(from.target, image);
+      if (label != work.ignore_index) check_index("train_steps: labels", work.classes, label, image);
+      work.labels[row] = label;
+    }
     const int64_t begin = image * from.images.row_stride;
     T* to = work.images + row * work.features;
     for (int64_t i = threadIdx.x; i < work.features; i += kGatherThreads) {

@@ -117,6 +117,12 @@ Kernels<T> kernels_of() {
       .run = [](const Program<T>& program, void* workspace,
                 const Launch& launch) { run(program, workspace, launch.stream); },
       .workspace_bytes = [](const Program<T>& program) { return workspace_bytes(program); },
+      .weigh_targets =
+          [](const CrossEntropyProblem<T>& problem, ComputeType<T>* total_weight, void* workspace,
+             const Launch& launch) {
+            weigh_targets(problem, total_weight, workspace, launch.stream);
+            return int64_t{-1};
+          },
       .cross_entropy_forward =
           [](const CrossEntropyForward<T>& args, void* workspace, const Launch& launch) {
             cross_entropy_forward(args, workspace, launch.stream);

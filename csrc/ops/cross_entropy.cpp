@@ -158,47 +158,50 @@ void check_operands(const char* op, const Tensor& logits, const Tensor& target, 
 }
 
 // What all four ops are given, checked, and in the kernels' terms.
-class Operands {
- public:
-  Operands(const char* op, const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
-           int64_t ignore_index, double label_smoothing, int64_t reduction)
+struct Operands {
+  const char* op;
+  Layout layout;
+  Reduction reduction;
+  Scores logits;
+  std::optional<Scores> probabilities{};
+  std::optional<Tensor> indices{}, weight{};
+  int64_t ignore_index;
+  double label_smoothing;
+
+  Operands(const char* name, const Tensor& x, const Tensor& target, const std::optional<Tensor>& class_weight,
+           int64_t ignored, double smoothing, int64_t reduced)
       // Checked before they are taken apart.
-      : op_((check_operands(op, logits, target, weight, ignore_index, label_smoothing, reduction), op)),
-        layout_(logits, !is_floating(target)),
-        reduction_(static_cast<Reduction>(reduction)),
-        logits_(logits, layout_),
-        ignore_index_(ignore_index),
-        label_smoothing_(label_smoothing) {
+      : op((check_operands(name, x, target, class_weight, ignored, smoothing, reduced), name)),
+        layout(x, !is_floating(target)),
+        reduction(static_cast<Reduction>(reduced)),
+        logits(x, layout),
+        ignore_index(ignored),
+        label_smoothing(smoothing) {
     if (is_floating(target)) {
-      probabilities_.emplace(target, layout_);
+      probabilities.emplace(target, layout);
     } else {
-      indices_ = made_contiguous(target);
+      indices = made_contiguous(target);
     }
-    if (weight) weight_ = made_contiguous(*weight);
+    if (class_weight) weight = made_contiguous(*class_weight);
   }
 
   template <class T>
   CrossEntropyProblem<T> problem() const {
-    return {.batch = layout_.batch,
-            .classes = layout_.classes,
-            .positions = layout_.positions,
-            .logits = logits_.as<T>(),
-            .kind = indices_ ? TargetKind::indices : TargetKind::probabilities,
-            .target = indices_ ? class_indices(*indices_) : ClassIndices{},
-            .probabilities = probabilities_ ? probabilities_->template as<T>() : ClassScores<const T>{},
-            .weight = weight_ ? static_cast<const T*>(weight_->const_data_ptr()) : nullptr,
-            .ignore_index = ignore_index_,
-            .label_smoothing = label_smoothing_,
-            .reduction = reduction_};
+    return {.batch = layout.batch,
+            .classes = layout.classes,
+            .positions = layout.positions,
+            .logits = logits.as<T>(),
+            .kind = indices ? TargetKind::indices : TargetKind::probabilities,
+            .target = indices ? class_indices(*indices) : ClassIndices{},
+            .probabilities = probabilities ? probabilities->template as<T>() : ClassScores<const T>{},
+            .weight = weight ? static_cast<const T*>(weight->const_data_ptr()) : nullptr,
+            .ignore_index = ignore_index,
+            .label_smoothing = label_smoothing,
+            .reduction = reduction};
   }
 
-  const Layout& layout() const { return layout_; }
-  Reduction reduction() const { return reduction_; }
-  bool has_indices() const { return indices_.has_value(); }
-
   void check_reduced() const {
-    check<std::invalid_argument>(reduction_ != Reduction::none, op_,
-                                 ": reduction: expected 1 (mean) or 2 (sum), got 0");
+    check<std::invalid_argument>(reduction != Reduction::none, op, ": reduction: expected 1 (mean) or 2 (sum), got 0");
   }
 
   // Raises for the position that a kernel found, if it found one.
@@ -206,24 +209,14 @@ class Operands {
     if (bad_position < 0) return;
     int64_t rest = bad_position;
     std::string index;
-    for (int64_t dim = indices_->dim() - 1; dim >= 0; --dim) {
-      index = std::to_string(rest % indices_->size(dim)) + (index.empty() ? "" : ", ") + index;
-      rest /= indices_->size(dim);
+    for (int64_t dim = indices->dim() - 1; dim >= 0; --dim) {
+      index = std::to_string(rest % indices->size(dim)) + (index.empty() ? "" : ", ") + index;
+      rest /= indices->size(dim);
     }
-    fail<std::out_of_range>(op_, ": target: expected class indices in [0, ", layout_.classes,
-                            ") or ignore_index = ", ignore_index_, ", got ", class_indices(*indices_)[bad_position],
+    fail<std::out_of_range>(op, ": target: expected class indices in [0, ", layout.classes,
+                            ") or ignore_index = ", ignore_index, ", got ", class_indices(*indices)[bad_position],
                             " at [", index, "]");
   }
-
- private:
-  const char* op_;
-  Layout layout_;
-  Reduction reduction_;
-  Scores logits_;
-  std::optional<Scores> probabilities_;
-  std::optional<Tensor> indices_, weight_;
-  int64_t ignore_index_;
-  double label_smoothing_;
 };
 
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& logits, Reduction reduction) {
@@ -268,7 +261,7 @@ void forward(const Tensor& logits, const Operands& operands, const Outputs& outp
     using A = ComputeType<T>;
     const auto data = [](const Tensor* t) { return t ? t->mutable_data_ptr() : nullptr; };
     A* position_max = static_cast<A*>(data(outputs.stats));
-    const int64_t positions = operands.layout().batch * operands.layout().positions;
+    const int64_t positions = operands.layout.batch * operands.layout.positions;
     const CrossEntropyForward<T> args = {
         .problem = operands.problem<T>(),
         .position_max = position_max,
@@ -288,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
                                                  double label_smoothing, int64_t reduction) {
   const Operands operands("mnist_ext.cross_entropy", logits, target, weight, ignore_index, label_smoothing, reduction);
   const Positions positions(logits);
-  const bool none = operands.reduction() == Reduction::none;
+  const bool none = operands.reduction == Reduction::none;
   const Tensor loss = empty(logits, dtype_of(logits), positions.sizes(), none ? positions.dims() : 0);
   const Tensor stats = empty(logits, compute_dtype_of(logits), positions.stats_sizes(), positions.dims() + 1);
   const Tensor total_weight = empty(logits, compute_dtype_of(logits), {});
@@ -303,7 +296,7 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(const Tensor& logits, con
                           label_smoothing, reduction);
   operands.check_reduced();
   const Tensor loss = empty(logits, {});
-  const Tensor grad_logits = operands.layout().gradient(logits);
+  const Tensor grad_logits = operands.layout.gradient(logits);
   forward(logits, operands, {.loss = &loss, .grad_logits = &grad_logits});
   return {loss, grad_logits};
 }
@@ -314,8 +307,8 @@ void cross_entropy_gradient_(const Tensor& gradient, const Tensor& grad_output, 
   constexpr const char* kOp = "mnist_ext.cross_entropy_gradient_";
   const Operands operands(kOp, logits, target, weight, ignore_index, label_smoothing, reduction);
   operands.check_reduced();
-  check_grad_output(kOp, grad_output, logits, operands.reduction());
-  check_operand(kOp, "gradient", gradient, "logits", logits, operands.layout().is_gradient(gradient, logits),
+  check_grad_output(kOp, grad_output, logits, operands.reduction);
+  check_operand(kOp, "gradient", gradient, "logits", logits, operands.layout.is_gradient(gradient, logits),
                 "what cross_entropy_with_gradient returned for logits ", Shape(logits));
   forward(logits, operands, {.grad_logits = &gradient}, &grad_output);
 }
@@ -327,13 +320,13 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad_output, con
                                                   bool need_target) {
   constexpr const char* kOp = "mnist_ext.cross_entropy_backward";
   const Operands operands(kOp, logits, target, weight, ignore_index, label_smoothing, reduction);
-  check_grad_output(kOp, grad_output, logits, operands.reduction());
+  check_grad_output(kOp, grad_output, logits, operands.reduction);
   check_statistics(kOp, logits, stats, total_weight);
-  check(!need_target || !operands.has_indices(), kOp,
+  check(!need_target || !operands.indices, kOp,
         ": need_target: expected false, as target holds class indices, got true");
   Tensor grad_logits, grad_target;  // undefined where not needed
-  if (need_logits) grad_logits = operands.layout().gradient(logits);
-  if (need_target) grad_target = operands.layout().gradient(logits);
+  if (need_logits) grad_logits = operands.layout.gradient(logits);
+  if (need_target) grad_target = operands.layout.gradient(logits);
   const std::optional<int64_t> stride = merged_stride(grad_output, 0, grad_output.dim());
   const Tensor dy = stride ? grad_output : torch::stable::contiguous(grad_output);
   const Tensor statistics = made_contiguous(stats);

@@ -1,6 +1,7 @@
 // linear and mlp, and their gradients: checks, allocation, dispatch on the dtype.
 #include <algorithm>
 #include <optional>
+#include <span>
 #include <tuple>
 #include <vector>
 
@@ -65,9 +66,9 @@ struct LayerOperands {
 };
 
 template <class T>
-void run(const Entry<T>* entries, int64_t count, OnDevice& device) {
-  if (count == 0) return;
-  const Program<T> program = {entries, count, kProductGrain};
+void run(std::span<const Entry<T>> entries, OnDevice& device) {
+  if (entries.empty()) return;
+  const Program<T> program = {entries.data(), static_cast<int64_t>(entries.size()), kProductGrain};
   void* workspace = device.workspace(kernels<T>().workspace_bytes(program));
   kernels<T>().run(program, workspace, device.launch());
 }
@@ -136,7 +137,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   dispatch_floating(input, [&](auto zero) {
     using T = decltype(zero);
     const Entry<T> entry = {forward_product(layer.on<T>(x.rows, x.view<T>(), data_of<T>(out)))};
-    run(&entry, 1, device);
+    run<T>({&entry, 1}, device);
   });
   return out;
 }
@@ -170,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
                             .grad_weight = data_of<T>(gradients.weight),
                             .grad_bias = data_of<T>(gradients.bias)};
     Entry<T> entries[2];
-    int64_t count = 0;
+    std::size_t count = 0;
     if (weight) entries[count++] = {grad_input_product(layer)};
     if (input || need_bias) entries[count++] = {grad_weight_product(layer)};
-    run(entries, count, device);
+    run<T>({entries, count}, device);
   });
   return {gradients.input, gradients.weight, gradients.bias};
 }
@@ -213,23 +214,17 @@ std::optional<Layers> layers_of(const char* op, const Tensor& input, const std::
   return layers;
 }
 
-// The outputs of all layers but the last, [rows, out_features] each, one after the other in one tensor.
-int64_t hidden_size(const Layers& layers, int64_t rows) {
-  int64_t features = 0;
-  for (std::size_t l = 0; l + 1 < layers.size(); ++l) features += layers[l].out_features();
-  return rows * features;
-}
+// Columns of the outputs of all layers but the last.
+struct HiddenFeatures {
+  int64_t all = 0, widest = 0;
 
-int64_t widest_hidden(const Layers& layers) {
-  int64_t features = 0;
-  for (std::size_t l = 0; l + 1 < layers.size(); ++l) features = std::max(features, layers[l].out_features());
-  return features;
-}
-
-template <class T>
-void run(const std::vector<Entry<T>>& program, OnDevice& device) {
-  run(program.data(), static_cast<int64_t>(program.size()), device);
-}
+  explicit HiddenFeatures(const Layers& layers) {
+    for (std::size_t l = 0; l + 1 < layers.size(); ++l) {
+      all += layers[l].out_features();
+      widest = std::max(widest, layers[l].out_features());
+    }
+  }
+};
 
 std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& weights,
                                const std::vector<Tensor>& biases, const std::vector<int64_t>& flags, bool keep_hidden,
@@ -241,8 +236,9 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
   const Matrix x = as_factor(input);
   const Tensor output = empty_with_columns(input, layers.back().out_features());
   // Where nothing is kept, layers write to two buffers by turns.
-  const int64_t buffer_size = keep_hidden ? 0 : x.rows * widest_hidden(layers);
-  const Tensor hidden = empty(input, {keep_hidden ? hidden_size(layers, x.rows) : 2 * buffer_size});
+  const HiddenFeatures features(layers);
+  const int64_t buffer_size = x.rows * features.widest;
+  const Tensor hidden = empty(input, {keep_hidden ? x.rows * features.all : 2 * buffer_size});
   dispatch_float_or_double(input, [&](auto zero) {
     using T = decltype(zero);
     std::vector<Layer<T>> forward;
@@ -258,7 +254,7 @@ std::tuple<Tensor, Tensor> mlp(const Tensor& input, const std::vector<Tensor>& w
     }
     std::vector<Entry<T>> program;
     append_forward<T>(forward, Sharing::any, program);
-    run(program, device);
+    run<T>(program, device);
   });
   return {output, keep_hidden ? hidden : empty(input, {0})};
 }
@@ -287,7 +283,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     check_output("output", *output);
     y = as_gradient(*output);
   }
-  const int64_t numbers = hidden_size(layers, x.rows);
+  const int64_t numbers = x.rows * HiddenFeatures(layers).all;
   check_operand(kMlpBackward, "hidden", hidden, "input", input,
                 hidden.dim() == 1 && hidden.size(0) == numbers && hidden.is_contiguous(), "the ", numbers,
                 " numbers that mlp returned");
@@ -329,12 +325,11 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     }
     std::vector<Entry<T>> program;
     append_backward<T>(backward, Sharing::any, program);
-    run(program, device);
+    run<T>(program, device);
   });
   return gradients;
 }
 
-// On another device, or not dense.
 std::tuple<Tensor, Tensor> not_taken(const Tensor&, const std::vector<Tensor>&, const std::vector<Tensor>&,
                                      const std::vector<int64_t>&, bool, bool) {
   return {};

@@ -1,18 +1,135 @@
 // train_steps: checks, and the arguments in the kernels' terms. What needs the values of labels and order is left to
 // the kernels; on CUDA nothing here waits for the device.
 #include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "device.h"
 #include "schemas.h"
-#include "train_step_handle.h"
 
 namespace mnist_ext::ops {
 namespace {
 
+constexpr const char* kTrainSteps = "mnist_ext.train_steps";
+constexpr int64_t kFrozen = -1;  // in place of a group
+
+using Refused = std::invalid_argument;  // ValueError in Python, as TrainStep promises
+
 // Beyond, a step takes so long that its launches do not count, and is no reason to hold so much memory.
 constexpr int64_t kLargestHeld = int64_t{64} << 20;
+
+void check_length(const char* name, std::size_t length, std::size_t expected, const char* of) {
+  check<Refused>(length == expected, kTrainSteps, ": ", name, ": expected one for each of ", expected, " ", of,
+                 ", got ", length);
+}
+
+// What stays the same between the calls of train_steps, described once.
+struct TrainStepSettings {
+  std::vector<bool> relu, bias;     // of each layer: whether it has one
+  std::vector<int64_t> groups;      // of each parameter: the weights, then the biases that there are
+  std::vector<SgdOptions> options;  // of each group; lr and first_step do not count
+  double scale, shift;              // of uint8 images
+  std::optional<Tensor> class_weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  Reduction reduction;
+
+  std::size_t layers() const { return relu.size(); }
+  bool has_momentum(std::size_t param) const {
+    return groups[param] != kFrozen && options[groups[param]].momentum != 0;
+  }
+};
+
+// What a caller has a handle for.
+struct TrainStepHandle {
+  const TrainStepSettings settings;
+  // CUDA: the graph of a step, and the memory it works in, which has to be the same from call to call.
+  std::mutex mutex{};                  // of all below
+  std::unique_ptr<StepGraph> graph{};  // null where the kernels have none
+  std::optional<Tensor> workspace{};
+  CUstream_st* stream = nullptr;  // where the workspace is used: elsewhere its allocator would hand it out too early
+
+  // At least so many bytes on like's device, the same from call to call if the stream is.
+  void* workspace_for(const Tensor& like, CUstream_st* on_stream, int64_t bytes) {
+    const bool serves =
+        workspace && on_same_device(*workspace, like) && stream == on_stream && workspace->numel() >= bytes;
+    if (!serves) {
+      workspace = empty(like, aoti_torch_dtype_uint8(), {bytes});
+      stream = on_stream;
+    }
+    return workspace->mutable_data_ptr();
+  }
+};
+
+struct Registry {
+  std::mutex mutex;
+  int64_t last = 0;
+  std::map<int64_t, std::shared_ptr<TrainStepHandle>> steps;
+};
+
+// Never destroyed: when the process ends CUDA may end first.
+Registry& registry() {
+  static Registry* const all = new Registry;
+  return *all;
+}
+
+std::shared_ptr<TrainStepHandle> train_step_of(int64_t handle) {
+  Registry& all = registry();
+  const std::lock_guard lock(all.mutex);
+  const auto found = all.steps.find(handle);
+  check<Refused>(found != all.steps.end(), kTrainSteps,
+                 ": step: expected a handle from new_train_step, not freed yet, got ", handle);
+  return found->second;
+}
+
+int64_t new_train_step(const Tensor&, const std::vector<bool>& relu, const std::vector<bool>& bias,
+                       const std::vector<int64_t>& groups, const std::vector<double>& momentum,
+                       const std::vector<double>& dampening, const std::vector<double>& weight_decay,
+                       const std::vector<bool>& nesterov, const std::vector<bool>& maximize, double scale, double shift,
+                       const std::optional<Tensor>& class_weight, int64_t ignore_index, double label_smoothing,
+                       int64_t reduction, bool graph) {
+  check<Refused>(!relu.empty(), kTrainSteps, ": relu: expected at least one layer");
+  check_length("bias", bias.size(), relu.size(), "layers");
+  check_length("groups", groups.size(),
+               relu.size() + static_cast<std::size_t>(std::count(bias.begin(), bias.end(), true)), "params");
+  check_length("dampening", dampening.size(), momentum.size(), "groups");
+  check_length("weight_decay", weight_decay.size(), momentum.size(), "groups");
+  check_length("nesterov", nesterov.size(), momentum.size(), "groups");
+  check_length("maximize", maximize.size(), momentum.size(), "groups");
+  const int64_t last_group = static_cast<int64_t>(momentum.size()) - 1;
+  for (const int64_t group : groups) {
+    check<Refused>(kFrozen <= group && group <= last_group, kTrainSteps, ": groups: expected -1 to ", last_group,
+                   ", got ", group);
+  }
+  check<Refused>(0 <= label_smoothing && label_smoothing <= 1, kTrainSteps,
+                 ": label_smoothing: expected a number in [0, 1], got ", label_smoothing);
+  check<Refused>(reduction == 1 || reduction == 2, kTrainSteps, ": reduction: expected 1 (mean) or 2 (sum), got ",
+                 reduction);
+  std::vector<SgdOptions> options;
+  for (std::size_t g = 0; g < momentum.size(); ++g) {
+    options.push_back({0, momentum[g], dampening[g], weight_decay[g], nesterov[g], maximize[g], false});
+  }
+  auto step = std::shared_ptr<TrainStepHandle>(
+      new TrainStepHandle{{relu, bias, groups, std::move(options), scale, shift, class_weight, ignore_index,
+                           label_smoothing, static_cast<Reduction>(reduction)}});
+  const auto new_graph = kernel_table().new_step_graph;
+  if (graph && new_graph) step->graph.reset(new_graph());
+  Registry& all = registry();
+  const std::lock_guard lock(all.mutex);
+  all.steps[++all.last] = std::move(step);
+  return all.last;
+}
+
+void free_train_step(const Tensor&, int64_t handle) {
+  const auto step = train_step_of(handle);  // destroyed behind the lock
+  Registry& all = registry();
+  const std::lock_guard lock(all.mutex);
+  all.steps.erase(handle);
+}
 
 // The parameters of a step: the weights, then the biases that there are; and their momentum buffers.
 struct Model {
@@ -50,10 +167,6 @@ void check_param(const Model& model, std::size_t i, ExpectedShape shape) {
 
 void check_model(const Model& model) {
   const TrainStepSettings& settings = model.settings;
-  const auto check_length = [](const char* name, std::size_t length, std::size_t expected, const char* of) {
-    check<Refused>(length == expected, kTrainSteps, ": ", name, ": expected one for each of ", expected, " ", of,
-                   ", got ", length);
-  };
   check_length("params", model.params.size(), settings.groups.size(), "weights and biases");
   const ScalarType dtype = model.weight(0).scalar_type();
   check<Refused>(dtype == ScalarType::Float || dtype == ScalarType::Double, kTrainSteps,
@@ -184,7 +297,7 @@ std::vector<TrainedLayer<T>> trained_layers(const Model& model) {
 }
 
 template <class T>
-BadExample run(const TrainSteps<T>& steps, HeldGraph& held, const Tensor& like) {
+BadExample run(const TrainSteps<T>& steps, TrainStepHandle& held, const Tensor& like) {
   OnDevice device(like);
   const Launch launch = device.launch();
   const int64_t bytes = kernels<T>().train_steps_workspace_bytes(steps);
@@ -248,7 +361,7 @@ Tensor train_steps(int64_t handle, const Tensor& images, const Tensor& labels, c
     const int64_t sizes[] = {steps.steps()};
     losses = empty(first, dtype_of(first), sizes, batch_size > 0 ? 1 : 0);
     steps.losses = data_of<T>(losses);
-    check_example(steps, run(steps, step->held, first));
+    check_example(steps, run(steps, *step, first));
   });
   return losses;
 }

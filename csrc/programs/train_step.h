@@ -93,28 +93,16 @@ class TrainStepProgram {
   int64_t workspace_bytes() const { return bytes_; }
 
   void append(int64_t step, std::vector<Entry<T>>& program) const {
-    append({.rows = steps_.rows_of(step),
-            .first = step * steps_.batch_size,
-            .step = step,
-            .loss = steps_.losses + step,
-            .values = nullptr,
-            .loss_place = nullptr,
-            .lr = nullptr},
-           program);
+    append(
+        {.rows = steps_.rows_of(step), .first = step * steps_.batch_size, .step = step, .loss = steps_.losses + step},
+        program);
   }
 
   // A step of a whole batch, and not the first one, whose examples, learning rates and place of the loss are read from
   // the device's memory.
   void append_replayed(StepValues<T>* values, T* const* loss_place, const double* lr,
                        std::vector<Entry<T>>& program) const {
-    append({.rows = steps_.batch_size,
-            .first = 0,
-            .step = -1,
-            .loss = nullptr,
-            .values = values,
-            .loss_place = loss_place,
-            .lr = lr},
-           program);
+    append({.rows = steps_.batch_size, .values = values, .loss_place = loss_place, .lr = lr}, program);
   }
 
  private:
@@ -124,12 +112,13 @@ class TrainStepProgram {
   };
 
   struct Step {
-    int64_t rows, first;
-    int64_t step;  // -1: one that is replayed
-    T* loss;
-    StepValues<T>* values;
-    T* const* loss_place;
-    const double* lr;
+    int64_t rows;
+    int64_t first = 0;
+    int64_t step = -1;  // one that is replayed
+    T* loss = nullptr;
+    StepValues<T>* values = nullptr;
+    T* const* loss_place = nullptr;
+    const double* lr = nullptr;
   };
 
   template <class E>

@@ -233,8 +233,7 @@ class TrainStep:
 
     def _check_images(self, images: Tensor, labels: Tensor) -> None:
         for name, tensor in (("images", images), ("labels", labels)):
-            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
-                expect_tensor(name, tensor)
+            expect_tensor(name, tensor)
         param, flattens = self._layers.params[0], self._layers.flattens
         normalizes = self._normalize is not None
         device, dtype, dims = param.device, images.dtype, images.dim()

@@ -1,9 +1,11 @@
 """Fixtures for the tests of the application: a place of one's own, a trained run, refusals."""
 
+import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,16 +49,38 @@ def own_run(digits_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits_run, tmp_path / "own"))
 
 
+class Printed(NamedTuple):
+    """What a command has printed."""
+
+    out: str
+    err: str
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """The JSON objects in the output, one a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def ran(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+    """Return a function that runs a command, which succeeds, and returns what it printed."""
+
+    def run(*argv: object, code: int = 0) -> Printed:
+        capsys.readouterr()
+        assert main(list(map(str, argv))) == code
+        return Printed(*capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(ran: Callable[..., Printed]) -> Callable[..., str]:
     """Return a function that runs a command which fails in one line, and returns that."""
 
     def run(*argv: object, parts: tuple[str, ...] = (), code: int = 2, out: bool = False) -> str:
-        capsys.readouterr()
-        assert main(list(map(str, argv))) == code
-        captured = capsys.readouterr()
-        assert_one_line(captured.err, *parts)
-        assert out or captured.out == ""
-        return captured.err
+        printed = ran(*argv, code=code)
+        assert_one_line(printed.err, *parts)
+        assert out or printed.out == ""
+        return printed.err
 
     return run

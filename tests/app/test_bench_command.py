@@ -1,6 +1,5 @@
 """``mnist-ext bench``: what it compares and prints; not how fast anything is."""
 
-import json
 from dataclasses import fields
 
 import pytest
@@ -9,7 +8,6 @@ from run_folders import assert_one_line
 
 from mnist_ext import functional
 from mnist_ext.app.bench import benchmark
-from mnist_ext.app.cli.main import main
 
 LIMITS = benchmark.Limits(flops=1e11, bytes=1e10)
 
@@ -27,9 +25,8 @@ def quick(monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 class TestBench:
-    def test_json(self, capsys):
-        assert main(["bench", "--json"]) == 0
-        machine, *results = map(json.loads, capsys.readouterr().out.splitlines())
+    def test_json(self, ran):
+        machine, *results = ran("bench", "--json").objects
         assert machine["limits"] == {"flops": 1e11, "bytes": 1e10}
         assert machine["torch"] == torch.__version__
         assert [r["group"] for r in results] == ["step"] * 2 + ["linear"] * 9 + ["cross_entropy"]
@@ -42,19 +39,17 @@ class TestBench:
         loss = results[-1]
         assert loss["limit"] == pytest.approx(2 * 8 * 10 * 4 / loss["ours_seconds"] / 1e10)
 
-    def test_table(self, capsys):
-        assert main(["bench", "--threads", "1"]) == 0
-        out = capsys.readouterr().out
+    def test_table(self, ran):
+        out = ran("bench", "--threads", "1").out
         assert ", 1 thread on " in out
         assert "limits: 100 GFLOP/s" in out
         lines = out[out.index("what  ") :].splitlines()
         assert len(lines) == 1 + 12
         assert max(map(len, lines)) < 120
 
-    def test_wrong_results_are_not_timed(self, capsys, monkeypatch):
+    def test_wrong_results_are_not_timed(self, ran, monkeypatch):
         right = functional.cross_entropy
         monkeypatch.setattr(functional, "cross_entropy", lambda *a, **o: right(*a, **o) * 1.01)
-        assert main(["bench"]) == 1
-        captured = capsys.readouterr()
-        assert_one_line(captured.err, "a training step, swapped modules, batch 2 is wrong here: ")
-        assert "training step" not in captured.out
+        out, err = ran("bench", code=1)
+        assert_one_line(err, "a training step, swapped modules, batch 2 is wrong here: ")
+        assert "training step" not in out

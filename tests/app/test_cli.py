@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from run_folders import assert_one_line, config_of, names_in, rows_of
-from safetensors import safe_open
 
 from mnist_ext.app.cli.commands import train_run
 from mnist_ext.app.cli.main import main
@@ -34,11 +33,10 @@ def command(*args: str) -> list[str]:
 
 
 class TestTrain:
-    def test_prints_plain_lines_and_writes_the_same_metrics(self, capsys):
-        assert main(DIGITS) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        lines = captured.out.splitlines()
+    def test_prints_plain_lines_and_writes_the_same_metrics(self, ran):
+        out, err = ran(*DIGITS)
+        assert err == ""
+        lines = out.splitlines()
         assert len(lines) == 7
         assert lines[0].startswith("dataset    digits: 1,437 training and 360 test images from ")
         assert lines[1] == "model      784-128-64-10, activation none, 109,386 parameters"
@@ -56,21 +54,18 @@ class TestTrain:
             )
         assert lines[6] == f"written to {the_run()}"
 
-    def test_shows_a_bar_on_a_terminal(self, capsys, monkeypatch):
+    def test_shows_a_bar_on_a_terminal(self, ran, monkeypatch):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert main(DIGITS) == 0
-        captured = capsys.readouterr()
+        out, err = ran(*DIGITS)
         for part in ("epoch 1/2   0%", "loss ", "accuracy ", " images/s, 00:00 left"):
-            assert part in captured.err
-        assert "%|" not in captured.out
+            assert part in err
+        assert "%|" not in out
 
     @pytest.mark.parametrize(
         ("number", "options", "code"),
         [(signal.SIGINT, [], 130), (signal.SIGTERM, [], 143), (None, ["--lr", "1e30"], 1)],
     )
-    def test_messages_stand_on_a_line_of_their_own(
-        self, capsys, monkeypatch, number, options, code
-    ):
+    def test_messages_stand_on_a_line_of_their_own(self, ran, monkeypatch, number, options, code):
         rows_of_steps = Trainer._rows
 
         def sends(self, losses, rates):
@@ -80,8 +75,7 @@ class TestTrain:
 
         monkeypatch.setattr(Trainer, "_rows", sends)
         monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-        assert main([*DIGITS, *options]) == code
-        before, _ = capsys.readouterr().err.split("mnist-ext: ")
+        before, _ = ran(*DIGITS, *options, code=code).err.split("mnist-ext: ")
         # The bar is overwritten, and the cursor is back at the start of its line.
         *_, bar, blanks, rest = before.split("\r")
         assert "images/s" in bar
@@ -108,16 +102,14 @@ class TestTrain:
             assert main([*DIGITS, "--name", "mine", "--output-dir", "new/folder"]) == 0
         assert names_in("new/folder") == ["mine", "mine-2", "mine-3"]
 
-    def test_without_a_network_auto_uses_the_digits(self, capsys):
-        assert main(["train", "--epochs", "1"]) == 0
-        captured = capsys.readouterr()
-        assert captured.err.startswith("mnist-ext: note: MNIST was not found")
-        assert captured.err.count("\n") == 1
-        assert captured.out.startswith("dataset    digits: ")
+    def test_without_a_network_auto_uses_the_digits(self, ran):
+        out, err = ran("train", "--epochs", "1")
+        assert err.startswith("mnist-ext: note: MNIST was not found")
+        assert err.count("\n") == 1
+        assert out.startswith("dataset    digits: ")
 
-    def test_target_accuracy(self, capsys, refused):
-        assert main([*DIGITS, "--target-accuracy", "1"]) == 0
-        assert capsys.readouterr().err == ""
+    def test_target_accuracy(self, ran, refused):
+        assert ran(*DIGITS, "--target-accuracy", "1").err == ""
         parts = ("is below the target of 99.9 %",)
         refused(*DIGITS, "--target-accuracy", "99.9", "--name", "x", parts=parts, code=1, out=True)
         assert names_in("runs/x") == FILES_OF_A_RUN
@@ -241,32 +233,11 @@ class TestStreams:
         assert (Path("runs") / "\U0001f600\x1b[2J" / "model.safetensors").exists()
 
 
-class TestInterrupt:
-    def test_ctrl_c_in_training_as_a_process(self):
-        argv = command("train", "--dataset", "digits", "--epochs", "1000000")
-        with subprocess.Popen(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            for line in process.stdout:
-                if line.startswith("epoch 2/"):
-                    break
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate()
-        assert process.returncode == 130
-        assert err.startswith("mnist-ext: interrupted after ")
-        assert err.endswith(f"; continue with: mnist-ext train --resume {the_run()}\n")
-        assert err.count("\n") == 1
-        epochs = [int(row["epoch"]) for row in rows_of(the_run() / "metrics.csv")]
-        assert epochs[:2] == [1, 2]
-        with safe_open(the_run() / "model.safetensors", "pt") as file:
-            assert int(file.metadata()["epoch"]) == epochs[-1]
+def test_ctrl_c_before_the_first_epoch_leaves_nothing(ran, monkeypatch):
+    def interrupted(*args):
+        assert the_run().exists()
+        raise KeyboardInterrupt
 
-    def test_ctrl_c_before_the_first_epoch_leaves_nothing(self, capsys, monkeypatch):
-        def interrupted(*args):
-            assert the_run().exists()
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(train_run, "_Session", interrupted)
-        assert main(DIGITS) == 130
-        assert capsys.readouterr().err == "mnist-ext: interrupted\n"
-        assert names_in() == []
+    monkeypatch.setattr(train_run, "_Session", interrupted)
+    assert ran(*DIGITS, code=130).err == "mnist-ext: interrupted\n"
+    assert names_in() == []

@@ -1,6 +1,5 @@
 """Training in two processes: the run of one process, up to rounding; and what a lost one ends."""
 
-import json
 import os
 import signal
 import socket
@@ -61,14 +60,13 @@ def epoch_of_checkpoint() -> int:
     return checkpoint.read(Path("runs/run/checkpoint.safetensors"))[1]["epoch"]
 
 
-def test_the_first_process_is_killed(capsys):
+def test_the_first_process_is_killed(ran):
     """Between or within epochs; the run goes on, here in one process."""
     err = epochs_until_killed(victim=0)
     assert "error: process 1: another process of the run is gone" in err
     done = epoch_of_checkpoint()
     assert done >= 1
-    assert main(["train", "--resume", "runs/run", "--epochs", str(done + 1), "--json"]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = ran("train", "--resume", "runs/run", "--epochs", done + 1, "--json").objects
     assert [e["epoch"] for e in events if e["event"] == "epoch"] == [done + 1]
     rows = rows_of(Path("runs/run/metrics.csv"))
     assert [row["epoch"] for row in rows] == [str(n + 1) for n in range(done + 1)]

@@ -1,26 +1,24 @@
 """``mnist-ext doctor``: what it says of machines that are well, and of others."""
 
-import json
+from typing import Any
 
+import devices
 import pytest
 import torch
 from idx_files import FILES, write_mnist
 
 from mnist_ext import _C, _build_info, _library
 from mnist_ext.app.cli import diagnosis
-from mnist_ext.app.cli.main import main
 from mnist_ext.app.data import datasets
 
 
 @pytest.fixture
-def examine(capsys):
-    """Return a function that runs the command and returns its exit code and report."""
+def examine(ran):
+    """Return a function that runs the command, with an exit code, and returns its report."""
 
-    def run() -> tuple[int, dict]:
-        code = main(["doctor", "--json"])
-        out = capsys.readouterr().out
-        assert out.count("\n") == 1
-        return code, json.loads(out)
+    def run(code: int = 0) -> dict[str, Any]:
+        (report,) = ran("doctor", "--json", code=code).objects
+        return report
 
     return run
 
@@ -34,8 +32,7 @@ def found_mnist(tmp_path, monkeypatch):
 
 
 def test_all_is_well(examine, found_mnist, tmp_path):
-    code, report = examine()
-    assert code == 0
+    report = examine()
     assert report["problems"] == []
     assert report["next_step"].startswith("mnist-ext train")
     assert report["torch"] == torch.__version__
@@ -48,9 +45,8 @@ def test_all_is_well(examine, found_mnist, tmp_path):
     assert report["packages"]["pillow"]
 
 
-def test_table(capsys, found_mnist, tmp_path):
-    assert main(["doctor"]) == 0
-    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+def test_table(ran, found_mnist, tmp_path):
+    rows = [line.split(maxsplit=1) for line in ran("doctor").out.splitlines()]
     texts = dict(rows)
     assert texts["PyTorch"].startswith(torch.__version__)
     assert texts["mnist"] == str(tmp_path / "data")
@@ -59,14 +55,11 @@ def test_table(capsys, found_mnist, tmp_path):
     assert rows[-1][0] == "next"
 
 
-def test_damaged_data(capsys, examine, found_mnist):
+def test_damaged_data(ran, examine, found_mnist):
     path = found_mnist / FILES[0]
     path.write_bytes(path.read_bytes()[:-100])
-    code, report = examine()
-    assert code == 1
-    assert report["problems"][0].startswith(f"{path} is truncated")
-    assert main(["doctor"]) == 1
-    assert f"next step      {path} is truncated" in capsys.readouterr().out
+    assert examine(code=1)["problems"][0].startswith(f"{path} is truncated")
+    assert f"next step      {path} is truncated" in ran("doctor", code=1).out
 
 
 @pytest.mark.parametrize(
@@ -91,35 +84,25 @@ def test_damaged_data(capsys, examine, found_mnist):
 def test_a_problem(examine, monkeypatch, where, name, value, problem):
     monkeypatch.setattr(_library, "cuda", None)
     monkeypatch.setattr(where, name, value)
-    code, report = examine()
-    assert code == 1
+    report = examine(code=1)
     (found,) = report["problems"]
     assert found.startswith(problem)
     assert report["next_step"] == found
 
 
-@pytest.fixture
-def baseline():
-    """Run on the baseline instruction set, and on the one before again afterwards."""
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    _C.set_isa("baseline", "a test asked for it")
-    yield
-    _C.set_isa(before, reason)
-
-
-def test_another_instruction_set_is_hinted_at_and_stays(examine, baseline):
-    code, report = examine()
-    assert code == 0
+def test_another_instruction_set_is_hinted_at_and_stays(examine):
+    with devices.use("baseline"):
+        reason = _C.active_isa_reason()
+        report = examine()
+        assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", reason)
     hinted = any("unset MNIST_EXT_ISA" in hint for hint in report["hints"])
     assert hinted == (report["cpu_isa_available"] != ["baseline"])
-    assert (_C.active_isa(), _C.active_isa_reason()) == ("baseline", "a test asked for it")
 
 
 def test_hints_without_mnist_and_with_too_many_threads(examine, monkeypatch):
     """And nothing is downloaded."""
     monkeypatch.setattr(diagnosis, "cpus", lambda: 0)
     monkeypatch.setattr(datasets, "_download", lambda *args: pytest.fail("downloads"))
-    code, report = examine()
-    assert code == 0
+    report = examine()
     for part in ("MNIST_EXT_DATA=DIR", "OMP_NUM_THREADS=0"):
         assert any(part in hint for hint in report["hints"])

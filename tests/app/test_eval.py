@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mnist_ext.app import UserError
-from mnist_ext.app.cli.main import main
 from mnist_ext.app.cli.terminal import Terminal, table
 from mnist_ext.app.report import plots
 from mnist_ext.app.report.scores import Scores
@@ -52,65 +51,50 @@ class TestScores:
 
 
 class TestEval:
-    @pytest.mark.parametrize("impl", ["ext", "torch"])
-    def test_json_agrees_with_the_training(self, capsys, impl):
-        argv = ["train", "--dataset", "digits", "--epochs", "2", "--hidden", "32,16"]
-        assert main([*argv, "--name", "run", "--impl", impl, "--quiet"]) == 0
-        assert main(["eval", "runs/run", "--json"]) == 0
-        out = capsys.readouterr().out
-        report = json.loads(out)
-        assert out.count("\n") == 1
+    def test_json_agrees_with_the_training(self, ran, digits_run):
+        (report,) = ran("eval", digits_run, "--json").objects
         assert report["epoch"] == 2
-        last = rows_of(Path("runs/run/metrics.csv"))[-1]
+        last = rows_of(digits_run / "metrics.csv")[-1]
         assert report["accuracy"] == pytest.approx(float(last["test_accuracy"]))
         assert report["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-5)
         assert report["images"] == sum(map(sum, report["confusion"])) == 360
         assert report["dataset"] == report["trained_on"] == "digits"
         assert [c["name"] for c in report["classes"]] == list("0123456789")
 
-    def test_table(self, capsys, digits_run):
-        assert main(["eval", str(digits_run)]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        assert "\x1b" not in captured.out
-        assert re.search(
-            r"^accuracy   \d\d\.\d\d %, standard error \d\.\d\d, ", captured.out, re.MULTILINE
-        )
-        lines = captured.out.splitlines()
+    def test_table(self, ran, own_run):
+        """The model alone is enough."""
+        for name in ("config.json", "metrics.csv"):
+            (own_run / name).unlink()
+        out, err = ran("eval", own_run)
+        assert err == ""
+        assert "\x1b" not in out
+        accuracy = r"^accuracy   \d\d\.\d\d %, standard error \d\.\d\d, "
+        assert re.search(accuracy, out, re.MULTILINE)
+        lines = out.splitlines()
         start = lines.index(next(line for line in lines if line.startswith("is \\ taken for")))
         rows = [line.split() for line in lines[start + 2 :]]
         assert [row[0] for row in rows] == list("0123456789")
         assert {len(line) for line in lines[start + 1 :]} == {len(lines[start])}
 
-    def test_another_data_set(self, refused, digits_run):
-        parts = ("MNIST was not found", "--data-dir")
-        refused("eval", digits_run, "--dataset", "mnist", parts=parts)
-
-    def test_the_data_folder_of_the_run_is_remembered(self, capsys, own_run, tmp_path):
+    def test_the_data_folder_of_the_run_is_remembered(self, ran, own_run, tmp_path):
         write_mnist(tmp_path / "data")
         config = config_of(own_run)
         config["settings"]["data_dir"] = str(tmp_path / "data")
         (own_run / "config.json").write_text(json.dumps(config))
-        assert main(["eval", str(own_run), "--dataset", "mnist", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["images"] == TEST_SIZE
+        (report,) = ran("eval", own_run, "--dataset", "mnist", "--json").objects
+        assert report["images"] == TEST_SIZE
 
-    def test_the_model_alone_is_enough(self, capsys, own_run):
-        for name in ("config.json", "metrics.csv"):
-            (own_run / name).unlink()
-        assert main(["eval", str(own_run)]) == 0
-
-    def test_target_accuracy(self, refused, digits_run):
-        assert main(["eval", str(digits_run), "--target-accuracy", "10"]) == 0
+    def test_target_accuracy(self, ran, refused, digits_run):
+        ran("eval", digits_run, "--target-accuracy", "10")
         argv = ["eval", digits_run, "--target-accuracy", "100"]
         refused(*argv, parts=("below the target of 100 %",), code=1, out=True)
 
 
 class TestPlots:
-    def test_pictures_are_written_into_the_run(self, capsys, own_run, tmp_path):
+    def test_pictures_are_written_into_the_run(self, ran, own_run, tmp_path):
         """And where links in it lead."""
         (own_run / "weights.png").symlink_to(tmp_path / "elsewhere.png")
-        assert main(["eval", str(own_run), "--plots"]) == 0
-        out = capsys.readouterr().out
+        out = ran("eval", own_run, "--plots").out
         for name in ("curves.png", "confusion.png", "mistakes.png", "weights.png"):
             assert f"written to {own_run / name}\n" in out
             with Image.open(own_run / name) as image:
@@ -215,6 +199,12 @@ class TestDamagedRuns:
         path = own_run / "model.safetensors"
         rewrite(path, metadata, change)
         all_refuse(own_run, f"{path} is not a model of 'mnist-ext train'", part)
+
+    def test_weights_that_are_not_finite(self, all_refuse, own_run):
+        """An older version saved them, too."""
+        rewrite(own_run / "model.safetensors", {}, lambda t: t["1.bias"].fill_(torch.nan))
+        part = "1.bias holds values that are not finite; train again, with a lower --lr"
+        all_refuse(own_run, "the training diverged", part)
 
     def test_an_unknown_data_set(self, refused, own_run):
         rewrite(own_run / "model.safetensors", {"dataset": "cifar"})

@@ -1,7 +1,6 @@
 """``mnist-ext predict``: images of all kinds become digits like MNIST's; bad ones are named."""
 
 import io
-import json
 import os
 import sys
 import zlib
@@ -240,9 +239,8 @@ def seven() -> str:
 
 
 class TestPredict:
-    def test_json(self, capsys, digits_run, seven):
-        assert main(["predict", str(digits_run), seven, seven, "--json"]) == 0
-        first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    def test_json(self, ran, digits_run, seven):
+        first, second = ran("predict", digits_run, seven, seven, "--json").objects
         assert first == second
         assert first["file"] == "seven.png"
         assert sum(first["probabilities"].values()) == pytest.approx(1)
@@ -251,9 +249,8 @@ class TestPredict:
         assert first["seen_as"] == "dark on light"
         assert (first["width"], first["height"], first["mode"]) == (200, 260, "L")
 
-    def test_text(self, capsys, digits_run, seven):
-        assert main(["predict", str(digits_run), seven]) == 0
-        out = capsys.readouterr().out
+    def test_text(self, ran, digits_run, seven):
+        out = ran("predict", digits_run, seven).out
         assert out.startswith("seven.png: ")
         assert "200x260 L, dark on light" in out
         assert "█" in out
@@ -261,35 +258,31 @@ class TestPredict:
         assert out.count(" %") == 11
         assert max(map(len, out.splitlines())) < 80
 
-    def test_bad_files_are_named_and_the_others_done(self, capsys, digits_run, seven):
+    def test_bad_files_are_named_and_the_others_done(self, ran, digits_run, seven):
         Path("text.png").write_text("no image")
-        argv = ["predict", str(digits_run), "none.png", seven, "text.png", ".", "--json"]
-        assert main(argv) == 2
-        captured = capsys.readouterr()
-        objects = [json.loads(line) for line in captured.out.splitlines()]
-        assert ["error" in o for o in objects] == [True, False, True, True]
-        lines = captured.err.splitlines(keepends=True)
+        argv = ["predict", digits_run, "none.png", seven, "text.png", ".", "--json"]
+        printed = ran(*argv, code=2)
+        assert ["error" in o for o in printed.objects] == [True, False, True, True]
+        lines = printed.err.splitlines(keepends=True)
         assert len(lines) == 3
         for line, name in zip(lines, ("none.png", "text.png", "."), strict=True):
             assert_one_line(line, f"{name}: ")
 
-    def test_names_are_printed_without_what_a_terminal_obeys(self, capsys, digits_run, seven):
+    def test_names_are_printed_without_what_a_terminal_obeys(self, ran, digits_run, seven):
         names = ["lat\udce9.png", "\x1b]0;title\x07.png", "two\nlines.png", "none\x9b.png"]
         for name in names[:3]:
             Path(name).write_bytes(Path(seven).read_bytes())
-        assert main(["predict", str(digits_run), *names]) == 2
-        captured = capsys.readouterr()
+        out, err = ran("predict", digits_run, *names, code=2)
         for name in (r"lat\xe9.png: ", r"\x1b]0;title\x07.png: ", r"two\nlines.png: "):
-            assert f"\n{name}" in f"\n{captured.out}"
-        assert_one_line(captured.err, r"none\x9b.png: ")
-        assert not set(captured.out + captured.err) & set("\x1b\x07\x9b")
+            assert f"\n{name}" in f"\n{out}"
+        assert_one_line(err, r"none\x9b.png: ")
+        assert not set(out + err) & set("\x1b\x07\x9b")
 
-    def test_a_cut_file_is_noted(self, capsys, digits_run, seven):
+    def test_a_cut_file_is_noted(self, ran, digits_run, seven):
         Path("cut.png").write_bytes(Path(seven).read_bytes()[:-4])
-        assert main(["predict", str(digits_run), "cut.png", "--json"]) == 0
-        captured = capsys.readouterr()
-        assert captured.err.startswith("mnist-ext: note: cut.png: its end is missing")
-        assert "its end is missing" in json.loads(captured.out)["notice"]
+        printed = ran("predict", digits_run, "cut.png", "--json")
+        assert printed.err.startswith("mnist-ext: note: cut.png: its end is missing")
+        assert "its end is missing" in printed.objects[0]["notice"]
 
     def test_standard_input(self, capsys, digits_run, seven, monkeypatch):
         """In ASCII where the terminal has no more."""

@@ -14,8 +14,7 @@ from typing import NoReturn
 import pytest
 import torch
 from run_folders import config_of, names_in, rows_of
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.files.folders import locked
@@ -80,7 +79,7 @@ def assert_same_runs(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
 @pytest.mark.parametrize("impl", [[], ["--impl", "torch"], ["--one-call"]], ids=str)
-def test_interrupted_and_resumed(monkeypatch, capsys, impl, scheduler):
+def test_interrupted_and_resumed(monkeypatch, ran, impl, scheduler):
     """In the first step, within a later epoch, and in the evaluation of one."""
     options = ["--recipe", "best", "--epochs", "4", "--log-interval", "7"]
     options += ["--scheduler", scheduler, *impl]
@@ -90,8 +89,7 @@ def test_interrupted_and_resumed(monkeypatch, capsys, impl, scheduler):
     start = [*DIGITS, *options, "--name", "run"]
     for moment, done in (({"steps": 1}, 1), ({"steps": 20}, 21), ({"epochs": 2}, 45)):
         with a_signal(**moment):
-            assert main(start) == 130
-        err = capsys.readouterr().err
+            err = ran(*start, code=130).err
         assert err.endswith("; continue with: mnist-ext train --resume runs/run\n")
         _, values = checkpoint.read(CHECKPOINT)
         assert values["epoch"] * 15 + values["step"] == done
@@ -237,18 +235,17 @@ class TestDisk:
 
 
 class TestDivergence:
-    def test_nothing_is_saved_of_it(self, capsys):
+    def test_nothing_is_saved_of_it(self, ran):
         # One step an epoch: the loss before the last step is finite, the one after it is not.
-        assert train("--epochs", "4", "--batch-size", "1437", "--lr", "1e5") == 1
-        err = capsys.readouterr().err
+        options = ["--epochs", "4", "--batch-size", "1437", "--lr", "1e5", "--name", "run"]
+        err = ran(*DIGITS, *options, code=1).err
         assert "the training diverged: the test loss is nan after epoch 2; use a lower --lr" in err
         assert err.endswith("; runs/run keeps model and checkpoint of epoch 1\n")
         assert checkpoint.read(CHECKPOINT)[1]["epoch"] == 1
         assert [row["test_loss"] for row in metrics_of(RUN)][-1] == "nan"
         model = load_file(RUN / "model.safetensors")
         assert all(value.isfinite().all() for value in model.values())
-        assert main(["eval", str(RUN)]) == 0
-        assert capsys.readouterr().err == (
+        assert ran("eval", RUN).err == (
             "mnist-ext: note: the training diverged: the test loss was nan after epoch 2; this is "
             "the model of epoch 1\n"
         )
@@ -266,7 +263,7 @@ class TestDivergence:
         refused(*argv, parts=(part,), code=1)
         assert not (RUN / "model.safetensors").exists()
 
-    def test_where_it_is_interrupted(self, capsys):
+    def test_where_it_is_interrupted(self, ran):
         assert train("--epochs", "1") == 0
         good = CHECKPOINT.read_bytes()
         load = Trainer.load_state
@@ -277,8 +274,7 @@ class TestDivergence:
 
         with pytest.MonkeyPatch.context() as patch, a_signal(steps=3):
             patch.setattr(Trainer, "load_state", poisoned)
-            assert main([*RESUME, "--epochs", "2"]) == 130
-        err = capsys.readouterr().err
+            err = ran(*RESUME, "--epochs", "2", code=130).err
         assert "interrupted after step 3 of epoch 2; the training had diverged: " in err
         assert "runs/run keeps model and checkpoint of epoch 1" in err
         assert CHECKPOINT.read_bytes() == good
@@ -291,27 +287,12 @@ class TestDivergence:
         part = "the training diverged (the training loss was nan after epoch 1)"
         refused("eval", RUN, parts=(part, "--lr"))
 
-    def test_a_model_of_an_older_version(self, refused):
-        assert train("--epochs", "1") == 0
-        model = RUN / "model.safetensors"
-        with safe_open(model, "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(model)
-        tensors["1.bias"][0] = torch.nan
-        save_file(tensors, model, metadata)
-        part = "1.bias holds values that are not finite; train again, with a lower --lr"
-        for command in ("eval", "report"):
-            refused(command, RUN, parts=("the training diverged", part))
-
     @pytest.mark.parametrize(("lr", "notes"), [("0", 2), ("0.1", 0)])
-    def test_accuracy_at_chance(self, capsys, lr, notes):
+    def test_accuracy_at_chance(self, ran, lr, notes):
         argv = [word for word in DIGITS if word != "--quiet"]
-        assert main([*argv, "--epochs", "2", "--lr", lr, "--name", "run"]) == 0
-        assert main(["eval", str(RUN)]) == 0
-        err = capsys.readouterr().err
+        err = ran(*argv, "--epochs", "2", "--lr", lr, "--name", "run").err + ran("eval", RUN).err
         assert err.count("% is at chance: the same answer to every image ") == notes
-        assert train("--epochs", "2", "--lr", lr) == 0  # quietly
-        assert capsys.readouterr().err == ""
+        assert ran(*DIGITS, "--epochs", "2", "--lr", lr).err == ""  # quietly
 
 
 class TestWhatMayChange:
@@ -327,9 +308,8 @@ class TestWhatMayChange:
         assert record["settings"]["epochs"] == 3
         assert len(record["resumed"]) == 1
 
-    def test_a_complete_run_has_nothing_to_do(self, capsys):
-        assert main(["train", "--resume", "runs/run"]) == 0
-        out = capsys.readouterr().out
+    def test_a_complete_run_has_nothing_to_do(self, ran):
+        out = ran("train", "--resume", "runs/run").out
         assert "\nfinished: all 1 epochs of runs/run are done; for more: mnist-ext train " in out
         # The advice is obeyed word by word.
         command = out.split("for more: mnist-ext ")[1].splitlines()[0]
@@ -337,10 +317,10 @@ class TestWhatMayChange:
         assert [row["epoch"] for row in metrics_of(RUN)] == ["1", "2"]
         assert main([*RESUME, "--target-accuracy", "99.9"]) == 1
 
-    def test_a_complete_schedule(self, capsys, refused):
+    def test_a_complete_schedule(self, ran, refused):
         assert train("--epochs", "1", "--scheduler", "cosine", name="cosine") == 0
-        assert main(["train", "--resume", "runs/cosine"]) == 0
-        assert "its cosine schedule ends there: train anew" in capsys.readouterr().out
+        out = ran("train", "--resume", "runs/cosine").out
+        assert "its cosine schedule ends there: train anew" in out
         argv = ["train", "--resume", "runs/cosine", "--epochs", "2"]
         refused(*argv, parts=("--epochs cannot change",))
 

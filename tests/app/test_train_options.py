@@ -51,9 +51,9 @@ class TestConfigFile:
         err = refused("train", "--config", "s.toml", parts=tuple(parts))
         assert err.startswith("mnist-ext: error: s.toml")
 
-    def test_a_byte_order_mark(self):
+    def test_a_byte_order_mark(self, ran):
         Path("s.toml").write_bytes(b"\xef\xbb\xbfseed = 4")
-        assert main([*DIGITS, "--config", "s.toml", "--quiet"]) == 0
+        assert ran(*DIGITS, "--config", "s.toml", "--quiet") == ("", "")
         assert config_of(RUN)["settings"]["seed"] == 4
 
     @pytest.mark.parametrize("place", ["option", "file"])
@@ -71,9 +71,8 @@ class TestConfigFile:
 
 
 class TestOutput:
-    def test_json(self, capsys):
-        assert main([*DIGITS, "--json", "--log-interval", "10"]) == 0
-        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    def test_json(self, ran):
+        events = ran(*DIGITS, "--json", "--log-interval", "10").objects
         assert [e["event"] for e in events] == ["start", "step", "step", "epoch", "end"]
         assert events[0]["settings"] == config_of(RUN)["settings"]
         assert [e["step"] for e in events[1:3]] == [10, 20]
@@ -85,13 +84,8 @@ class TestOutput:
         event = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
         assert event["train_loss"] is None
 
-    def test_quiet(self, capsys):
-        assert main([*DIGITS, "--quiet"]) == 0
-        assert capsys.readouterr() == ("", "")
-
-    def test_a_dry_run_writes_nothing(self, capsys):
-        assert main([*DIGITS, "--dry-run", "--target-accuracy", "99"]) == 0
-        out = capsys.readouterr().out
+    def test_a_dry_run_writes_nothing(self, ran):
+        out = ran(*DIGITS, "--dry-run", "--target-accuracy", "99").out
         assert "epoch 1/1" in out
         assert out.endswith("dry run: nothing is written\n")
         assert names_in() == []

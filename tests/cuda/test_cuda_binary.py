@@ -85,38 +85,26 @@ def test_code_for_each_architecture():
 
 
 def test_nothing_that_counts_is_spilled():
-    """Some stack is for printf, which reports a bad target; arrays there would show as much more.
-
-    In float64 the common case may spill a little: it is held to two blocks at once as the others
-    are, with registers of twice the size. The rest, which nothing holds, may take more of them.
-    """
+    """Some stack is for printf, which reports a bad target; arrays would show as more."""
     line = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)"
     usage = re.findall(line, dump("-res-usage"))
-    assert len(usage) >= 2 * (13 + 18 + 40)
+    assert len(usage) >= 48 + 18  # kernels without tensor cores, and with mma's
     for kernel, registers, stack, local in usage:
-        if "product_" in kernel:
-            # Without tensor cores a few words of the epilogue, on some architectures.
-            limit = 32 if "simt" in kernel else 0
-            if "wgmma" in kernel:
-                most = 168  # what each of three warpgroups gets at the start
-            elif "mma" in kernel:  # two blocks of 128 threads at once with large tiles, else four
-                most = 255 if "ELi128E" in kernel else 128
-            else:
-                most = 255  # a block has a multiprocessor to itself, or shares it with one other
-        else:
-            limit = 160 if "kernelId" in kernel else 80
-            most = 168 if "kernelId" in kernel and "Lb0" in kernel else 128
+        most = 128
+        if "wgmma" in kernel:
+            most = 168  # what each of three warpgroups gets at the start
+        elif "product_" in kernel and ("ELi128E" in kernel or "simt_kernelId" in kernel):
+            most = 255  # large tiles, or doubles: two blocks of 128 threads at once
         assert int(local) == 0, kernel
-        assert int(stack) <= limit, kernel
+        assert int(stack) <= (0 if "product_" in kernel else 48), kernel
         assert int(registers) <= most, kernel
 
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(sm_80):
-    rows = {n: sass for n, sass in sm_80.items() if re.search("rows_kernel|sgd_kernel", n)}
-    assert len(rows) == 4 * 4 * 2 + 4  # kernels, dtypes, the common case and the rest; SGD
+    by_rows = re.compile("positions_kernel.*(OneWarp|OneBlock)|sgd_kernel")
+    rows = {n: sass for n, sass in sm_80.items() if by_rows.search(n)}
+    assert len(rows) == 4 * 3  # dtypes, kernels
     for name, sass in rows.items():
-        if "short_rows_kernelId" in name:  # a float64 row is copied in two halves
-            continue
         assert re.search(r"\bLDG?\.E\.128", sass), name
         assert re.search(r"\bSTG?\.E\.128", sass), name
 
@@ -124,18 +112,11 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(sm_80):
 def test_products_keep_their_sums_in_registers_and_read_16_bytes_at_a_time(sm_80):
     """The kernels without tensor cores."""
     products = {n: sass for n, sass in sm_80.items() if "product_simt_kernel" in n}
-    assert len(products) == 3 * (3 + 2) + 2  # layouts, tiles; half dtypes have one
+    assert len(products) == 2 * (3 + 3 + 1 + 1)  # tiles, layouts; half dtypes have one
     for name, sass in products.items():
         assert not re.search(r"\b(LDL|STL)\b", sass), name
         assert re.search(r"\bLDS\.128", sass), name
         assert re.search(r"\bLDGSTS\.E\.\S*128", sass), name
-    large = instances(sm_80, "product_simt_kernelIf", "SimtTileILi128E")
-    assert len(large) == 3
-    for sass in large:
-        # The loop is unrolled so far that 8 x 16 elements are multiplied 8 times, with 48 vectors
-        # read for it: nearly everything that is issued multiplies. The others read a mask.
-        assert sass.count("FFMA ") >= 1024
-        assert sass.count("LDS.128 ") <= 48 + 9
 
 
 @pytest.mark.parametrize(
@@ -147,21 +128,20 @@ def test_products_keep_their_sums_in_registers_and_read_16_bytes_at_a_time(sm_80
     ],
 )
 def test_mma(sm_80, dtype, instruction):
-    """Tensor cores of the right dtype, fed by 16-byte copies and ldmatrix; 16-byte stores."""
+    """Tensor cores of the right dtype, fed by 16-byte copies and ldmatrix."""
     kernels = instances(sm_80, "product_mma_kernel", dtype)
     assert len(kernels) == 3 * 2  # layouts, tiles
     for kernel in kernels:
         assert kernel.count("HMMA") == kernel.count(instruction) > 0
         assert re.search(r"LDGSTS\.E\.\S*128", kernel)
         assert "LDSM" in kernel or dtype == "If"
-        assert re.search(r"STG\.E\.128" if dtype != "If" else r"STG\.E\.64", kernel)
 
 
 # What wgmma is called for each dtype, and how many layouts of operands are compiled.
 WGMMA = {
     "8BFloat16": ("x16.F32.BF16", 4),
     "7Float16": ("x16.F32", 4),
-    "If": ("x8.F32.TF32", 3),
+    "If": ("x8.F32.TF32", 1),
 }
 
 
@@ -173,9 +153,8 @@ def test_wgmma(sm_90a, dtype, columns):
     assert len(kernels) == layouts
     for kernel in kernels:
         assert kernel.count("HGMMA") == kernel.count(f"HGMMA.64x{columns}{instruction} ") > 0
-        assert "UTMALDG.2D.MULTICAST" in kernel
+        assert "UTMALDG.2D" in kernel
         assert "USETMAXREG" in kernel
-        assert re.search(r"STG\.E\.128" if dtype != "If" else r"STG\.E\.64", kernel)
 
 
 @pytest.mark.parametrize("dtype", WGMMA)

@@ -1,14 +1,13 @@
 // Enough of CUDA to run this project's kernels on a CPU, thread by thread, so that a mistake in their logic is found
 // without a GPU. A kernel is ordinary C++ here; each of its threads is a fiber, which runs until it waits for others.
 //
-// Modelled: grids, blocks and clusters of them; dynamic shared memory, its own for each block, filled with 0xff at
-// first and followed by a guard that must not change; __syncthreads, __syncwarp, the cluster's barrier, shuffles of a
-// whole warp; the memory of other blocks of a cluster; atomicAdd; __trap, which becomes a C++ exception; launch limits;
-// alignment, where a kernel goes through load_vector and store_vector; cp.async, whose target holds 0xff from the start
-// of the copy until its thread has waited for it, whoever reads it.
-// Blocks, and threads between two waits, run in a shuffled order (`emulator::seed`). Some warps are held for a while,
-// and at times one warp, or one block of a cluster, runs only where nobody else can: then the others are as far ahead
-// of it as barriers let them. Where a barrier is missing the results change with the seed, and the tests run several.
+// Modelled: grids of blocks; dynamic shared memory, its own for each block, filled with 0xff at first and followed by a
+// guard that must not change; __syncthreads, __syncwarp, shuffles of a whole warp; atomicAdd; __trap, which becomes a
+// C++ exception; launch limits; alignment, where a kernel goes through load_vector and store_vector; cp.async, whose
+// target holds 0xff from the start of the copy until its thread has waited for it, whoever reads it. Blocks, and
+// threads between two waits, run in a shuffled order (`emulator::seed`). Some warps are held for a while, and at times
+// one warp runs only where nobody else can: then the others are as far ahead of it as barriers let them. Where a
+// barrier is missing the results change with the seed, and the tests run several.
 //
 // Not modelled: real concurrency (a fiber is never interrupted between two waits), memory ordering and caches (a
 // missing fence goes unnoticed), divergence within a warp, shuffles of parts of a warp, bank conflicts, accesses beyond
@@ -26,6 +25,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -43,10 +43,6 @@ struct dim3 {
   dim3(unsigned size = 1) : x(size) {}
 };
 
-struct float2 {
-  float x, y;
-};
-
 struct uint4 {
   unsigned x, y, z, w;
 };
@@ -54,16 +50,14 @@ struct uint4 {
 namespace emulator {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int64_t kGuardBytes = 64;
+inline constexpr int64_t kGuardBytes = 64, kMostSharedBytes = 227 << 10;
 inline constexpr unsigned char kFill = 0xff, kGuard = 0xa5;
 inline constexpr int64_t kStackBytes = 64 << 10;
-inline constexpr unsigned kLargestCluster = 8;  // what every device with clusters can do
 
-inline unsigned seed = 0;                      // of the order in which threads and blocks run
-inline int compute_capability_major = 9;       // of the device that is played
-inline int shared_bytes_of_block = 227 << 10;  // likewise
-inline int multiprocessors = 132;              // likewise
-inline int launches = 0;                       // so far
+inline unsigned seed = 0;                 // of the order in which threads and blocks run
+inline int compute_capability_major = 9;  // of the device that is played
+inline int multiprocessors = 132;         // likewise
+inline int launches = 0;                  // so far
 
 struct Block;
 
@@ -104,7 +98,6 @@ struct Thread {
 
 struct Block {
   unsigned index = 0;  // in the grid
-  unsigned rank = 0;   // in the cluster
   std::vector<char> shared;
   int64_t shared_bytes = 0;
   char* shared_begin = nullptr;
@@ -115,9 +108,6 @@ struct Block {
 // What runs at this moment.
 struct State {
   unsigned blocks_of_grid = 0, threads = 0;  // of a block
-  unsigned cluster_size = 1;
-  std::vector<Block>* blocks = nullptr;  // of the cluster
-  Barrier cluster;
   Thread* thread = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
@@ -187,17 +177,14 @@ inline void run_thread() {
 
 // A thread that returns no longer takes part in barriers, as on the device.
 inline void leave(Thread& thread) {
-  for (Barrier* barrier : {&thread.block->barrier, &now.cluster}) {
-    if (--barrier->members > 0 && barrier->arrived == barrier->members) {
-      barrier->arrived = 0;
-      ++barrier->round;
+  const auto leave_one = [](auto& barrier) {
+    if (--barrier.members > 0 && barrier.arrived == barrier.members) {
+      barrier.arrived = 0;
+      ++barrier.round;
     }
-  }
-  Warp& warp = *thread.warp;
-  if (--warp.members > 0 && warp.arrived == warp.members) {
-    warp.arrived = 0;
-    ++warp.round;
-  }
+  };
+  leave_one(thread.block->barrier);
+  leave_one(*thread.warp);
 }
 
 inline void run_in_background() {
@@ -227,18 +214,10 @@ inline std::unique_ptr<char[]> take_stack(std::vector<std::unique_ptr<char[]>>& 
   return stack;
 }
 
-// Chooses who is last from now on: nobody, a warp, or a block.
-inline void choose_last(std::vector<Block>& blocks, std::mt19937& random) {
-  for (Block& block : blocks) {
-    for (Warp& warp : block.warps) warp.last = false;
-  }
-  std::vector<Warp>& warps = blocks[random() % blocks.size()].warps;
-  switch (random() % 3) {
-    case 0: break;
-    case 1: warps[random() % warps.size()].last = true; break;
-    default:
-      for (Warp& warp : warps) warp.last = true;
-  }
+// Chooses who is last from now on: nobody, or a warp.
+inline void choose_last(std::vector<Warp>& warps, std::mt19937& random) {
+  for (Warp& warp : warps) warp.last = false;
+  if (random() % 2) warps[random() % warps.size()].last = true;
 }
 
 // Lets each thread run that can, of those that are last or of the others. Returns whether there was one.
@@ -257,49 +236,41 @@ inline bool run_turns(const std::vector<Thread*>& order, bool last) {
   return moved;
 }
 
-inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
+inline void run_block(unsigned index, int64_t shared_bytes) {
   std::mt19937& random = now.random;
   static std::vector<std::unique_ptr<char[]>> stacks;
   const unsigned threads = now.threads;
-  std::vector<Block> blocks(now.cluster_size);
-  std::vector<Thread> all(static_cast<size_t>(threads) * now.cluster_size);
-  now.blocks = &blocks;
-  now.cluster = {.members = static_cast<int>(all.size())};
-  for (unsigned rank = 0; rank < now.cluster_size; ++rank) {
-    Block& block = blocks[rank];
-    block.index = first_block + rank;
-    block.rank = rank;
-    block.shared_bytes = shared_bytes;
-    block.shared.assign(static_cast<size_t>(shared_bytes + kGuardBytes + 16), static_cast<char>(kFill));
-    block.shared_begin = block.shared.data() + (16 - reinterpret_cast<uintptr_t>(block.shared.data()) % 16) % 16;
-    memset(block.shared_begin + shared_bytes, kGuard, kGuardBytes);
-    block.barrier.members = static_cast<int>(threads);
-    block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
-    for (unsigned i = 0; i < threads; ++i) {
-      Thread& thread = all[rank * threads + i];
-      thread.index = i;
-      thread.block = &block;
-      thread.warp = &block.warps[i / kWarpSize];
-      ++thread.warp->members;
-      thread.stack = take_stack(stacks);
-      getcontext(&thread.context);
-      thread.context.uc_stack = {.ss_sp = thread.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, run_thread, 0);
-    }
+  Block block;
+  std::vector<Thread> all(threads);
+  block.index = index;
+  block.shared_bytes = shared_bytes;
+  block.shared.assign(static_cast<size_t>(shared_bytes + kGuardBytes + 16), static_cast<char>(kFill));
+  block.shared_begin = block.shared.data() + (16 - reinterpret_cast<uintptr_t>(block.shared.data()) % 16) % 16;
+  memset(block.shared_begin + shared_bytes, kGuard, kGuardBytes);
+  block.barrier.members = static_cast<int>(threads);
+  block.warps.resize((threads + kWarpSize - 1) / kWarpSize);
+  for (unsigned i = 0; i < threads; ++i) {
+    Thread& thread = all[i];
+    thread.index = i;
+    thread.block = &block;
+    thread.warp = &block.warps[i / kWarpSize];
+    ++thread.warp->members;
+    thread.stack = take_stack(stacks);
+    getcontext(&thread.context);
+    thread.context.uc_stack = {.ss_sp = thread.stack.get(), .ss_flags = 0, .ss_size = kStackBytes};
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, run_thread, 0);
   }
   std::vector<Thread*> order;
   for (Thread& thread : all) order.push_back(&thread);
-  choose_last(blocks, random);
+  choose_last(block.warps, random);
   while (!order.empty() && !now.error) {
     std::shuffle(order.begin(), order.end(), random);
-    for (Block& block : blocks) {
-      for (Warp& warp : block.warps) {
-        if (random() % 8 == 0) warp.held = !warp.held;
-      }
+    for (Warp& warp : block.warps) {
+      if (random() % 8 == 0) warp.held = !warp.held;
     }
     constexpr unsigned kRounds = 256;  // between two changes, on average
-    if (random() % kRounds == 0) choose_last(blocks, random);
+    if (random() % kRounds == 0) choose_last(block.warps, random);
     bool moved = false;
     std::shuffle(now.background.begin(), now.background.end(), random);
     while (!now.background.empty() && random() % 4 != 0) {
@@ -322,25 +293,22 @@ inline void run_cluster(unsigned first_block, int64_t shared_bytes) {
   now.background.clear();
   for (Thread& thread : all) stacks.push_back(std::move(thread.stack));
   if (now.error) std::rethrow_exception(std::exchange(now.error, nullptr));
-  for (const Block& block : blocks) check_guard(block);
+  check_guard(block);
 }
 
-inline void run_grid(dim3 grid, dim3 block, unsigned cluster_size, int64_t shared_bytes, std::function<void()> kernel) {
-  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > shared_bytes_of_block ||
-      cluster_size > kLargestCluster || grid.x % cluster_size != 0 ||
-      (cluster_size > 1 && compute_capability_major < 9)) {
+inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, std::function<void()> kernel) {
+  if (block.x == 0 || block.x > 1024 || grid.x == 0 || shared_bytes > kMostSharedBytes) {
     throw std::logic_error("emulator: a launch that no device can do");
   }
   ++launches;
   now.blocks_of_grid = grid.x;
   now.threads = block.x;
-  now.cluster_size = cluster_size;
   now.kernel = std::move(kernel);
   now.random.seed(seed);
-  std::vector<unsigned> clusters(grid.x / cluster_size);
-  for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i * cluster_size;
-  std::shuffle(clusters.begin(), clusters.end(), now.random);
-  for (unsigned first_block : clusters) run_cluster(first_block, shared_bytes);
+  std::vector<unsigned> blocks(grid.x);
+  std::iota(blocks.begin(), blocks.end(), 0u);
+  std::shuffle(blocks.begin(), blocks.end(), now.random);
+  for (unsigned index : blocks) run_block(index, shared_bytes);
 }
 
 }  // namespace emulator
@@ -394,18 +362,6 @@ T __ldcg(const T* place) {
 
 [[noreturn]] inline void __trap() { throw std::out_of_range("emulator: __trap"); }
 
-inline unsigned __clusterRelativeBlockRank() { return emulator::now.thread->block->rank; }
-inline unsigned __clusterSizeInBlocks() { return emulator::now.cluster_size; }
-
-// The kernels do nothing between the two.
-inline void __cluster_barrier_arrive() {}
-inline void __cluster_barrier_wait() { emulator::arrive_and_wait(emulator::now.cluster); }
-
-inline void* __cluster_map_shared_rank(const void* here, unsigned rank) {
-  const auto offset = static_cast<const char*>(here) - emulator::shared_memory();
-  return (*emulator::now.blocks)[rank].shared_begin + offset;
-}
-
 // The host's side.
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported };
@@ -413,28 +369,12 @@ enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation, cudaErrorStreamCaptur
 #include "graph_emulator.h"
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr {
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMultiProcessorCount
-};
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-
-struct cudaLaunchAttribute {
-  cudaLaunchAttributeID id;
-  struct {
-    struct {
-      unsigned x, y, z;
-    } clusterDim;
-  } val;
-};
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMultiProcessorCount };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
@@ -446,11 +386,8 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = emulator::compute_capability_major; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::shared_bytes_of_block; break;
-    case cudaDevAttrMultiProcessorCount: *value = emulator::multiprocessors; break;
-  }
+  const bool major = attribute == cudaDevAttrComputeCapabilityMajor;
+  *value = major ? emulator::compute_capability_major : emulator::multiprocessors;
   return cudaSuccess;
 }
 
@@ -464,9 +401,8 @@ inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStr
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
-  const unsigned cluster = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
   emulator::start(config->stream, [=, launch = *config] {
-    emulator::run_grid(launch.gridDim, launch.blockDim, cluster, static_cast<int64_t>(launch.dynamicSmemBytes),
+    emulator::run_grid(launch.gridDim, launch.blockDim, static_cast<int64_t>(launch.dynamicSmemBytes),
                        [=] { kernel(parameters...); });
   });
   return cudaSuccess;

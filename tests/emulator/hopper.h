@@ -1,15 +1,15 @@
 // mbarrier, tiled copies and wgmma of compute capability 9.0 on the emulator, from the text and the tables of the PTX
 // ISA 9.0 and from nothing in the kernels.
 //
-// Modelled: phases of mbarriers, their counts of arrivals and bytes, arrivals from other blocks of a cluster; copies of
-// boxes with the 128-byte swizzle, with zeros beyond the matrix and to several blocks, which land at any time later and
+// Modelled: phases of mbarriers, their counts of arrivals and bytes; copies of
+// boxes with the 128-byte swizzle, with zeros beyond the matrix, which land at any time later and
 // in any order; descriptors of wgmma along and across the depth with that swizzle; which lane holds what; wgmma-groups:
 // a product is done at any time between its start and the wait for its group, in the shared memory and the registers of
 // that moment, and until that wait the result holds NaN; that wgmma.fence stands between a wait and the next product;
 // that the factors of TF32 products have been rounded.
 // How a copy converts floats to TF32 is not documented: here to the nearest or towards 0, at random from copy to copy.
 // Not modelled: whether warps of a warpgroup stay together (each warp's quarter is done by itself); fences between the
-// generic and the asynchronous proxy; a block that ends while others still copy into its memory; setmaxnreg; the
+// generic and the asynchronous proxy; setmaxnreg; the
 // precision of sums within one instruction (here: float64, rounded once).
 #pragma once
 
@@ -78,12 +78,7 @@ inline void mbarrier_arrive_expect_tx(uint64_t* place, unsigned bytes) {
   arrive(barrier);
 }
 
-inline const void* in_block(const void* here, unsigned rank) {
-  const auto offset = static_cast<const char*>(here) - now.thread->block->shared_begin;
-  return (*now.blocks).at(rank).shared_begin + offset;
-}
-
-inline void mbarrier_arrive(uint64_t* place, unsigned rank) { arrive(mbarrier_at(in_block(place, rank))); }
+inline void mbarrier_arrive(uint64_t* place) { arrive(mbarrier_at(place)); }
 
 inline void mbarrier_wait(uint64_t* place, unsigned parity) {
   MBarrier& barrier = mbarrier_at(place);
@@ -96,7 +91,6 @@ struct TensorMap {
   const void* data;
   int64_t row_size, rows, stride;  // the last in bytes
   int box_rows, element_bytes;
-  bool to_tf32;
 };
 
 // NaN and infinity stay.
@@ -106,40 +100,34 @@ inline uint32_t converted_to_tf32(uint32_t bits, bool to_nearest) {
   return (to_nearest ? bits + 0xfff + (bits >> 13 & 1) : bits) & 0xffffe000;
 }
 
-inline void start_box_copy(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier,
-                           unsigned blocks) {
+inline void start_box_copy(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier) {
   constexpr int kRow = 128;
   if (reinterpret_cast<uintptr_t>(map.data) % 16 != 0 || map.stride % 16 != 0 || map.box_rows < 1 ||
-      map.box_rows > 256 || map.row_size < 1 || map.rows < 1 || (map.to_tf32 && map.element_bytes != 4)) {
+      map.box_rows > 256 || map.row_size < 1 || map.rows < 1) {
     throw std::logic_error("emulator: an impossible tensor map");
   }
   const uint32_t to = shared_address(shared);
   if (to % 128 != 0) throw std::logic_error("emulator: a box that is not copied to a multiple of 128 bytes");
-  for (unsigned rank = 0; rank < (*now.blocks).size(); ++rank) {
-    if (blocks == 0 ? rank != now.thread->block->rank : !(blocks >> rank & 1)) continue;
-    Block* block = &(*now.blocks)[rank];
-    const void* counted_at = in_block(barrier, rank);
-    const bool to_nearest = map.to_tf32 && now.random() % 2;
-    now.background.push_back([=] {
-      const int bytes = map.element_bytes;
-      for (int i = 0; i < map.box_rows; ++i) {
-        for (int j = 0; j < kRow / bytes; ++j) {
-          const int64_t r = int64_t{row} + i, c = int64_t{column} + j;
-          uint32_t element = 0;
-          if (r >= 0 && r < map.rows && c >= 0 && c < map.row_size) {
-            memcpy(&element, static_cast<const char*>(map.data) + r * map.stride + c * bytes,
-                   static_cast<size_t>(bytes));
-          }
-          if (map.to_tf32) element = converted_to_tf32(element, to_nearest);
-          const uint32_t address = swizzled(to + static_cast<uint32_t>(i * kRow + j * bytes));
-          memcpy(shared_place(*block, address, bytes), &element, static_cast<size_t>(bytes));
+  Block* block = now.thread->block;
+  const bool to_nearest = now.random() % 2;
+  now.background.push_back([=] {
+    const int bytes = map.element_bytes;
+    for (int i = 0; i < map.box_rows; ++i) {
+      for (int j = 0; j < kRow / bytes; ++j) {
+        const int64_t r = int64_t{row} + i, c = int64_t{column} + j;
+        uint32_t element = 0;
+        if (r >= 0 && r < map.rows && c >= 0 && c < map.row_size) {
+          memcpy(&element, static_cast<const char*>(map.data) + r * map.stride + c * bytes, static_cast<size_t>(bytes));
         }
+        if (bytes == 4) element = converted_to_tf32(element, to_nearest);
+        const uint32_t address = swizzled(to + static_cast<uint32_t>(i * kRow + j * bytes));
+        memcpy(shared_place(*block, address, bytes), &element, static_cast<size_t>(bytes));
       }
-      MBarrier& there = mbarrier_at(counted_at);
-      there.bytes -= map.box_rows * kRow;
-      end_phase_if_complete(there);
-    });
-  }
+    }
+    MBarrier& there = mbarrier_at(barrier);
+    there.bytes -= map.box_rows * kRow;
+    end_phase_if_complete(there);
+  });
 }
 
 // 9.7.15.5, "wgmma.mma_async".
@@ -185,8 +173,8 @@ struct WgmmaWarp {
   bool fenced = false;
   std::map<float*, std::vector<float>> results;  // of those, where only the tensor cores see them
 
-  // 9.7.15.5.1.1, "Register Fragments": of 16-bit elements a as for m16n8k16, of TF32 as for m16n8k8; d[i] of a lane in
-  // row group or group + 8 and column 8 (i / 4) + 2 in_group + i % 2 of the warp's 16 rows.
+  // 9.7.15.5.1.1, "Register Fragments": of 16-bit elements a as for m16n8k16; d[i] of a lane in row group or group + 8
+  // and column 8 (i / 4) + 2 in_group + i % 2 of the warp's 16 rows.
   void run(Wgmma& wgmma) {
     const bool half = wgmma.element_bytes == 2;
     const int columns = 8 * wgmma.tiles, depth = 32 / wgmma.element_bytes;
@@ -210,8 +198,8 @@ struct WgmmaWarp {
     }
     if (wgmma.from_registers) {
       for (int lane = 0; lane < kWarpSize; ++lane) {
-        for (int i = 0; i < (half ? 8 : 4); ++i) {
-          const Place place = half ? a_of_m16n8k16(lane / 4, lane % 4, i) : a_of_m16n8k8_tf32(lane / 4, lane % 4, i);
+        for (int i = 0; i < 8; ++i) {
+          const Place place = a_of_m16n8k16(lane / 4, lane % 4, i);
           a[place.row][place.column] = element(wgmma.a_fragment[static_cast<size_t>(lane)], i);
         }
       }
@@ -284,7 +272,7 @@ void wgmma(float* d, int tiles, const uint32_t* a_fragment, uint64_t a, uint64_t
     uint64_t a, b;
     bool add;
   };
-  if (sizeof(T) == 4 && b_outer_major) throw std::logic_error("emulator: wgmma.mma_async of TF32 across the depth");
+  if (sizeof(T) == 4 && (b_outer_major || a_fragment)) throw std::logic_error("emulator: not modelled of TF32");
   collective("wgmma.mma_async", Share{d, a_fragment, a, b, add}, [=](Shares<Share>& shares) {
     WgmmaWarp& warp = wgmma_warp();
     if (!warp.fenced) throw std::logic_error("emulator: wgmma.mma_async without wgmma.fence");

@@ -92,9 +92,8 @@ EXPORTED const void* emulator_kernel_table() { return &kernel_table(); }
 
 EXPORTED void emulator_set_seed(unsigned seed) { emulator::seed = seed; }
 
-EXPORTED void emulator_set_device(int compute_capability_major, int shared_bytes_of_block, int multiprocessors) {
+EXPORTED void emulator_set_device(int compute_capability_major, int multiprocessors) {
   emulator::compute_capability_major = compute_capability_major;
-  emulator::shared_bytes_of_block = shared_bytes_of_block;
   emulator::multiprocessors = multiprocessors;
 }
 

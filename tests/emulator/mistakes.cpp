@@ -1,4 +1,4 @@
-// Kernels with mistakes that the emulator has to notice; tests/cuda/test_emulator.py calls them.
+// Kernels with mistakes that the emulator has to notice; tests/cuda/test_cuda_emulator.py calls them.
 #include "../../csrc/cuda/device/device.cuh"
 #include "library.h"
 
@@ -39,74 +39,34 @@ void misaligned_copy(const int* numbers) { cp_async<16>(shared_memory(), numbers
 
 void copy_beyond() { cp_async<16>(shared_memory() + 64, nullptr, 0); }
 
-// Each block stores its number to all of its cluster and adds up what the others stored, before or after a barrier.
-void stored_to_all(bool wait, int* sum) {
-  int* shared = reinterpret_cast<int*>(shared_memory());
-  cluster_sync();
-  for (unsigned i = 0; i < cluster_size(); ++i) {
-    *shared_memory_of(i, shared + cluster_rank()) = static_cast<int>(cluster_rank());
-  }
-  int of_block = 0;
-  if (wait) cluster_sync();
-  for (unsigned i = 0; i < cluster_size(); ++i) of_block += shared[i];
-  if (!wait) cluster_sync();
-  *sum += of_block;
-  cluster_sync();
-}
-
-// Each thread reads its block's number; long after, every block stores another one to all of its cluster, for which it
-// has to wait until all have read.
-void overtaken(bool wait, int* sum) {
-  int* shared = reinterpret_cast<int*>(shared_memory());
-  if (threadIdx.x == 0) *shared = 1;
-  cluster_sync();
-  *sum += *shared;
-  for (int i = 0; i < 200; ++i) __syncwarp();
-  if (wait) cluster_sync();
-  for (unsigned i = 0; i < cluster_size(); ++i) *shared_memory_of(i, shared) = 2;
-  cluster_sync();
-}
-
 }  // namespace
 
 extern "C" {
-
-EXPORTED int emulator_sum_of_cluster(bool wait) {
-  int sum = 0;
-  launch("stored_to_all", stored_to_all, {4, 1, 4, 4 * sizeof(int)}, nullptr, wait, &sum);
-  return sum;
-}
-
-EXPORTED int emulator_sum_before_overtaking(bool wait) {
-  int sum = 0;
-  launch("overtaken", overtaken, {4, 32, 4, sizeof(int)}, nullptr, wait, &sum);
-  return sum;
-}
 
 EXPORTED int emulator_sum_of_copies(bool wait, bool of_neighbour) {
   alignas(16) int numbers[64];
   for (int i = 0; i < 64; ++i) numbers[i] = i;
   int sum = 0;
-  launch("copied", copied, {1, 64, 1, sizeof numbers}, nullptr, wait, of_neighbour, static_cast<const int*>(numbers),
+  launch("copied", copied, {1, 64, sizeof numbers}, nullptr, wait, of_neighbour, static_cast<const int*>(numbers),
          &sum);
   return sum;
 }
 
 EXPORTED int emulator_sum_of_neighbours(bool with_barrier) {
   int sum = 0;
-  launch("sum_of_neighbours", sum_of_neighbours, {1, 64, 1, 64 * sizeof(int)}, nullptr, with_barrier, &sum);
+  launch("sum_of_neighbours", sum_of_neighbours, {1, 64, 64 * sizeof(int)}, nullptr, with_barrier, &sum);
   return sum;
 }
 
 // These throw: tests/emulated.py reads what.
 EXPORTED void emulator_deadlock() { launch("deadlock", deadlock, {1, 64}, nullptr); }
-EXPORTED void emulator_overflow() { launch("overflow", overflow, {1, 8, 1, 64}, nullptr); }
-EXPORTED void emulator_misaligned() { launch("misaligned", misaligned, {1, 1, 1, 64}, nullptr); }
+EXPORTED void emulator_overflow() { launch("overflow", overflow, {1, 8, 64}, nullptr); }
+EXPORTED void emulator_misaligned() { launch("misaligned", misaligned, {1, 1, 64}, nullptr); }
 EXPORTED void emulator_misaligned_copy() {
   alignas(16) const int numbers[8] = {};
-  launch("misaligned_copy", misaligned_copy, {1, 1, 1, 64}, nullptr, static_cast<const int*>(numbers));
+  launch("misaligned_copy", misaligned_copy, {1, 1, 64}, nullptr, static_cast<const int*>(numbers));
 }
-EXPORTED void emulator_copy_beyond() { launch("copy_beyond", copy_beyond, {1, 1, 1, 64}, nullptr); }
+EXPORTED void emulator_copy_beyond() { launch("copy_beyond", copy_beyond, {1, 1, 64}, nullptr); }
 
 EXPORTED const char* emulator_error_of(void (*mistake)()) { return emulated::error_of(mistake); }
 }

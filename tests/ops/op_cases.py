@@ -154,9 +154,11 @@ def _cross_entropy_case(layout, kind, weighted, smoothing, ignore_index, reducti
 CROSS_ENTROPY = [
     _cross_entropy_case(layout, kind, weighted, smoothing, ignore_index, reduction)
     for layout, kind, weighted, smoothing, ignore_index, reduction in itertools.product(
-        LOGITS, ("int64", "probabilities"), (False, True), (0.0, 0.3), (-100, 2), REDUCTIONS
+        LOGITS, ("int64", "probabilities"), (False, True), (0.0, 0.3), (-100, -1, 2, 50), REDUCTIONS
     )
-    if not (kind == "probabilities" and ignore_index >= 0)
+    # The default or -1; a class or none.
+    if (ignore_index in (-1, 50) if weighted else ignore_index in (-100, 2))
+    and not (kind == "probabilities" and ignore_index >= 0)
 ]
 
 # PyTorch wants int64 (in places uint8): these are compared with the same indices as int64.
@@ -171,15 +173,21 @@ NARROW_INDICES = [
 ]
 
 
+def _tensor(sizes: tuple[int, ...], dtype: torch.dtype, strided: bool) -> Tensor:
+    """Return random numbers; strided: with the dimensions laid out the other way round."""
+    if strided:
+        return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
+    return torch.randn(sizes).to(dtype)
+
+
 def _linear_case(shape, bias, activation, strided) -> Case:
     def make(dtype):
-        def tensor(*sizes):
-            if strided and len(sizes) > 1:
-                return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
-            return torch.randn(sizes).to(dtype)
-
         columns = 40 if shape[0] == 140 else 4
-        return [tensor(*shape), tensor(columns, shape[-1]), tensor(columns) if bias else None]
+        return [
+            _tensor(shape, dtype, strided),
+            _tensor((columns, shape[-1]), dtype, strided),
+            torch.randn(columns).to(dtype) if bias else None,
+        ]
 
     name = ["x".join(map(str, shape)), *(["bias"] if bias else []), activation]
     return Case(
@@ -205,14 +213,10 @@ LINEAR = [
 
 def _mlp_case(shape, features, biases, activations, strided=False) -> Case:
     def make(dtype):
-        def tensor(*sizes):
-            if strided and len(sizes) > 1:
-                return torch.randn(sizes[::-1]).to(dtype).permute(*range(len(sizes))[::-1])
-            return torch.randn(sizes).to(dtype)
-
-        tensors = [tensor(*shape)]
+        tensors = [_tensor(shape, dtype, strided)]
         for inputs, outputs, bias in zip((shape[-1], *features), features, biases, strict=False):
-            tensors += [tensor(outputs, inputs) / inputs**0.5, tensor(outputs) if bias else None]
+            tensors.append(_tensor((outputs, inputs), dtype, strided) / inputs**0.5)
+            tensors.append(torch.randn(outputs).to(dtype) if bias else None)
         return tensors
 
     names = ["x".join(map(str, shape)), "x".join(map(str, features)), *activations]
@@ -232,6 +236,7 @@ MLP = [
     _mlp_case((140, 3), (40, 37), (True, True), ("relu", "relu")),
     _mlp_case((0, 3), (4, 2), (True, True), ("relu", "none")),
     _mlp_case((5, 0), (4, 2), (True, True), ("relu", "none")),
+    _mlp_case((9, 7), (40, 3, 64, 5, 9, 2), (True,) * 6, ("relu",) * 6),
 ]
 
 CASES = [*LINEAR, *MLP, *CROSS_ENTROPY]

@@ -58,6 +58,18 @@ WRONG_CALLS = [
 ]
 
 
+IMAGES_TARGET = indices(2, 4, 5).index_fill_(2, torch.tensor(3), 7)
+OUT_OF_RANGE = [
+    ("cross_entropy", (LOGITS, TARGET + 2), {}, IndexError, r"target.*\[0, 4\).*got 4 at \[2\]"),
+    ("cross_entropy", (LOGITS, TARGET - 1), {}, IndexError, r"target.*got -1 at \[0\]"),
+    ("cross_entropy", (IMAGES, IMAGES_TARGET), {}, IndexError, r"\[0, 3\).*got 7 at \[0, 0, 3\]"),
+    ("cross_entropy", (LOGITS[0], torch.tensor(4)), {}, IndexError, r"target.*got 4 at \[\]"),
+]
+# A CUDA kernel ends there, with an assertion on the device: tests/cuda.
+ends_kernels = pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
+WRONG_CALLS += [pytest.param(call, marks=ends_kernels) for call in OUT_OF_RANGE]
+
+
 @pytest.mark.parametrize("call", WRONG_CALLS, ids=lambda c: f"{c[0]}-{c[4]}-{c[2]}")
 def test_wrong_calls_raise_what_pytorch_raises(call):
     name, arguments, options, error, message = call
@@ -69,27 +81,7 @@ def test_wrong_calls_raise_what_pytorch_raises(call):
     assert error is TypeError or f"mnist_ext.{name}" in str(raised.value)
 
 
-# A CUDA kernel ends there, with an assertion on the device: tests/cuda.
-OUT_OF_RANGE = [
-    (LOGITS, TARGET + 2, r"target.*\[0, 4\).*got 4 at \[2\]"),
-    (LOGITS, TARGET - 1, r"target.*got -1 at \[0\]"),
-    (
-        IMAGES,
-        indices(2, 4, 5).index_fill_(2, torch.tensor(3), 7),
-        r"target.*\[0, 3\).*got 7 at \[0, 0, 3\]",
-    ),
-    (LOGITS[0], torch.tensor(4), r"got 4 at \[\]"),
-]
-
-
-@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
-@pytest.mark.parametrize(("logits", "target", "message"), OUT_OF_RANGE)
-def test_class_indices_out_of_range(logits, target, message):
-    call = "cross_entropy", (logits, target), {}, IndexError, message
-    test_wrong_calls_raise_what_pytorch_raises(call)
-
-
-@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
+@ends_kernels
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_targets_are_checked_in_the_backward_too(reduction):
     """They may have been changed behind autograd's back."""
@@ -186,7 +178,7 @@ def test_ops_check_their_arguments(function, changed, error, message):
         function(**changed)
 
 
-@pytest.mark.cpu_only("a class index out of range ends a CUDA kernel")
+@ends_kernels
 @pytest.mark.parametrize("function", [cross_entropy, cross_entropy_backward])
 def test_ops_check_class_indices(function):
     with pytest.raises(IndexError, match=r"target.*got 4 at \[2\]"):

@@ -8,6 +8,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import mnist_ext
 from mnist_ext.nn import swap, unswap
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(
@@ -26,26 +28,6 @@ def test_linear_is_torchs_linear():
     assert "activation='relu'" in repr(ours)
 
 
-def test_same_initial_weights_as_torch():
-    torch.manual_seed(3)
-    ours = mnist_ext.nn.Linear(7, 5)
-    torch.manual_seed(3)
-    torchs = nn.Linear(7, 5)
-    assert torch.equal(ours.weight, torchs.weight)
-    assert torch.equal(ours.bias, torchs.bias)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_cross_entropy_loss_passes_its_arguments(reduction):
-    arguments = {"ignore_index": 1, "reduction": reduction}
-    input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 0])
-    for more in ({}, {"weight": torch.rand(4)}, {"label_smoothing": 0.2}):
-        ours = mnist_ext.nn.CrossEntropyLoss(**arguments, **more)
-        torchs = nn.CrossEntropyLoss(**arguments, **more)
-        assert isinstance(ours, nn.CrossEntropyLoss)
-        torch.testing.assert_close(ours(input, target), torchs(input, target))
-
-
 def test_class_weights_may_become_a_parameter():
     input, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 1, 0])
     losses = []
@@ -56,8 +38,8 @@ def test_class_weights_may_become_a_parameter():
     torch.testing.assert_close(*losses)
 
 
-def test_swap_keeps_parameters_names_and_results():
-    model = mlp()
+def test_swap_keeps_parameters_names_mode_and_results():
+    model = mlp().eval()
     input = torch.randn(5, 3, 4)
     expected = model(input)
     parameters = dict(model.named_parameters())
@@ -71,15 +53,10 @@ def test_swap_keeps_parameters_names_and_results():
         mnist_ext.nn.Linear,
         mnist_ext.nn.Linear,
     ]
-    assert not any("activation" in vars(m) for m in model)
+    assert not any("activation" in vars(m) or m.training for m in model)
     assert list(model.state_dict()) == keys
     assert all(p is parameters[name] for name, p in model.named_parameters())
     torch.testing.assert_close(model(input), expected)
-
-
-def test_swap_twice_changes_nothing_more():
-    once = repr(swap(mlp()))
-    assert repr(swap(swap(mlp()))) == once
 
 
 def test_swap_reaches_nested_modules_and_losses():
@@ -132,53 +109,6 @@ def test_swap_leaves_what_it_does_not_know_alone_and_says_so():
     assert type(model[2]) is mnist_ext.nn.Linear
 
 
-@pytest.mark.filterwarnings("error")
-def test_swap_of_plain_models_is_silent():
-    swap(swap(mlp()))
-    swap(swap(nn.CrossEntropyLoss()))
-
-
-@pytest.mark.parametrize("where", [1, 2])
-def test_swap_does_not_fuse_where_a_hook_looks(where):
-    model = mlp()
-    seen = []
-    model[where].register_forward_hook(lambda module, args, output: seen.append(output))
-    input = torch.randn(5, 12)
-    model(input)
-    swap(model)(input)
-    assert type(model[2]) is nn.ReLU
-    torch.testing.assert_close(seen[1], seen[0])
-
-
-def test_swap_does_not_fuse_in_a_sequential_with_its_own_forward():
-    class Skip(nn.Sequential):
-        def forward(self, input):
-            return self[0](input) - self[1](input)
-
-    model = Skip(nn.Linear(4, 4), nn.ReLU())
-    input = torch.randn(2, 4)
-    expected = model(input)
-    torch.testing.assert_close(swap(model)(input), expected)
-
-
-@pytest.mark.filterwarnings("ignore:mnist_ext.nn.swap left alone")
-@pytest.mark.parametrize("where", ["layer", "relu", "sequential"])
-def test_swap_leaves_a_forward_of_the_instance_alone(where):
-    """Wrappers put a function in place of a module's forward; the ReLU must not get lost."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    module = {"layer": model[0], "relu": model[1], "sequential": model}[where]
-    old = module.forward
-    module.forward = lambda input: old(input) + 1
-    input = torch.randn(3, 4)
-    expected = model(input)
-    torch.testing.assert_close(swap(model)(input), expected)
-
-
-def test_swap_keeps_the_mode():
-    model = swap(mlp().eval())
-    assert not any(module.training for module in model.modules())
-
-
 def test_linear_takes_device_and_dtype_by_position():
     assert mnist_ext.nn.Linear(3, 4, True, "cpu", torch.float64).weight.dtype == torch.float64
 
@@ -194,7 +124,6 @@ def test_unswap_is_the_inverse_of_swap():
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
 
 
-@pytest.mark.filterwarnings("error")
 def test_unswap_leaves_pytorchs_modules_alone():
     model = mlp()
     classes = [type(m) for m in model.modules()]
@@ -213,7 +142,6 @@ def test_a_warning_names_three_layers_and_counts_the_others():
     )
 
 
-@pytest.mark.filterwarnings("error")
 def test_swap_is_silent_on_what_nobody_calls():
     """A MultiheadAttention reads the parameters of its out_proj, a subclass of Linear."""
     layer = swap(nn.TransformerEncoderLayer(8, 2, 16))

@@ -4,8 +4,7 @@
 //   compute-sanitizer --tool memcheck ./kernels     (and racecheck, initcheck)
 //
 // Every buffer is exactly as large as the kernels are told, so that an access beyond it is one beyond the allocation.
-// The losses are compared with a plain loop in double.
-#include <cmath>
+// Whether results are right is for the tests in Python.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -47,26 +46,20 @@ class DeviceArray {
   void* data_ = nullptr;
 };
 
-// Loss and gradient of a mean over [batch, classes, positions]; false if the loss is wrong.
-bool run(int64_t batch, int64_t classes, int64_t positions) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal(0, 2);
-  const int64_t count = batch * positions, size = count * classes;
-  std::vector<float> logits(static_cast<size_t>(size));
-  std::vector<int64_t> target(static_cast<size_t>(count));
-  for (float& x : logits) x = normal(random);
-  for (int64_t& t : target) t = static_cast<int64_t>(random() % static_cast<unsigned>(classes));
+DeviceArray<float> numbers(int64_t size) {
+  static std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 1);
+  std::vector<float> values(static_cast<size_t>(size));
+  for (float& x : values) x = normal(random);
+  return DeviceArray<float>(values);
+}
 
-  double truth = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t first = i / positions * classes * positions + i % positions;
-    double sum = 0;
-    for (int64_t c = 0; c < classes; ++c) sum += std::exp(static_cast<double>(logits[first + c * positions]));
-    truth += std::log(sum) - static_cast<double>(logits[first + target[i] * positions]);
-  }
-  truth /= static_cast<double>(count);
-
-  const DeviceArray<float> x(logits), gradient(size), loss(1), one(std::vector<float>{1.0f});
+// Loss and gradient of a mean over [batch, classes, positions].
+void run_cross_entropy(int64_t batch, int64_t classes, int64_t positions) {
+  std::vector<int64_t> target(static_cast<size_t>(batch * positions));
+  for (size_t i = 0; i < target.size(); ++i) target[i] = static_cast<int64_t>(i) % classes;
+  const int64_t size = batch * classes * positions;
+  const DeviceArray<float> x = numbers(size), gradient(size), loss(1), one(std::vector<float>{1.0f});
   const DeviceArray<int64_t> t(target);
   const CrossEntropyForward<float> forward = {.problem = {.batch = batch,
                                                           .classes = classes,
@@ -89,91 +82,46 @@ bool run(int64_t batch, int64_t classes, int64_t positions) {
   table.cross_entropy_forward(forward, workspace.get(), {});
   table.cross_entropy_forward(again, workspace.get(), {});
   check(cudaDeviceSynchronize(), "cross_entropy");
-  const double ours = static_cast<double>(loss.host(1)[0]);
-  double sum = 0;
-  for (float g : gradient.host(size)) sum += static_cast<double>(g);
-  const bool right = std::abs(ours - truth) <= 1e-5 * truth && std::abs(sum) < 1e-4;
-  std::printf("cross_entropy %lld x %lld x %lld: loss %.7f, expected %.7f, sum of the gradient %.1e%s\n",
-              static_cast<long long>(batch), static_cast<long long>(classes), static_cast<long long>(positions), ours,
-              truth, sum, right ? "" : "  WRONG");
-  return right;
 }
 
-bool run_sgd() {
-  bool right = true;
-  for (int64_t size : {1, 3, 257, 40'000}) {
-    const std::vector<float> ones(static_cast<size_t>(size), 1.0f);
-    const DeviceArray<float> param(ones), grad(ones), buffer(ones);
-    const SgdTensor<float> tensor = {size, param.get(), grad.get(), buffer.get()};
-    kernels<float>().sgd_step(&tensor, 1, {0.5, 0.5, 0, 0, false, false, false}, {});
-    check(cudaDeviceSynchronize(), "sgd_step");
-    for (float p : param.host(size)) right = right && p == 0.25f;
-  }
-  std::printf("sgd_step%s\n", right ? "" : "  WRONG");
-  return right;
+void run_sgd(int64_t size) {
+  const DeviceArray<float> param = numbers(size), grad = numbers(size), buffer = numbers(size);
+  const SgdTensor<float> tensor = {size, param.get(), grad.get(), buffer.get()};
+  kernels<float>().sgd_step(&tensor, 1, {0.5, 0.5, 0, 0, false, false, false}, {});
+  check(cudaDeviceSynchronize(), "sgd_step");
 }
 
-// A product of [M, K] and [N, K], each of which may lie the other way round in memory, with bias, ReLU, ReLU mask and
-// sums of rows.
-bool run_product(int64_t M, int64_t N, int64_t K, bool a_turned, bool b_turned, bool tf32) {
-  std::mt19937 random(1);
-  std::normal_distribution<float> normal(0, 1);
-  const auto numbers = [&](int64_t size) {
-    std::vector<float> values(static_cast<size_t>(size));
-    for (float& x : values) x = normal(random);
-    return values;
-  };
-  const std::vector<float> a = numbers(M * K), mask = numbers(M * K), b = numbers(N * K), bias = numbers(N);
-  const DeviceArray<float> da(a), dmask(mask), db(b), dbias(bias), c(M * N), row_sums(M);
+// A product of [M, K] and [N, K], each of which may lie the other way round in memory, with bias and ReLU, and with a
+// ReLU mask and sums of rows or without.
+void run_product(int64_t M, int64_t N, int64_t K, bool a_turned, bool b_turned, bool tf32, bool backward) {
+  const DeviceArray<float> a = numbers(M * K), mask = numbers(M * K), b = numbers(N * K), bias = numbers(N);
+  const DeviceArray<float> c(M * N), row_sums(M);
   const auto operand = [&](const DeviceArray<float>& data, int64_t outer, bool turned) {
     return turned ? Operand<float>{data.get(), 1, outer} : Operand<float>{data.get(), K, 1};
   };
   const Entry<float> entry = {Product<float>{.M = M,
                                              .N = N,
                                              .K = K,
-                                             .a = operand(da, M, a_turned),
-                                             .relu_mask = operand(dmask, M, a_turned),
-                                             .b = operand(db, N, b_turned),
-                                             .bias = dbias.get(),
+                                             .a = operand(a, M, a_turned),
+                                             .relu_mask = backward ? operand(mask, M, a_turned) : Operand<float>{},
+                                             .b = operand(b, N, b_turned),
+                                             .bias = bias.get(),
                                              .relu = true,
                                              .allow_tf32 = tf32,
                                              .c = c.get(),
-                                             .row_sums = row_sums.get()}};
+                                             .row_sums = backward ? row_sums.get() : nullptr}};
   const Program<float> program = {&entry, 1, 0};
   const DeviceArray<char> workspace(kernels<float>().workspace_bytes(program));
   kernels<float>().run(program, workspace.get(), {});
   check(cudaDeviceSynchronize(), "product");
-  const std::vector<float> ours = c.host(M * N), sums = row_sums.host(M);
-  double error = 0;
-  for (int64_t m = 0; m < M; ++m) {
-    double sum_of_row = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      double sum = bias[n];
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t i = a_turned ? k * M + m : m * K + k;
-        const double x = mask[i] <= 0 ? 0 : a[i];
-        sum += x * b[b_turned ? k * N + n : n * K + k];
-        if (n == 0) sum_of_row += x;
-      }
-      error = std::max(error, std::abs(ours[m * N + n] - std::max(sum, 0.0)));
-    }
-    error = std::max(error, std::abs(sums[m] - sum_of_row));
-  }
-  const bool right = error < (tf32 ? 1e-3 : 1e-5) * static_cast<double>(K);
-  std::printf("product%s %lld x %lld x %lld, %d %d: error %.1e%s\n", tf32 ? " tf32" : "", static_cast<long long>(M),
-              static_cast<long long>(N), static_cast<long long>(K), a_turned, b_turned, error, right ? "" : "  WRONG");
-  return right;
 }
 
-// Steps of a model with one hidden layer, features - 20 - 5, replayed as a graph. Its weights are 0 at first, so that
-// the first loss is log(5); all labels are the same, so that the following ones are smaller.
+// Steps of a model with one hidden layer, features - 20 - 5, replayed as a graph; false if there was none.
 bool run_train_steps(int64_t features, int64_t batch_size) {
   constexpr int64_t kHidden = 20, kClasses = 5, kImages = 50;
-  const auto zeros = [](int64_t n) { return std::vector<float>(static_cast<size_t>(n)); };
-  const DeviceArray<float> weights[] = {DeviceArray<float>(zeros(kHidden * features)),
-                                        DeviceArray<float>(zeros(kClasses * kHidden))};
-  const DeviceArray<float> biases[] = {DeviceArray<float>(zeros(kHidden)), DeviceArray<float>(zeros(kClasses))};
-  const DeviceArray<float> buffer(zeros(kClasses));
+  const DeviceArray<float> weights[] = {numbers(kHidden * features), numbers(kClasses * kHidden)};
+  const DeviceArray<float> biases[] = {numbers(kHidden), numbers(kClasses)};
+  const DeviceArray<float> buffer = numbers(kClasses);
   const std::vector<TrainedLayer<float>> layers = {{.in_features = features,
                                                     .out_features = kHidden,
                                                     .weight = {weights[0].get(), nullptr, 0, false},
@@ -210,40 +158,25 @@ bool run_train_steps(int64_t features, int64_t batch_size) {
   kernels<float>().train_steps(steps, workspace.get(), &graph, {});
   check(cudaDeviceSynchronize(), "train_steps");
   // What is made once is not captured.
-  const bool captured = graph.holds != cuda::CapturedStep::Known();
-  bool right = captured == (kImages / batch_size >= 2);
-  const std::vector<float> found = losses.host(steps.steps());
-  right = right && std::abs(found[0] - std::log(5.0f)) < 1e-6f;
-  for (size_t i = 1; i < found.size(); ++i) right = right && found[i] < found[i - 1];
-  std::printf("train_steps, %lld features, batches of %lld: losses from %.6f to %.6f%s\n",
-              static_cast<long long>(features), static_cast<long long>(batch_size), static_cast<double>(found[0]),
-              static_cast<double>(found.back()), right ? "" : "  WRONG");
-  return right;
+  return (graph.holds != cuda::CapturedStep::Known()) == (kImages / batch_size >= 2);
 }
 
 }  // namespace
 
 int main() {
-  bool right = run_sgd();
-  // The small tile whole and split, the medium one, the large one; single elements and vectors.
-  const int64_t products[][3] = {{64, 10, 64}, {64, 128, 784}, {33, 35, 37}, {900, 840, 128}, {1500, 1480, 64}};
+  for (int64_t size : {1, 3, 257, 40'000}) run_sgd(size);
+  // Without tensor cores: the small tile whole and split, the large one; single elements and vectors. With them:
+  // mma.sync, and wgmma where the device has it.
+  const int64_t products[][3] = {{64, 10, 64}, {64, 128, 784}, {33, 35, 37}, {900, 840, 128}, {200, 136, 1096}};
   for (const auto& p : products) {
-    for (int layout = 0; layout < 4; ++layout) {
-      right = run_product(p[0], p[1], p[2], layout & 1, layout & 2, false) && right;
-    }
+    for (int i = 0; i < 16; ++i) run_product(p[0], p[1], p[2], i & 1, i & 2, i & 4, i & 8);
   }
-  // On tensor cores: mma.sync; wgmma where the device has it, with b across the depth for many rows only.
-  const int64_t tf32_products[][3] = {{33, 35, 37}, {200, 136, 1096}, {2048, 128, 128}};
-  for (const auto& p : tf32_products) {
-    for (int layout = 0; layout < 4; ++layout) {
-      right = run_product(p[0], p[1], p[2], layout & 1, layout & 2, true) && right;
-    }
-  }
+  bool right = true;
   for (const int64_t features : {13, 16, 784}) {
     for (const int64_t batch_size : {7, 32}) right = run_train_steps(features, batch_size) && right;
   }
-  const int64_t shapes[][3] = {{1, 1, 1},     {64, 10, 1},    {700, 10, 1},    {5000, 32, 1}, {300, 257, 1},
-                               {40, 5003, 1}, {3, 33'001, 1}, {2, 140'001, 1}, {3, 11, 1000}};
-  for (const auto& shape : shapes) right = run(shape[0], shape[1], shape[2]) && right;
+  const int64_t shapes[][3] = {{1, 1, 1}, {64, 10, 1}, {5000, 32, 1}, {300, 257, 1}, {40, 5003, 1}, {3, 11, 1000}};
+  for (const auto& shape : shapes) run_cross_entropy(shape[0], shape[1], shape[2]);
+  std::puts(right ? "all kernels ran" : "steps were not captured as they should be");
   return right ? 0 : 1;
 }

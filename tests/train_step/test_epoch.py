@@ -9,9 +9,8 @@ import threading
 import pytest
 import torch
 from torch import nn
-from train_loops import assert_same_bits, first_batch, pair
+from train_loops import assert_same_bits, assert_same_state, first_batch, pair, twins
 
-from mnist_ext import TrainStep
 from mnist_ext.app.training.models import mlp
 
 
@@ -21,10 +20,7 @@ from mnist_ext.app.training.models import mlp
 def test_is_the_steps_one_after_the_other(number, permuted, reduction):
     images, labels = first_batch(1000, 100)
     sgd = {"momentum": 0.9, "lr": 0.001}
-    model = mlp((20,), "relu", 100)
-    twin = copy.deepcopy(model)
-    epoch, _ = pair(model, {"reduction": reduction}, sgd)
-    step, _ = pair(twin, {"reduction": reduction}, sgd)
+    epoch, step = twins(mlp((20,), "relu", 100), loss={"reduction": reduction}, sgd=sgd)
     order = torch.randperm(1000)[:number] if permuted else torch.arange(number)
     if permuted:
         mean = epoch.epoch(images, labels, 64, order)
@@ -34,50 +30,38 @@ def test_is_the_steps_one_after_the_other(number, permuted, reduction):
     for chosen in order.split(64):
         loss = step(images[chosen], labels[chosen]).item()
         total += loss * (len(chosen) if reduction == "mean" else 1)
-    assert_same_bits(model, twin)
+    assert_same_state(epoch, step)
     assert mean == pytest.approx(total / number, rel=1e-6)
 
 
 def test_pixels():
     pixels = torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8)
     labels = torch.randint(0, 10, (300,))
-    model = mlp((20,), "relu")
-    twin = copy.deepcopy(model)
-    steps = [
-        TrainStep(
-            m,
-            nn.CrossEntropyLoss(),
-            torch.optim.SGD(m.parameters(), lr=0.1),
-            normalize=(0.13, 0.3),
-        )
-        for m in (model, twin)
-    ]
+    epoch, step = twins(mlp((20,), "relu"), normalize=(0.13, 0.3))
     order = torch.randperm(300)
-    steps[0].epoch(pixels, labels, 64, order)
+    epoch.epoch(pixels, labels, 64, order)
     for chosen in order.split(64):
-        steps[1](pixels[chosen], labels[chosen])
-    assert_same_bits(model, twin)
+        step(pixels[chosen], labels[chosen])
+    assert_same_bits(epoch._model, step._model)
 
 
 @pytest.mark.parametrize("cycle_momentum", [False, True])
 def test_scheduler(cycle_momentum):
     """Stepped after each batch, whether it moves the momentum or not."""
     images, labels = first_batch(1000, 100)
-    model = mlp((20,), "relu", 100)
-    twin = copy.deepcopy(model)
-    results = []
-    for m in (model, twin):
-        optimizer = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 0.1, total_steps=40, cycle_momentum=cycle_momentum
+    epoch, step = twins(mlp((20,), "relu", 100), sgd={"lr": 0.1, "momentum": 0.9})
+    first, second = (
+        torch.optim.lr_scheduler.OneCycleLR(
+            s._optimizer, 0.1, total_steps=40, cycle_momentum=cycle_momentum
         )
-        results.append((TrainStep(m, nn.CrossEntropyLoss(), optimizer), scheduler))
-    results[0][0].epoch(images, labels, 32, scheduler=results[0][1])
+        for s in (epoch, step)
+    )
+    epoch.epoch(images, labels, 32, scheduler=first)
     for x, y in zip(images.split(32), labels.split(32), strict=True):
-        results[1][0](x, y)
-        results[1][1].step()
-    assert_same_bits(model, twin)
-    assert results[0][1].last_epoch == results[1][1].last_epoch == 32
+        step(x, y)
+        second.step()
+    assert_same_state(epoch, step)
+    assert first.last_epoch == second.last_epoch == 32
 
 
 @pytest.mark.parametrize("at", [1, 2, 7])
@@ -98,8 +82,7 @@ def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
                 raise error
 
     images, labels = first_batch(200)
-    (step, _), (twin, _) = (pair(mlp((20,)), sgd={"momentum": 0.9}) for _ in range(2))
-    twin._model.load_state_dict(step._model.state_dict())
+    step, twin = twins(mlp((20,)), sgd={"momentum": 0.9})
     scheduler = Scheduler()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -110,10 +93,7 @@ def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
         signal.signal(signal.SIGINT, handler)
     chosen = slice(10 * scheduler.steps)
     twin.epoch(images[chosen], labels[chosen], 10)
-    assert_same_bits(step._model, twin._model)
-    buffers = [s._optimizer.state_dict()["state"] for s in (step, twin)]
-    for i, state in buffers[0].items():
-        assert torch.equal(state["momentum_buffer"], buffers[1][i]["momentum_buffer"])
+    assert_same_state(step, twin)
 
 
 @pytest.mark.parametrize("bad", [-1, 1000])
@@ -130,11 +110,18 @@ def test_indices_out_of_range(bad):
 
 def test_uint8_labels_among_more_classes_than_uint8_has():
     images, labels = first_batch(300, 20, classes=256)
-    models = [nn.Linear(20, 300) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    for model, y in zip(models, (labels.to(torch.uint8), labels), strict=True):
-        pair(model)[0].epoch(images, y, 64)
-    assert_same_bits(*models)
+    narrow, wide = twins(nn.Linear(20, 300))
+    narrow.epoch(images, labels.to(torch.uint8), 64)
+    wide.epoch(images, labels, 64)
+    assert_same_bits(narrow._model, wide._model)
+
+
+def test_batches_larger_than_anything():
+    epoch, step = twins(mlp((20,)))
+    images, labels = first_batch(10)
+    epoch.epoch(images, labels, 2**64)
+    step(images, labels)
+    assert_same_bits(epoch._model, step._model)
 
 
 def test_bad_uint8_label_that_ignore_index_would_wrap_to():
@@ -174,15 +161,6 @@ def test_wrong_calls():
             step.epoch(*arguments)
     with pytest.raises(TypeError, match=r"permutation: expected a plain dense.*got list"):
         step.epoch(images, labels, 4, [0, 1])
-
-
-def test_batches_larger_than_anything():
-    models = [mlp((20,)) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    images, labels = first_batch(10)
-    pair(models[0])[0].epoch(images, labels, 2**64)
-    pair(models[1])[0](images, labels)
-    assert_same_bits(*models)
 
 
 @pytest.mark.cpu_only("minutes for the emulator")

@@ -11,11 +11,13 @@ from train_loops import (
     LOSSES,
     SGDS,
     assert_same_bits,
+    assert_same_state,
     batches,
     check_steps,
     first_batch,
     ordinary_step,
     pair,
+    state_of,
 )
 
 import mnist_ext
@@ -116,7 +118,7 @@ class TestTheOrdinaryLoopsNumbers:
 
 
 class TestAgainstPyTorch:
-    def run(self, dtype, native, steps, activation="relu"):
+    def run(self, dtype, native, activation):
         torch.manual_seed(1)
         model = mlp(activation=activation).to(dtype)
         criterion = nn.CrossEntropyLoss()
@@ -127,7 +129,7 @@ class TestAgainstPyTorch:
         step = TrainStep(model, criterion, optimizer) if native else None
         generator = torch.Generator().manual_seed(1)
         losses = []
-        for _ in range(steps):
+        for _ in range(1000):
             chosen = torch.randint(len(images), (64,), generator=generator)
             batch = images[chosen], digits.train.labels[chosen]
             losses.append(
@@ -143,19 +145,12 @@ class TestAgainstPyTorch:
         With ReLU that is a matter of the seed, for eager as for us: where rounding decides on
         which side of 0 a sum falls, two runs part by more, float32 and float64 of eager too.
         """
-        losses, params = self.run(torch.float32, True, 1000, activation)
-        eager_losses, eager_params = self.run(torch.float32, False, 1000, activation)
-        _, truth = self.run(torch.float64, False, 1000, activation)
+        losses, params = self.run(torch.float32, True, activation)
+        eager_losses, eager_params = self.run(torch.float32, False, activation)
+        _, truth = self.run(torch.float64, False, activation)
         torch.testing.assert_close(losses, eager_losses, rtol=1e-4, atol=0)
         distance, eager_distance = ((p.double() - truth).norm() for p in (params, eager_params))
         assert distance <= 2 * eager_distance
-
-    @pytest.mark.cpu_only("many steps")
-    def test_float64(self):
-        losses, params = self.run(torch.float64, True, 50)
-        eager_losses, eager_params = self.run(torch.float64, False, 50)
-        torch.testing.assert_close(losses, eager_losses, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(params, eager_params, rtol=1e-10, atol=1e-12)
 
 
 class TestPixels:
@@ -168,9 +163,7 @@ class TestPixels:
         pixels = torch.randint(0, 256, (4, 33, features), dtype=torch.uint8)
         labels = torch.randint(0, 10, (4, 33))
         model = mlp((40, 30), "relu", features).to(dtype)
-        _, loop = pair(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        step = TrainStep(model, nn.CrossEntropyLoss(), optimizer, normalize=(mean, std))
+        step, loop = pair(model, normalize=(mean, std))
         rtol, rtol_params = (1e-5, 1e-4) if dtype is torch.float32 else (1e-13, 1e-11)
         for x, y in zip(pixels, labels, strict=True):
             images = datasets.normalize(x, mean, std)
@@ -191,11 +184,9 @@ class TestPixels:
         ],
     )
     def test_dtype_and_normalize_must_agree(self, normalize, dtype, message):
-        model = mlp((16,))
-        optimizer = torch.optim.SGD(model.parameters())
         images, labels = torch.zeros(2, 784, dtype=dtype), torch.zeros(2, dtype=torch.int64)
         with pytest.raises(ValueError, match=message):
-            TrainStep(model, nn.CrossEntropyLoss(), optimizer, normalize=normalize)(images, labels)
+            pair(mlp((16,)), normalize=normalize)[0](images, labels)
 
 
 class TestTheUsersTensors:
@@ -217,11 +208,10 @@ class TestTheUsersTensors:
         images, labels = batches(4, 16)
         model = mlp((20,), "relu")
         step, loop = pair(model, sgd={"momentum": 0.9})
-        saved = None
-        for i, (x, y) in enumerate(zip(images, labels, strict=True)):
+        for i in range(4):
             if i == 2:
                 saved = copy.deepcopy((model.state_dict(), step._optimizer.state_dict()))
-            step(x, y)
+            step(images[i], labels[i])
         model.load_state_dict(saved[0])
         step._optimizer.load_state_dict(saved[1])
         for x, y in zip(images[2:], labels[2:], strict=True):
@@ -240,7 +230,7 @@ class TestTheUsersTensors:
         losses = [[s(x, y) for x, y in zip(images, labels, strict=True)] for s in (step, other)]
         assert losses[0] == losses[1]
         assert other._model is not step._model
-        assert_same_bits(step._model, other._model)
+        assert_same_state(step, other)
 
     def test_parameters_count_as_modified(self):
         model = mlp((20,))
@@ -324,18 +314,15 @@ class TestWrongCalls:
     @pytest.mark.parametrize("bad", [10, -1, -100_000, 2**40])
     def test_labels_out_of_range(self, bad):
         """IndexError, op and argument named; nothing is updated, the momentum included."""
-        model = mlp((20,))
-        step, _ = pair(model, sgd={"momentum": 0.9})
+        step, _ = pair(mlp((20,)), sgd={"momentum": 0.9})
         images, labels = first_batch(64)
         step(images, labels)
         labels[50] = bad
-        before = copy.deepcopy((model, step._optimizer.state_dict()["state"]))
+        before = state_of(step)
         message = f"labels: expected class indices in [0, 10) or ignore_index -100, got {bad}"
         where = re.escape(f"mnist_ext.train_steps: {message} at position 50")
         with pytest.raises(IndexError, match=where):
             step(images, labels)
         with pytest.raises(IndexError, match=re.escape(message)):
             step.epoch(images, labels, 8)
-        assert_same_bits(model, before[0])
-        for i, state in step._optimizer.state_dict()["state"].items():
-            assert torch.equal(state["momentum_buffer"], before[1][i]["momentum_buffer"])
+        assert_same_state(step, before)

@@ -39,17 +39,32 @@ def ordinary_step(model, criterion, optimizer, images, labels):
     return loss.detach()
 
 
-def pair(model, loss=None, sgd=None):
+def pair(model, loss=None, sgd=None, normalize=None):
     """Return a TrainStep, and our modules and optimizer for the ordinary loop on a copy."""
     like = next(model.parameters())
     loss = {k: v.to(like) if k == "weight" else v for k, v in (loss or {}).items()}
     options = {"lr": 0.05, **(sgd or {})}
     twin = swap(copy.deepcopy(model))
     optimizer = mnist_ext.optim.SGD(twin.parameters(), **options)
-    step = TrainStep(
-        model, nn.CrossEntropyLoss(**loss), torch.optim.SGD(model.parameters(), **options)
-    )
+    torchs = torch.optim.SGD(model.parameters(), **options)
+    step = TrainStep(model, nn.CrossEntropyLoss(**loss), torchs, normalize=normalize)
     return step, (twin, swap(nn.CrossEntropyLoss(**loss)), optimizer)
+
+
+def twins(model, **options):
+    """Return TrainSteps of two copies of the model."""
+    return [pair(copy.deepcopy(model), **options)[0] for _ in range(2)]
+
+
+def state_of(step):
+    """Copy what a TrainStep with momentum changes."""
+    return copy.deepcopy((step._model.state_dict(), step._optimizer.state_dict()["state"]))
+
+
+def assert_same_state(step, other):
+    """Compare the bits of two TrainSteps, or of one and its state of before."""
+    states = [s if isinstance(s, tuple) else state_of(s) for s in (step, other)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def assert_same_bits(model, twin):

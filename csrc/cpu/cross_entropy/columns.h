@@ -20,30 +20,6 @@ int64_t strip_width(int64_t classes) {
   return (fitting < 1 ? 1 : fitting < kStripVectors ? fitting : kStripVectors) * Register<T>::width;
 }
 
-struct Strip {
-  int64_t position;  // the first one's index in [batch, positions]
-  int64_t size;      // how many positions
-};
-
-// The sum over classes of f(class): four independent chains in each block, which round less than one.
-template <class T, class F>
-MNIST_EXT_INLINE Register<T> column_sum(int64_t classes, const F& f) {
-  using V = Register<T>;
-  V total{};
-  for (int64_t begin = 0; begin < classes; begin += kClassBlock) {
-    const int64_t end = classes - begin < kClassBlock ? classes : begin + kClassBlock;
-    V sums[4] = {};
-    int64_t c = begin;
-    for (; c + 4 <= end; c += 4) {
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sums[k] = sums[k] + f(c + k);
-    }
-    for (; c < end; ++c) sums[3] = sums[3] + f(c);
-    total = total + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  return total;
-}
-
 // Some positions, a class of them at a time.
 template <class T>
 struct Column {
@@ -62,9 +38,22 @@ struct Column {
   MNIST_EXT_INLINE void for_each(const Body& body) const {
     for (int64_t c = 0; c < classes; ++c) body(c, lanes);
   }
+  // Four independent chains in each block, which round less than one.
   template <class F>
   MNIST_EXT_INLINE V sum(const F& f) const {
-    return column_sum<T>(classes, [&](int64_t c) __attribute__((always_inline)) { return f(c, lanes); });
+    V total{};
+    for (int64_t begin = 0; begin < classes; begin += kClassBlock) {
+      const int64_t end = classes - begin < kClassBlock ? classes : begin + kClassBlock;
+      V sums[4] = {};
+      int64_t c = begin;
+      for (; c + 4 <= end; c += 4) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sums[k] = sums[k] + f(c + k, lanes);
+      }
+      for (; c < end; ++c) sums[3] = sums[3] + f(c, lanes);
+      total = total + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return total;
   }
 };
 
@@ -146,18 +135,6 @@ Register<T> forward_vector(const CrossEntropyWork<T>& work, int64_t position, co
   return V::broadcast(A(1)) / sum;
 }
 
-// The softmax from exponentials that the forward kept.
-template <class T>
-struct KeptColumn {
-  using V = Register<T>;
-
-  Scores<ComputeType<T>> exponentials;
-  V inverse_sum;
-
-  MNIST_EXT_INLINE V operator()(int64_t c, int) const { return exponentials.vector(c) * inverse_sum; }
-  MNIST_EXT_INLINE auto times(V factor) const { return multiplied(factor, *this); }
-};
-
 // By value: as far as the compiler knows, the stores might change what lies behind a reference.
 template <class T, class S, class Softmax>
 MNIST_EXT_INLINE void backward_vector_of_indices(const CrossEntropyWork<T>& work, int64_t position, int lanes,
@@ -204,14 +181,15 @@ MNIST_EXT_INLINE void do_vector(const CrossEntropyWork<T>& work, int64_t positio
   };
   if (work.forward) {
     const V inverse_sum = forward_vector(work, position, along, at.probabilities, widened, kept);
-    if (work.backward) backward(KeptColumn<T>{kept, inverse_sum});
+    if (work.backward) backward(KeptSoftmax<T, Column<T>>{{kept.data, kept.class_stride}, along, inverse_sum});
   } else {
     backward(RecomputedSoftmax<T, S, Column<T>>(*work.backward, at.logits, along, position));
   }
 }
 
+// `size` positions, the first of them at `position` in [batch, positions].
 template <class T>
-void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const PositionTensors<T>& at) {
+void do_strip(const CrossEntropyWork<T>& work, int64_t position, int64_t size, const PositionTensors<T>& at) {
   using A = ComputeType<T>;
   constexpr int64_t vector = Register<T>::width;
   const int64_t classes = work.problem.classes, width = strip_width<T>(classes);
@@ -221,7 +199,7 @@ void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const Positio
     // A copy: read from memory once, though three times over, and not where power-of-two strides evict one another.
     tile = {static_cast<A*>(scratch(Scratch::logits_tile, classes * width * sizeof(A))), width};
     for (int64_t c = 0; c < classes; ++c) {
-      for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
+      for_each_vector<T>(size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
         load(at.logits.data + c * at.logits.class_stride + s, lanes).store(tile.data + c * width + s);
       });
     }
@@ -229,8 +207,8 @@ void do_strip(const CrossEntropyWork<T>& work, const Strip& strip, const Positio
       kept = {static_cast<A*>(scratch(Scratch::exponentials, classes * vector * sizeof(A))), vector};
     }
   }
-  for_each_vector<T>(strip.size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
-    do_vector(work, strip.position + s, lanes, at.from(s), {tile.from(s).data, width}, kept);
+  for_each_vector<T>(size, [&](int64_t s, int lanes) __attribute__((always_inline)) {
+    do_vector(work, position + s, lanes, at.from(s), {tile.from(s).data, width}, kept);
   });
 }
 
@@ -242,8 +220,8 @@ void do_columns(const CrossEntropyWork<T>& work, int thread, int threads) {
   const Range share = split(p.batch * strips, 1, thread, threads);
   for (int64_t i = share.begin; i < share.end; ++i) {
     const int64_t batch = i / strips, begin = i % strips * width;
-    const Strip strip = {batch * p.positions + begin, p.positions - begin < width ? p.positions - begin : width};
-    do_strip(work, strip, tensors_at(work, batch, begin));
+    const int64_t size = p.positions - begin < width ? p.positions - begin : width;
+    do_strip(work, batch * p.positions + begin, size, tensors_at(work, batch, begin));
   }
 }
 

@@ -48,7 +48,7 @@ class ForwardPass {
         total_weight_(total_weight),
         divisor_(static_cast<A>(total_weight)),
         backward_{.problem = args.problem,
-                  .grad_output = args.grad_output ? args.grad_output : &one_,
+                  .grad_output = args.grad_output,
                   .grad_output_stride = args.grad_output_stride,
                   .position_max = results_.max,
                   .position_log_sum = results_.log_sum,
@@ -76,12 +76,6 @@ class ForwardPass {
   }
 
  private:
-  static T one() {
-    T number;
-    store_one(&number, A(1));
-    return number;
-  }
-
   static PositionResults<T> results(const CrossEntropyForward<T>& args, A* workspace) {
     const int64_t n = args.problem.batch * args.problem.positions;
     PositionResults<T> results = {workspace, workspace + n, workspace + 2 * n};
@@ -97,7 +91,6 @@ class ForwardPass {
   const PositionResults<T> results_;
   const double total_weight_;
   const A divisor_;
-  const T one_ = one();
   const CrossEntropyBackward<T> backward_;
   const Coefficients<T> q_;
   const GradientScale<T> scales_;

@@ -119,19 +119,6 @@ struct Row {
   }
 };
 
-// The softmax from exponentials that the forward kept: one exp per logit for both.
-template <class T>
-struct KeptRow {
-  using V = Register<T>;
-
-  const ComputeType<T>* exponentials;
-  V inverse_sum;
-
-  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const { return load(exponentials + c, lanes) * inverse_sum; }
-  MNIST_EXT_INLINE KeptRow times(V factor) const { return {exponentials, factor * inverse_sum}; }
-  ComputeType<T> of_class(int64_t c) const { return exponentials[c] * inverse_sum.raw[0]; }
-};
-
 // exponentials: to be kept there; or null.
 template <class T>
 RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, const PositionTensors<T>& at, int64_t i,
@@ -222,7 +209,7 @@ void do_row(const CrossEntropyWork<T>& work, int64_t i) {
       exponentials = at.grad_logits.data;  // which takes their place
     }
     const auto lse = forward_row<T>(work, at, i, exponentials);
-    backward(KeptRow<T>{exponentials, V::broadcast(lse.inverse_sum)});
+    backward(KeptSoftmax<T, Row<T>>{{exponentials, 1}, along, V::broadcast(lse.inverse_sum)});
   }
 }
 

@@ -142,14 +142,13 @@ struct GradientScale {
 
   explicit GradientScale(const CrossEntropyBackward<T>* args) {
     if (!args) return;
-    switch (args->problem.reduction) {
-      case Reduction::none:
-        each = args->grad_output;
-        stride = args->grad_output_stride;
-        break;
-      case Reduction::mean: of_all = load_one(args->grad_output) / *args->total_weight; break;
-      case Reduction::sum: of_all = load_one(args->grad_output); break;
+    if (args->problem.reduction == Reduction::none) {
+      each = args->grad_output;
+      stride = args->grad_output_stride;
+      return;
     }
+    of_all = args->grad_output ? load_one(args->grad_output) : A(1);
+    if (args->problem.reduction == Reduction::mean) of_all /= *args->total_weight;
   }
 
   A operator[](int64_t position) const { return each ? load_one(each + position * stride) : of_all; }
@@ -226,12 +225,6 @@ struct VectorOfCoefficients {
   }
 };
 
-// factor * softmax(c, lanes).
-template <class V, class Softmax>
-MNIST_EXT_INLINE auto multiplied(V factor, const Softmax& softmax) {
-  return [factor, softmax](int64_t c, int lanes) __attribute__((always_inline)) { return factor * softmax(c, lanes); };
-}
-
 // The softmax, from the logits and what the forward found.
 template <class T, class S, class Along>
 struct RecomputedSoftmax {
@@ -251,10 +244,29 @@ struct RecomputedSoftmax {
     constexpr auto lowest = -std::numeric_limits<ComputeType<T>>::infinity();
     return exp((load(along.at(logits, c), lanes, lowest) - max) - log_sum);
   }
-  MNIST_EXT_INLINE auto times(V factor) const { return multiplied(factor, *this); }
+  MNIST_EXT_INLINE auto times(V factor) const {
+    return [factor, softmax = *this](int64_t c, int lanes)
+               __attribute__((always_inline)) { return factor * softmax(c, lanes); };
+  }
   ComputeType<T> of_class(int64_t c) const {
     return exp((V::broadcast(load_one(along.at(logits, c))) - max) - log_sum).raw[0];
   }
+};
+
+// The softmax from exponentials that the forward kept: one exp per logit for both.
+template <class T, class Along>
+struct KeptSoftmax {
+  using V = Register<T>;
+
+  Scores<const ComputeType<T>> exponentials;
+  Along along;
+  V inverse_sum;
+
+  MNIST_EXT_INLINE V operator()(int64_t c, int lanes) const {
+    return load(along.at(exponentials, c), lanes) * inverse_sum;
+  }
+  MNIST_EXT_INLINE KeptSoftmax times(V factor) const { return {exponentials, along, factor * inverse_sum}; }
+  ComputeType<T> of_class(int64_t c) const { return *along.at(exponentials, c) * inverse_sum.raw[0]; }
 };
 
 // The gradients where the targets are probabilities. minus_scale: -scale * (1 - s).

@@ -8,47 +8,28 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
-// C = A * B^T (+ bias, ReLU), as api/product.h has it, of any part of C.
+// A product of which any part of C may be made, without what becomes of it. One stride of each operand is 1.
 template <class T>
-struct Block {
-  int64_t M, N, K;
-  Operand<T> a, relu_mask, b;  // one stride of each is 1
-  T* c;
-  int64_t ldc;  // leading dimension
-  const T* bias;
-  bool one_bias = false;  // of a single row: one number, not one for each column
-  const T* c_mask;        // as C
-  bool relu;
-  bool accumulate;  // to what C holds
+struct Block : Product<T> {
+  int64_t ldc;            // leading dimension of C
+  bool one_bias = false;  // of a single row: bias is one number, not one for each column
 
-  static Block whole(const Product<T>& p) {
-    return {.M = p.M,
-            .N = p.N,
-            .K = p.K,
-            .a = p.a,
-            .relu_mask = p.relu_mask,
-            .b = p.b,
-            .c = p.c,
-            .ldc = p.N,
-            .bias = p.bias,
-            .c_mask = p.c_mask,
-            .relu = p.relu,
-            .accumulate = p.accumulate};
-  }
+  explicit Block(const Product<T>& p) : Product<T>(p), ldc(p.N) {}
 
   // Whether A is read along its columns.
-  bool a_is_transposed() const { return a.k_stride != 1 || (relu_mask.data && relu_mask.k_stride != 1); }
+  bool a_is_transposed() const {
+    return this->a.k_stride != 1 || (this->relu_mask.data && this->relu_mask.k_stride != 1);
+  }
 
-  bool packs_a() const { return relu_mask.data || a_is_transposed(); }
+  bool packs_a() const { return this->relu_mask.data || a_is_transposed(); }
 
   // Of a single column with ldc 1, without a mask.
   Block transposed() const {
     Block t = *this;
     t.M = 1;
-    t.N = M;
-    t.a = b;
-    t.b = a;
-    t.ldc = M;
+    t.N = t.ldc = this->M;
+    t.a = this->b;
+    t.b = this->a;
     t.one_bias = true;
     return t;
   }
@@ -59,11 +40,14 @@ struct Block {
     p.M = of_m.size();
     p.N = of_n.size();
     p.K = of_k.size();
-    p.a.data += of_m.begin * a.outer_stride + of_k.begin * a.k_stride;
-    p.b.data += of_n.begin * b.outer_stride + of_k.begin * b.k_stride;
+    const auto move = [](Operand<T>& operand, int64_t outer, int64_t k) {
+      operand.data += outer * operand.outer_stride + k * operand.k_stride;
+    };
+    move(p.a, of_m.begin, of_k.begin);
+    move(p.b, of_n.begin, of_k.begin);
+    if (p.relu_mask.data) move(p.relu_mask, of_m.begin, of_k.begin);
     p.c += of_m.begin * ldc + of_n.begin;
-    if (bias && !one_bias) p.bias += of_n.begin;
-    if (relu_mask.data) p.relu_mask.data += of_m.begin * relu_mask.outer_stride + of_k.begin * relu_mask.k_stride;
+    if (p.bias && !one_bias) p.bias += of_n.begin;
     return p;
   }
 };

@@ -34,7 +34,7 @@ struct Tile {
   int last = 0;      // lanes of the last vector that lie inside C; of outer products
 };
 
-template <class T, int R, int N, bool partial>
+template <class T, int N, bool partial>
 MNIST_EXT_INLINE Vec<T> load_column(const T* row, int v, int last) {
   const T* p = row + v * Vec<T>::width;
   return partial && v == N - 1 ? Vec<T>::load_partial(p, last) : Vec<T>::load(p);
@@ -50,7 +50,7 @@ MNIST_EXT_INLINE void accumulate_tile(const Tile<T>& t, Vec<T> (&acc)[R][N]) {
   for (int64_t p = 0; p < t.K; ++p) {
     V bv[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) bv[v] = load_column<T, R, N, partial>(b, v, t.last);
+    for (int v = 0; v < N; ++v) bv[v] = load_column<T, N, partial>(b, v, t.last);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V ar = V::broadcast(a[r][p * t.a_k_stride]);
@@ -75,7 +75,7 @@ void compute_tile(const Tile<T>& t) {
       if (R == 1 && t.one) {
         result = result + V::broadcast(*t.add);
       } else if (t.add) {
-        result = result + load_column<T, R, N, partial>(t.add + r * t.ldadd, v, t.last);
+        result = result + load_column<T, N, partial>(t.add + r * t.ldadd, v, t.last);
       }
       if (t.relu) result = max(V{}, result);  // NaN stays NaN
       if (partial && v == N - 1) {

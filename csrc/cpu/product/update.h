@@ -54,7 +54,7 @@ T* packed_a_scratch(int64_t rows, int64_t K) {
 template <class T>
 void update_from_tiles(const Product<T>& p, Range m, Range n) {
   constexpr int width = Vec<T>::width;
-  const Block<T> g = Block<T>::whole(p);
+  const Block<T> g(p);
   const SgdUpdate<T> sgd(p.update.options);
   const int64_t row_tiles = (m.size() + kTileRows - 1) / kTileRows, tile_size = p.K * kTileRows;
   T* packed = packed_a_scratch<T>(m.size(), p.K);
@@ -94,7 +94,7 @@ template <class T>
 void update_part(const Product<T>& p, Range m, Range n) {
   if (m.size() == 0 || n.size() == 0) return;
   if (!p.c) return update_from_tiles(p, m, n);
-  product_part(Block<T>::whole(p), m, n);
+  product_part(Block<T>(p), m, n);
   const SgdTensor<T> tensor = {p.M * p.N, p.update.param, p.c, p.update.momentum_buffer};
   for (int64_t row = m.begin; row < m.end; ++row) {
     sgd_range(tensor, p.update.options, {row * p.N + n.begin, row * p.N + n.end});

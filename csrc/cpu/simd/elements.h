@@ -97,16 +97,13 @@ MNIST_EXT_INLINE void store_one(T* p, ComputeType<T> x) {
 template <class T>
 MNIST_EXT_INLINE Vec<float> widen_vector(Halves bits) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, Float16>) {
-    // The masked form: GCC warns of its own header's unmasked one.
-    return {_mm512_maskz_cvtph_ps(0xffff, same_bits<__m256i>(bits))};
-  }
-#elif defined(__F16C__)
-  if constexpr (std::is_same_v<T, Float16>) return {_mm256_cvtph_ps(same_bits<__m128i>(bits))};
-#endif
-#if defined(__AVX512F__)
+  // The masked forms: GCC warns of its own header's unmasked ones.
+  if constexpr (std::is_same_v<T, Float16>) return {_mm512_maskz_cvtph_ps(0xffff, same_bits<__m256i>(bits))};
   const Words words = same_bits<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, same_bits<__m256i>(bits)));
 #else
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Float16>) return {_mm256_cvtph_ps(same_bits<__m128i>(bits))};
+#endif
   const Words words = __builtin_convertvector(bits, Words);
 #endif
   return {widen<Words>(words, T{})};

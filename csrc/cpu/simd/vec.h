@@ -126,12 +126,18 @@ MNIST_EXT_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
+// All bits of the first n lanes.
+template <class T>
+MNIST_EXT_INLINE typename Vec<T>::RawBits lanes_below(int n) {
+  typename Vec<T>::RawBits lane;
+  for (int i = 0; i < Vec<T>::width; ++i) lane[i] = i;
+  return lane < n;
+}
+
 // x in the first n lanes, `fill` in the others.
 template <class T>
 MNIST_EXT_INLINE Vec<T> first_lanes(Vec<T> x, int n, T fill = T(0)) {
-  typename Vec<T>::RawBits lane;
-  for (int i = 0; i < Vec<T>::width; ++i) lane[i] = i;
-  return {lane < n ? x.raw : Vec<T>::broadcast(fill).raw};
+  return {lanes_below<T>(n) ? x.raw : Vec<T>::broadcast(fill).raw};
 }
 
 // x where mask is > 0 or NaN, else 0: the gradient of ReLU, whose output the mask is.
@@ -164,21 +170,33 @@ MNIST_EXT_INLINE auto shuffle(Raw a, Raw b) {
 #endif
 }
 
-// Combines the two halves of a vector until one lane is left.
-template <class T, class Raw, class Op, std::size_t... I>
-MNIST_EXT_INLINE T reduce_halves(Raw v, Op op, std::index_sequence<I...>) {
+// Combines the two halves of a vector until n lanes are left.
+template <int n, class Raw, class Op, std::size_t... I>
+MNIST_EXT_INLINE auto fold(Raw v, Op op, std::index_sequence<I...>) {
   constexpr int half = sizeof...(I);
-  const auto combined = op(shuffle<static_cast<int>(I)...>(v, v), shuffle<static_cast<int>(I + half)...>(v, v));
-  if constexpr (half == 1) {
-    return combined[0];
+  if constexpr (half < n) {
+    return v;
   } else {
-    return reduce_halves<T>(combined, op, std::make_index_sequence<half / 2>{});
+    const auto combined = op(shuffle<static_cast<int>(I)...>(v, v), shuffle<static_cast<int>(I + half)...>(v, v));
+    return fold<n>(combined, op, std::make_index_sequence<half / 2>{});
   }
+}
+
+// The sums of the lanes in n of them.
+template <int n, class T>
+MNIST_EXT_INLINE auto fold_sum(Vec<T> v) {
+  return fold<n>(v.raw, [](auto a, auto b) { return a + b; }, std::make_index_sequence<Vec<T>::width / 2>{});
 }
 
 template <class T>
 MNIST_EXT_INLINE T reduce_add(Vec<T> v) {
-  return reduce_halves<T>(v.raw, [](auto a, auto b) { return a + b; }, std::make_index_sequence<Vec<T>::width / 2>{});
+  return fold_sum<1>(v)[0];
+}
+
+template <class T>
+MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  return fold<1>(v.raw, larger, std::make_index_sequence<Vec<T>::width / 2>{})[0];
 }
 
 // Four numbers in one register, or two where those are of 128 bits.
@@ -221,37 +239,14 @@ MNIST_EXT_INLINE Vec<T> add_interleaved(Vec<T> a, Vec<T> b) {
   return {add_interleaved<g>(a, b, std::make_index_sequence<Vec<T>::width>{})};
 }
 
-// Adds the two halves of a vector until n lanes are left.
-template <int n, class Raw, std::size_t... I>
-MNIST_EXT_INLINE auto fold(Raw v, std::index_sequence<I...>) {
-  constexpr int half = sizeof...(I);
-  if constexpr (2 * half == n) {
-    return v;
-  } else {
-    const auto sum = shuffle<static_cast<int>(I)...>(v, v) + shuffle<static_cast<int>(I + half)...>(v, v);
-    return fold<n>(sum, std::make_index_sequence<half / 2>{});
-  }
-}
-
-template <int n, class T>
-MNIST_EXT_INLINE auto fold(Vec<T> v) {
-  return fold<n>(v.raw, std::make_index_sequence<Vec<T>::width / 2>{});
-}
-
 // The sums over the lanes of four vectors. Together they take half the instructions of four times reduce_add.
 MNIST_EXT_INLINE Four<float> reduce_add(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
-  return {fold<4>(add_interleaved<2>(add_interleaved<1>(a, b), add_interleaved<1>(c, d)))};
+  return {fold_sum<4>(add_interleaved<2>(add_interleaved<1>(a, b), add_interleaved<1>(c, d)))};
 }
 
 MNIST_EXT_INLINE Four<double> reduce_add(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
-  const auto ab = fold<2>(add_interleaved<1>(a, b)), cd = fold<2>(add_interleaved<1>(c, d));
+  const auto ab = fold_sum<2>(add_interleaved<1>(a, b)), cd = fold_sum<2>(add_interleaved<1>(c, d));
   return {shuffle<0, 1, 2, 3>(ab, cd)};
-}
-
-template <class T>
-MNIST_EXT_INLINE T reduce_max(Vec<T> v) {
-  return reduce_halves<T>(
-      v.raw, [](auto a, auto b) { return a > b ? a : b; }, std::make_index_sequence<Vec<T>::width / 2>{});
 }
 
 // Swaps the off-diagonal quarters of each 2h x 2h block that rows a and b = a + h belong to (Eklundh's method).
@@ -296,56 +291,20 @@ MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), raw);
 }
 
-#elif defined(__AVX2__)
+#else
 
-MNIST_EXT_INLINE __m256i first_lanes_32(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+#if defined(__AVX2__)
 
-MNIST_EXT_INLINE __m256i first_lanes_64(int n) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
-
-template <>
-MNIST_EXT_INLINE Vec<float> Vec<float>::load_partial(const float* p, int n, float fill) {
-  const __m256i mask = first_lanes_32(n);
-  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
-}
-
-template <>
-MNIST_EXT_INLINE Vec<double> Vec<double>::load_partial(const double* p, int n, double fill) {
-  const __m256i mask = first_lanes_64(n);
-  return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
-}
-
-// In pieces: a masked store of AVX2 takes AMD's cores six times as long.
-template <>
-MNIST_EXT_INLINE void Vec<float>::store_partial(float* p, int n) const {
-  if (n == width) return store(p);
-  __m128 rest = _mm256_castps256_ps128(raw);
-  if (n & 4) {
-    _mm_storeu_ps(p, rest);
-    rest = _mm256_extractf128_ps(raw, 1);
-    p += 4;
+template <class T>
+MNIST_EXT_INLINE Vec<T> Vec<T>::load_partial(const T* p, int n, T fill) {
+  const RawBits mask = lanes_below<T>(n);
+  Vec v;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    v.raw = _mm256_maskload_ps(p, reinterpret_cast<__m256i>(mask));
+  } else {
+    v.raw = _mm256_maskload_pd(p, reinterpret_cast<__m256i>(mask));
   }
-  if (n & 2) {
-    _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
-    rest = _mm_movehl_ps(rest, rest);
-    p += 2;
-  }
-  if (n & 1) _mm_store_ss(p, rest);
-}
-
-template <>
-MNIST_EXT_INLINE void Vec<double>::store_partial(double* p, int n) const {
-  if (n == width) return store(p);
-  __m128d rest = _mm256_castpd256_pd128(raw);
-  if (n & 2) {
-    _mm_storeu_pd(p, rest);
-    rest = _mm256_extractf128_pd(raw, 1);
-    p += 2;
-  }
-  if (n & 1) _mm_store_sd(p, rest);
+  return {mask ? v.raw : broadcast(fill).raw};
 }
 
 #else
@@ -360,9 +319,24 @@ MNIST_EXT_INLINE Vec<T> Vec<T>::load_partial(const T* p, int n, T fill) {
   return v;
 }
 
+#endif
+
+template <class T, class Raw, std::size_t... I>
+MNIST_EXT_INLINE void store_halves(T* p, int n, Raw v, std::index_sequence<I...>) {
+  constexpr int half = sizeof...(I);
+  auto rest = shuffle<static_cast<int>(I)...>(v, v);
+  if (n & half) {
+    std::memcpy(p, &rest, sizeof(rest));
+    rest = shuffle<static_cast<int>(I + half)...>(v, v);
+    p += half;
+  }
+  if constexpr (half > 1) store_halves(p, n, rest, std::make_index_sequence<half / 2>{});
+}
+
+// In pieces: a masked store of AVX2 takes AMD's cores six times as long.
 template <class T>
 MNIST_EXT_INLINE void Vec<T>::store_partial(T* p, int n) const {
-  for (int i = 0; i < n; ++i) p[i] = raw[i];
+  n == width ? store(p) : store_halves(p, n, raw, std::make_index_sequence<width / 2>{});
 }
 
 #endif

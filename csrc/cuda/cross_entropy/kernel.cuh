@@ -10,8 +10,8 @@
 
 namespace mnist_ext::cuda {
 
-// Threads of a block, at most.
-inline constexpr unsigned kCountThreads = 256, kShortRowsThreads = 256, kColumnsThreads = 256;
+// Of a block, and at most: the registers of a thread are limited to 128 by that.
+inline constexpr unsigned kCrossEntropyThreads = 256, kMostCrossEntropyThreads = 512;
 
 // Everything that a kernel is given.
 template <class T>
@@ -23,6 +23,7 @@ struct Work {
   A *position_max, *position_log_sum;
   A* total_weight;        // written by a forward
   const A* mean_divisor;  // read for the gradient of a mean; null: the one block counts by itself
+  const A* loss_divisor;  // of a mean; null: what these positions weigh
   T* loss;                // null: not wanted
   T* const* loss_place;   // null, or in device memory: instead of loss
   T *grad_logits, *grad_probabilities;
@@ -41,11 +42,11 @@ struct Sums {
   double loss = 0, weight = 0;
 };
 
-[[noreturn]] __device__ inline void report_bad_target(int64_t target, int64_t classes, int64_t position) {
-  printf(
-      "mnist_ext.cross_entropy: target: expected class indices in [0, %lld) or ignore_index, got %lld at position "
-      "%lld\n",
-      static_cast<long long>(classes), static_cast<long long>(target), static_cast<long long>(position));
+// Ends the kernel unless `got` is in [0, count).
+__device__ inline void check_index(const char* what, int64_t count, int64_t got, int64_t position) {
+  if (static_cast<uint64_t>(got) < static_cast<uint64_t>(count)) return;
+  printf("mnist_ext.%s: expected indices in [0, %lld), got %lld at position %lld\n", what,
+         static_cast<long long>(count), static_cast<long long>(got), static_cast<long long>(position));
   __trap();
 }
 
@@ -61,9 +62,7 @@ __device__ inline int64_t index_at(const ClassIndices& target, int64_t i) {
 template <class T>
 __device__ int64_t checked_target(const CrossEntropyProblem<T>& p, int64_t position) {
   const int64_t t = index_at(p.target, position);
-  if (t != p.ignore_index && static_cast<uint64_t>(t) >= static_cast<uint64_t>(p.classes)) {
-    report_bad_target(t, p.classes, position);
-  }
+  if (t != p.ignore_index) check_index("cross_entropy: target", p.classes, t, position);
   return t;
 }
 
@@ -72,22 +71,21 @@ __device__ ComputeType<T> weight_of(const CrossEntropyProblem<T>& p, int64_t c) 
   return p.weight ? widen(p.weight[c]) : ComputeType<T>(1);
 }
 
-// The part of a row, or of a column, that the threads of one block walk over.
+// The logits of a position.
 template <class T>
 struct Row {
-  const T* data;   // of class `classes.begin`
+  const T* data;
   int64_t stride;  // between classes
-  Range classes;
+  int64_t classes;
 };
 
-// Calls f(class, pack of elements) for all classes of the row, each by one thread of the group, which loads so many
-// packs before it uses the first.
-template <int kPacksInFlight, class T, class Group, class F>
+// Calls f(class, pack of elements) for all classes of the row, each by one thread of the group.
+template <class T, class Group, class F>
 __device__ void for_each_pack(const Row<T>& row, const Group& group, const F& f) {
-  const int64_t begin = row.classes.begin, n = row.classes.size();
+  const int64_t n = row.classes;
   const int rank = group.rank(), size = group.size();
   if (Group::kAlone || row.stride != 1) {
-    for (int64_t c = rank; c < n; c += size) f(begin + c, load_pack<T, 1>(row.data + c * row.stride));
+    for (int64_t c = rank; c < n; c += size) f(c, load_pack<T, 1>(row.data + c * row.stride));
     return;
   }
   constexpr int kSize = kPack<T>;
@@ -95,34 +93,22 @@ __device__ void for_each_pack(const Row<T>& row, const Group& group, const F& f)
   int64_t head = past ? kSize - past : 0;
   if (head > n) head = n;
   const int64_t packs = (n - head) / kSize, tail = head + packs * kSize;
-  for (int64_t c = rank; c < head; c += size) f(begin + c, load_pack<T, 1>(row.data + c));
-  int64_t i = rank;
-  for (; kPacksInFlight > 1 && i + (kPacksInFlight - 1) * size < packs; i += kPacksInFlight * size) {
-    Pack<T, kSize> pack[kPacksInFlight];
-#pragma unroll
-    for (int k = 0; k < kPacksInFlight; ++k) {
-      pack[k] = load_pack<T, kSize>(row.data + head + (i + k * size) * kSize);
-    }
-#pragma unroll
-    for (int k = 0; k < kPacksInFlight; ++k) f(begin + head + (i + k * size) * kSize, pack[k]);
+  for (int64_t c = rank; c < head; c += size) f(c, load_pack<T, 1>(row.data + c));
+  for (int64_t i = rank; i < packs; i += size) {
+    f(head + i * kSize, load_pack<T, kSize>(row.data + head + i * kSize));
   }
-  for (; i < packs; i += size) {
-    f(begin + head + i * kSize, load_pack<T, kSize>(row.data + head + i * kSize));
-  }
-  for (int64_t c = tail + rank; c < n; c += size) f(begin + c, load_pack<T, 1>(row.data + c));
+  for (int64_t c = tail + rank; c < n; c += size) f(c, load_pack<T, 1>(row.data + c));
 }
 
-// What nearly everybody trains with: class indices without label smoothing. Code for the rest is compiled apart, so
-// that this takes fewer registers and more blocks run at once.
+// Whether other classes than the target have a coefficient.
 template <class T>
-bool is_plain(const CrossEntropyProblem<T>& p) {
-  return p.kind == TargetKind::indices && p.label_smoothing <= 0;
+__host__ __device__ bool is_spread(const CrossEntropyProblem<T>& p) {
+  return p.kind == TargetKind::probabilities || p.label_smoothing > 0;
 }
 
-template <class T, class Group, bool kPlain>
+template <class T, class Group>
 struct Position {
   using A = ComputeType<T>;
-  static constexpr int kPacksInFlight = kPlain ? 4 : 1;
   // Long chains of additions are in double.
   using Sum = std::conditional_t<std::is_same_v<Group, OneWarp>, A, double>;
 
@@ -131,19 +117,12 @@ struct Position {
   const Group& group;
   int64_t index;  // among all positions
   Row<T> logits;
-  const T* all_logits;                  // of class 0, wherever this block's share begins
   const T* probabilities;               // of class 0
   T *grad_logits, *grad_probabilities;  // of class 0
   int64_t out_stride;                   // between classes, in the gradients
-  T* stash;                             // shared, where the logits are kept; or null
   A scale;                              // of the gradient
 
   A max{}, log_sum{}, inverse_sum{};
-
-  // Whether the target class is not the only one with a coefficient.
-  __device__ bool is_spread() const {
-    return !kPlain && (p.kind == TargetKind::probabilities || p.label_smoothing > 0);
-  }
 
   // q without the term of the target class.
   __device__ A coefficient(int64_t c) const {
@@ -154,43 +133,38 @@ struct Position {
     return p.weight ? q * widen(p.weight[c]) : q;
   }
 
-  // max, log_sum, inverse_sum by one pass, which also fills the stash.
+  // max, log_sum, inverse_sum by one pass.
   __device__ void sum_exponentials() {
     constexpr A lowest = static_cast<A>(-INFINITY);
     A own_max = lowest;
     Sum own_sum = 0;
-    T* kept = stash;
-    if (kept) kept += elements_past_alignment(logits.data);  // aligned as the row is
-    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, const auto& pack) {
+    for_each_pack(logits, group, [&](int64_t, const auto& pack) {
       constexpr int kSize = std::decay_t<decltype(pack)>::size;
-      if (kept) store_pack(kept + (c - logits.classes.begin), pack);
       A pack_max = pack.at[0];
 #pragma unroll
       for (int k = 1; k < kSize; ++k) pack_max = Max()(pack_max, pack.at[k]);
       if (pack_max > own_max) {
-        own_sum *= static_cast<Sum>(exp_for<T>(own_max - pack_max));
+        own_sum *= static_cast<Sum>(exp(own_max - pack_max));
         own_max = pack_max;
       }
       // Nothing but -inf and NaN so far: exp(x - max) would make NaN of both.
       const A shift = own_max == lowest ? A(0) : own_max;
       A pack_sum = 0;
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) pack_sum += exp_for<T>(pack.at[k] - shift);
+      for (int k = 0; k < kSize; ++k) pack_sum += exp(pack.at[k] - shift);
       own_sum += static_cast<Sum>(pack_sum);
     });
     max = group.reduce(own_max, Max());
-    if (own_max < max) own_sum *= static_cast<Sum>(exp_for<T>(own_max - max));
+    if (own_max < max) own_sum *= static_cast<Sum>(exp(own_max - max));
     const A sum = static_cast<A>(group.reduce(own_sum, Add()));
     log_sum = log(sum);
     inverse_sum = 1 / sum;
-    if (kept) logits = {kept, 1, logits.classes};
-    group.sync();
   }
 
   template <class F>
   __device__ A sum_over_classes(const F& f) const {
     Sum sum = 0;
-    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, const auto& pack) {
+    for_each_pack(logits, group, [&](int64_t c, const auto& pack) {
 #pragma unroll
       for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) sum += static_cast<Sum>(f(c + k, pack.at[k]));
     });
@@ -201,36 +175,31 @@ struct Position {
 
   __device__ A loss(int64_t t) const {
     A loss = 0;
-    if (is_spread()) {
+    if (is_spread(p)) {
       loss = -sum_over_classes([&](int64_t c, A x) { return coefficient(c) * log_probability(x); });
     }
-    if (kPlain || p.kind == TargetKind::indices) {
-      const A of_target = -log_probability(widen(all_logits[t * p.logits.class_stride])) * weight_of(p, t);
-      loss = is_spread() ? work.of_target * of_target + loss : of_target;
+    if (p.kind == TargetKind::indices) {
+      const A of_target = -log_probability(widen(logits.data[t * logits.stride])) * weight_of(p, t);
+      loss = is_spread(p) ? work.of_target * of_target + loss : of_target;
     }
     return loss;
   }
 
   template <class F>
   __device__ void write_gradient(T* gradient, const F& f) const {
-    const bool side_by_side = out_stride == 1 && elements_past_alignment(gradient + logits.classes.begin) ==
-                                                     elements_past_alignment(logits.data);
-    for_each_pack<kPacksInFlight>(logits, group, [&](int64_t c, auto pack) {
+    const bool aligned_alike = elements_past_alignment(gradient) == elements_past_alignment(logits.data);
+    for_each_pack(logits, group, [&](int64_t c, auto pack) {
       f(c, pack);
       if constexpr (std::decay_t<decltype(pack)>::size == 1) {
         narrow(pack.at[0], gradient[c * out_stride]);
-      } else if (out_stride == 1) {
-        store_pack_global(gradient + c, pack, side_by_side);
-      } else {
-        for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) {
-          narrow(pack.at[k], gradient[(c + k) * out_stride]);
-        }
+      } else {  // whole packs are those of contiguous rows
+        store_pack_global(gradient + c, pack, aligned_alike);
       }
     });
   }
 
   __device__ void gradient_of_index(int64_t t) const {
-    const bool smoothed = is_spread();
+    const bool smoothed = is_spread(p);
     const A of_target = scale * work.of_target * weight_of(p, t);
     A of_all = of_target;
     if (smoothed) of_all += scale * sum_over_classes([&](int64_t c, A) { return coefficient(c); });
@@ -240,7 +209,7 @@ struct Position {
       A exponentials[kSize];
 #pragma unroll
       for (int k = 0; k < kSize; ++k) {
-        exponentials[k] = exp_for<T>(pack.at[k] - max);
+        exponentials[k] = exp(pack.at[k] - max);
         pack.at[k] = exponentials[k] * factor;
         if (smoothed) pack.at[k] -= scale * coefficient(c + k);
       }
@@ -262,7 +231,7 @@ struct Position {
       write_gradient(grad_logits, [&](int64_t c, auto& pack) {
 #pragma unroll
         for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) {
-          pack.at[k] = factor * (exp_for<T>(pack.at[k] - max) * inverse_sum) - scale * coefficient(c + k);
+          pack.at[k] = factor * (exp(pack.at[k] - max) * inverse_sum) - scale * coefficient(c + k);
         }
       });
     }
@@ -278,10 +247,10 @@ struct Position {
 
   // Forward, backward or both. The group's first thread adds to the sums.
   __device__ void run(Sums<T>& sums) {
-    const bool indexed = kPlain || p.kind == TargetKind::indices;
+    const bool indexed = p.kind == TargetKind::indices;
     const int64_t t = indexed ? checked_target(p, index) : 0;
     if (indexed && t == p.ignore_index) {
-      if (group.leads() && work.forward) write_forward(A(0), A(0), A(0));
+      if (group.rank() == 0 && work.forward) write_forward(A(0), A(0), A(0));
       if (grad_logits) {
         write_gradient(grad_logits, [](int64_t, auto& pack) {
           for (int k = 0; k < std::decay_t<decltype(pack)>::size; ++k) pack.at[k] = A(0);
@@ -292,7 +261,7 @@ struct Position {
     if (work.forward) {
       sum_exponentials();
       const A position_loss = loss(t);
-      if (group.leads()) {
+      if (group.rank() == 0) {
         write_forward(position_loss, max, log_sum);
         sums.loss += static_cast<double>(position_loss);
         sums.weight += indexed ? static_cast<double>(weight_of(p, t)) : 1.0;
@@ -303,9 +272,7 @@ struct Position {
       inverse_sum = exp(-log_sum);
     }
     if (indexed && grad_logits) gradient_of_index(t);
-    if constexpr (!kPlain) {
-      if (!indexed) gradient_of_probabilities();
-    }
+    if (!indexed) gradient_of_probabilities();
   }
 
   __device__ void write_forward(A position_loss, A position_max, A position_log_sum) const {
@@ -328,8 +295,13 @@ __device__ Sums<T> count_targets(const CrossEntropyProblem<T>& p, char* scratch)
   Sums<T> own;
   const int64_t n = p.batch * p.positions, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    const int64_t t = checked_target(p, i);
-    if (t != p.ignore_index) own.weight += static_cast<double>(weight_of(p, t));
+    const bool indexed = p.kind == TargetKind::indices;
+    const int64_t t = indexed ? checked_target(p, i) : 0;
+    if (!indexed) {
+      own.weight += 1;
+    } else if (t != p.ignore_index) {
+      own.weight += static_cast<double>(weight_of(p, t));
+    }
   }
   return reduce_block(own, scratch);
 }
@@ -367,7 +339,8 @@ __device__ void finish_forward(const Work<T>& work, Sums<T> sums, char* scratch)
   if (!sum_in_last_block(work, sums, scratch) || threadIdx.x != 0) return;
   if (work.total_weight) *work.total_weight = static_cast<A>(sums.weight);
   if (!reduced) return;
-  const double loss = work.problem.reduction == Reduction::mean ? sums.loss / sums.weight : sums.loss;
+  const double divisor = work.loss_divisor ? static_cast<double>(*work.loss_divisor) : sums.weight;
+  const double loss = work.problem.reduction == Reduction::mean ? sums.loss / divisor : sums.loss;
   narrow(static_cast<A>(loss), work.loss_place ? **work.loss_place : *work.loss);
 }
 
@@ -389,15 +362,12 @@ __device__ ComputeType<T> scale_of_all(const Work<T>& work, char* scratch) {
   return (of_all ? widen(*work.grad_output) : A(1)) / divisor;
 }
 
-// Position s of batch b. kColumns: classes need not be contiguous; else there is one position to a row.
-template <bool kPlain, bool kColumns, class T, class Group>
-__device__ Position<T, Group, kPlain> position_at(const Work<T>& work, const Group& group, int64_t b, int64_t s,
-                                                  ComputeType<T> scale, T* stash) {
+// scale: of the gradient, but for Reduction::none.
+template <class T, class Group>
+__device__ Position<T, Group> position_at(const Work<T>& work, const Group& group, int64_t index,
+                                          ComputeType<T> scale) {
   const CrossEntropyProblem<T>& p = work.problem;
-  const T* logits = p.logits.data + b * p.logits.batch_stride + s;
-  const Range classes = group.share(p.classes);
-  const int64_t positions = kColumns ? p.positions : 1, class_stride = kColumns ? p.logits.class_stride : 1;
-  const int64_t index = b * positions + s, out = b * p.classes * positions + s;
+  const int64_t b = index / p.positions, s = index % p.positions, out = b * p.classes * p.positions + s;
   if (p.reduction == Reduction::none && work.grad_output) {
     scale = widen(work.grad_output[index * work.grad_output_stride]);
   }
@@ -405,19 +375,17 @@ __device__ Position<T, Group, kPlain> position_at(const Work<T>& work, const Gro
           .p = p,
           .group = group,
           .index = index,
-          .logits = {logits + classes.begin * class_stride, class_stride, classes},
-          .all_logits = logits,
+          .logits = {p.logits.data + b * p.logits.batch_stride + s, p.logits.class_stride, p.classes},
           .probabilities = p.probabilities.data + b * p.probabilities.batch_stride + s,
           .grad_logits = work.grad_logits ? work.grad_logits + out : nullptr,
           .grad_probabilities = work.grad_probabilities ? work.grad_probabilities + out : nullptr,
-          .out_stride = positions,
-          .stash = stash,
+          .out_stride = p.positions,
           .scale = scale};
 }
 
 // One launch of its own, where the mean's divisor must be known before the first gradient.
 template <class T>
-__global__ void __launch_bounds__(kCountThreads) count_kernel(const Work<T> work) {
+__global__ void __launch_bounds__(kMostCrossEntropyThreads, 1) count_kernel(const Work<T> work) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
   Sums<T> sums = count_targets(work.problem, scratch);
@@ -426,47 +394,38 @@ __global__ void __launch_bounds__(kCountThreads) count_kernel(const Work<T> work
   }
 }
 
-// Rows of a few classes: a thread each. The block's rows travel between memory and shared memory coalesced, 16 bytes
-// at a time, however few bytes one row has. pitch: elements between rows in shared memory.
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_kernel(const Work<T> work, int pitch) {
+// Rows of a few classes: a thread each. The block's rows travel between memory and shared memory coalesced, however few
+// bytes one row has. pitch: elements between rows in shared memory.
+template <class T>
+__global__ void __launch_bounds__(kMostCrossEntropyThreads, 1) short_rows_kernel(const Work<T> work, int pitch) {
   if (work.has_nothing_to_do()) return;
   const CrossEntropyProblem<T>& p = work.problem;
   char* scratch = shared_memory();
   T* tile = reinterpret_cast<T*>(scratch + OneBlock::kScratchBytes);
   const ComputeType<T> scale = scale_of_all(work, scratch);
   const int classes = static_cast<int>(p.classes);
-  const bool flat = pitch == classes && p.logits.batch_stride == classes;
-  const bool aligned = flat && elements_past_alignment(p.logits.data) == 0;
-  const bool aligned_gradient = pitch == classes && elements_past_alignment(work.grad_logits) == 0;
   Sums<T> sums;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x; first < p.batch;
        first += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int rows = static_cast<int>(p.batch - first < blockDim.x ? p.batch - first : blockDim.x);
-    const int elements = rows * classes, packs = elements / kPack<T>;
+    const int elements = rows * classes;
     const T* logits = p.logits.data + first * p.logits.batch_stride;
     T* gradient = work.grad_logits ? work.grad_logits + first * classes : nullptr;
-    for (int i = threadIdx.x; aligned && i < packs; i += blockDim.x) {
-      store_vector(tile + i * kPack<T>, load_vector<uint4>(logits + i * kPack<T>));
-    }
-    for (int i = (aligned ? packs * kPack<T> : 0) + threadIdx.x; i < elements; i += blockDim.x) {
+    for (int i = threadIdx.x; i < elements; i += blockDim.x) {
       const int row = i / classes, c = i % classes;
       tile[row * pitch + c] = logits[row * p.logits.batch_stride + c];
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < rows) {
       const OneThread thread;
-      auto position = position_at<kPlain, false>(work, thread, first + threadIdx.x, 0, scale, static_cast<T*>(nullptr));
+      auto position = position_at(work, thread, first + threadIdx.x, scale);
       T* row = tile + threadIdx.x * pitch;
-      position.logits.data = position.all_logits = row;
+      position.logits.data = row;
       if (gradient) position.grad_logits = row;  // each element takes the place of its logit
       position.run(sums);
     }
     __syncthreads();
-    for (int i = threadIdx.x; gradient && aligned_gradient && i < packs; i += blockDim.x) {
-      store_vector(gradient + i * kPack<T>, load_vector<uint4>(tile + i * kPack<T>));
-    }
-    for (int i = (aligned_gradient ? packs * kPack<T> : 0) + threadIdx.x; gradient && i < elements; i += blockDim.x) {
+    for (int i = threadIdx.x; gradient && i < elements; i += blockDim.x) {
       gradient[i] = tile[i / classes * pitch + i % classes];
     }
     __syncthreads();  // before the next rows
@@ -474,39 +433,19 @@ __global__ void __launch_bounds__(kShortRowsThreads, kPlain ? 4 : 1) short_rows_
   finish_forward(work, sums, scratch);
 }
 
-// A group of threads for each row. stash_bytes: shared memory for the row's logits, or a block's share of them, and the
-// alignment before them; 0: rows are read again.
-template <class T, class Group, bool kPlain>
-__global__ void __launch_bounds__(Group::kMaxThreads, kPlain ? 1024 / Group::kMaxThreads : 1)
-    rows_kernel(const Work<T> work, int stash_bytes) {
+// A group of threads for each position. Where classes are not contiguous that is a thread, so that a warp's reads are
+// coalesced.
+template <class T, class Group>
+__global__ void __launch_bounds__(kMostCrossEntropyThreads, 1) positions_kernel(const Work<T> work) {
   if (work.has_nothing_to_do()) return;
   char* scratch = shared_memory();
   const Group group = Group::in(scratch);
   const ComputeType<T> scale = scale_of_all(work, scratch);
-  char* const stashes = scratch + Group::kScratchBytes + group.index_in_block() * stash_bytes;
-  T* stash = stash_bytes ? reinterpret_cast<T*>(stashes) : nullptr;
   Sums<T> sums;
-  for (int64_t row = group.index(); row < work.problem.batch; row += group.count()) {
-    position_at<kPlain, false>(work, group, row, 0, scale, stash).run(sums);
-    group.sync();  // before the next row takes the stash
-  }
-  finish_forward(work, sums, scratch);
-}
-
-// Classes that are not contiguous: a thread per position, so that a warp's reads are coalesced.
-template <class T, bool kPlain>
-__global__ void __launch_bounds__(kColumnsThreads, kPlain ? 4 : 1) columns_kernel(const Work<T> work) {
-  if (work.has_nothing_to_do()) return;
-  const CrossEntropyProblem<T>& p = work.problem;
-  char* scratch = shared_memory();
-  const ComputeType<T> scale = scale_of_all(work, scratch);
-  const OneThread thread;
-  Sums<T> sums;
-  const int64_t n = p.batch * p.positions, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
-    position_at<kPlain, true>(work, thread, i / p.positions, i % p.positions, scale, static_cast<T*>(nullptr))
-        .run(sums);
-  }
+  const int64_t n = work.problem.batch * work.problem.positions;
+  const int64_t first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / group.size();
+  const int64_t groups = int64_t{gridDim.x} * blockDim.x / group.size();
+  for (int64_t i = first; i < n; i += groups) position_at(work, group, i, scale).run(sums);
   finish_forward(work, sums, scratch);
 }
 

@@ -1,6 +1,5 @@
 // Which kernel of softmax cross-entropy runs for which shape, with how many threads. Loss and gradient come in one
-// pass: the row stays in shared memory (of one block, or of a cluster of blocks) between the sum of its exponentials
-// and its gradient. Rows that are too long for that are read twice.
+// launch, which reads a row twice: for the sum of its exponentials, and from the cache for its gradient.
 //
 // Sums of a row: in T's compute type over 16 bytes, then in double (float for a warp's rows); over positions in double,
 // in an order that is fixed by the shape. No atomics but the counter by which the last block is known.
@@ -31,9 +30,6 @@ int64_t cross_entropy_workspace_bytes(const CrossEntropyForward<T>& args) {
 }
 
 inline constexpr int64_t kShortRowClasses = 32;
-inline constexpr int64_t kWarpRowBytes = 8 << 10;
-inline constexpr int64_t kBlockRowBytes = 64 << 10;  // of one block's share: two blocks at once on an A100 or later
-inline constexpr int64_t kAlignmentBytes = 16;
 
 inline unsigned blocks_for(int64_t work, int64_t work_of_block, bool one_block) {
   if (one_block) return 1;
@@ -41,88 +37,67 @@ inline unsigned blocks_for(int64_t work, int64_t work_of_block, bool one_block) 
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks > kMaxBlocks ? kMaxBlocks : blocks);
 }
 
-inline int64_t with_room_for_alignment(int64_t bytes) {
-  return (bytes + 2 * kAlignmentBytes - 1) / kAlignmentBytes * kAlignmentBytes;
-}
-
 template <class T>
 void launch_short_rows(const Work<T>& work, bool one_block, cudaStream_t stream) {
-  const bool plain = is_plain(work.problem);
   const int classes = static_cast<int>(work.problem.classes);
   // Rows that are a multiple of 16 bytes apart would share a few of the memory's banks.
   const int pitch = classes % 4 == 0 ? classes + 1 : classes;
-  const Shape shape = {blocks_for(work.problem.batch, kShortRowsThreads, one_block), kShortRowsThreads, 1,
-                       OneBlock::kScratchBytes + static_cast<int64_t>(kShortRowsThreads * pitch * sizeof(T))};
-  launch("cross_entropy short_rows", (plain ? short_rows_kernel<T, true> : short_rows_kernel<T, false>), shape, stream,
-         work, pitch);
+  const unsigned threads = kCrossEntropyThreads;
+  const Shape shape = {blocks_for(work.problem.batch, threads, one_block), threads,
+                       OneBlock::kScratchBytes + static_cast<int64_t>(threads * pitch * sizeof(T))};
+  launch("cross_entropy short_rows", short_rows_kernel<T>, shape, stream, work, pitch);
 }
 
-// stash_bytes: of each group of a block; 0: rows are read again.
+// Of a block: threads, and groups of them.
 template <class Group, class T>
-void launch_rows(const char* name, const Work<T>& work, unsigned blocks, unsigned threads, unsigned cluster,
-                 int64_t stash_bytes, cudaStream_t stream) {
-  const int64_t groups = std::is_same_v<Group, OneWarp> ? threads / kWarp : 1;
-  const Shape shape = {blocks, threads, cluster, Group::kScratchBytes + groups * stash_bytes};
-  launch(name, (is_plain(work.problem) ? rows_kernel<T, Group, true> : rows_kernel<T, Group, false>), shape, stream,
-         work, static_cast<int>(stash_bytes));
-}
-
-template <class T>
-void launch_warp_rows(const Work<T>& work, bool one_block, int64_t row_bytes, bool read_twice, cudaStream_t stream) {
-  constexpr int64_t kWarps = 4, kStashesBytes = 40 << 10;
-  const int64_t warps = one_block ? OneWarp::kMaxThreads / kWarp : kWarps;
-  const int64_t stash_bytes = read_twice ? with_room_for_alignment(row_bytes) : 0;
-  launch_rows<OneWarp>("cross_entropy warp_rows", work, blocks_for(work.problem.batch, warps, one_block),
-                       static_cast<unsigned>(warps * kWarp), 1, stash_bytes * warps > kStashesBytes ? 0 : stash_bytes,
-                       stream);
-}
-
-template <class T>
-void launch_long_rows(const Work<T>& work, bool one_block, int64_t row_bytes, bool read_twice, cudaStream_t stream) {
-  constexpr unsigned kMaxCluster = 8;  // what every device with clusters can do
-  const int64_t rows = work.problem.batch;
-  const int64_t room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - OneCluster::kScratchBytes;
-  const auto stash_for = [&](int64_t bytes) {
-    const int64_t stash_bytes = read_twice ? with_room_for_alignment(bytes) : 0;
-    return stash_bytes > room ? 0 : stash_bytes;
-  };
-  if (row_bytes > kBlockRowBytes && !one_block && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
-    unsigned cluster = 2;
-    while (cluster < kMaxCluster && row_bytes > cluster * kBlockRowBytes) cluster *= 2;
-    // A share is rounded up to 128 elements.
-    const int64_t share = (row_bytes + cluster - 1) / cluster + 128 * static_cast<int64_t>(sizeof(T));
-    const int64_t clusters = rows < kMaxBlocks / cluster ? rows : kMaxBlocks / cluster;
-    return launch_rows<OneCluster>("cross_entropy cluster_rows", work,
-                                   static_cast<unsigned>((clusters < 1 ? 1 : clusters) * cluster),
-                                   OneCluster::kMaxThreads, cluster, stash_for(share), stream);
-  }
-  const unsigned threads = row_bytes <= 16 << 10 ? OneBlock::kMaxThreads / 2 : OneBlock::kMaxThreads;
-  launch_rows<OneBlock>("cross_entropy block_rows", work, blocks_for(rows, 1, one_block), threads, 1,
-                        stash_for(row_bytes), stream);
+void launch_positions(const char* name, const Work<T>& work, bool one_block, unsigned threads, unsigned groups,
+                      cudaStream_t stream) {
+  const CrossEntropyProblem<T>& p = work.problem;
+  const Shape shape = {blocks_for(p.batch * p.positions, groups, one_block), threads, OneBlock::kScratchBytes};
+  launch(name, positions_kernel<T, Group>, shape, stream, work);
 }
 
 template <class T>
 void launch_cross_entropy(const Work<T>& work, bool one_block, cudaStream_t stream) {
+  constexpr int64_t kWarpRowBytes = 8 << 10;
   const CrossEntropyProblem<T>& p = work.problem;
-  const bool plain = is_plain(p);
-  const bool read_twice = work.forward && (work.grad_logits || !plain);
-  const int64_t row_bytes = p.classes * static_cast<int64_t>(sizeof(T));
+  const unsigned threads = kCrossEntropyThreads;
   if (p.positions != 1) {
-    const unsigned threads = kColumnsThreads;
-    const Shape shape = {blocks_for(p.batch * p.positions, threads, one_block), threads, 1, OneBlock::kScratchBytes};
-    launch("cross_entropy columns", (plain ? columns_kernel<T, true> : columns_kernel<T, false>), shape, stream, work);
+    launch_positions<OneThread>("cross_entropy columns", work, one_block, threads, threads, stream);
   } else if (p.kind == TargetKind::indices && p.classes <= kShortRowClasses) {
     launch_short_rows(work, one_block, stream);
-  } else if (row_bytes <= kWarpRowBytes) {
-    launch_warp_rows(work, one_block, row_bytes, read_twice, stream);
+  } else if (p.classes * static_cast<int64_t>(sizeof(T)) <= kWarpRowBytes) {
+    launch_positions<OneWarp>("cross_entropy warp_rows", work, one_block, threads, threads / kWarp, stream);
   } else {
-    launch_long_rows(work, one_block, row_bytes, read_twice, stream);
+    launch_positions<OneBlock>("cross_entropy block_rows", work, one_block, kMostCrossEntropyThreads, 1, stream);
   }
 }
 
 template <class T>
 ComputeType<T> smoothing_of_each(const CrossEntropyProblem<T>& p) {
   return p.label_smoothing > 0 ? static_cast<ComputeType<T>>(p.label_smoothing / static_cast<double>(p.classes)) : 0;
+}
+
+// What the targets weigh. The counter is 0.
+template <class T>
+void launch_count(Work<T> work, ComputeType<T>* total_weight, unsigned* counter, cudaStream_t stream) {
+  work.total_weight = total_weight;
+  work.counter = counter;
+  const int64_t positions = work.problem.batch * work.problem.positions;
+  const Shape shape = {blocks_for(positions, 16 * kCrossEntropyThreads, false), kCrossEntropyThreads,
+                       OneBlock::kScratchBytes};
+  launch("cross_entropy count", count_kernel<T>, shape, stream, work);
+}
+
+// As the kernel table has it.
+template <class T>
+void weigh_targets(const CrossEntropyProblem<T>& problem, ComputeType<T>* total_weight, void* workspace,
+                   cudaStream_t stream) {
+  static_assert(16 + kMaxBlocks * 2 * sizeof(double) <= kWeighTargetsBytes);
+  Work<T> work = {.problem = problem, .forward = true};
+  work.partial_sums = reinterpret_cast<double*>(static_cast<char*>(workspace) + 16);
+  check(cudaMemsetAsync(workspace, 0, sizeof(unsigned), stream), "cudaMemsetAsync");
+  launch_count(work, total_weight, static_cast<unsigned*>(workspace), stream);
 }
 
 template <class T>
@@ -134,10 +109,13 @@ void cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, 
                   .position_max = args.position_max,
                   .position_log_sum = args.position_log_sum,
                   .total_weight = args.total_weight,
+                  .mean_divisor = args.divisor,
+                  .loss_divisor = args.divisor,
                   .loss = args.loss,
                   .loss_place = args.loss_place,
                   .grad_logits = args.grad_logits,
                   .grad_output = args.grad_output,
+                  .grad_output_stride = args.grad_output_stride,
                   .unless_one = args.unless_one,
                   .every = smoothing_of_each(p),
                   .of_target = static_cast<ComputeType<T>>(1 - p.label_smoothing)};
@@ -147,14 +125,10 @@ void cross_entropy_forward(const CrossEntropyForward<T>& args, void* workspace, 
   unsigned* counters = static_cast<unsigned*>(workspace);
   work.partial_sums = reinterpret_cast<double*>(static_cast<char*>(workspace) + 16);
   check(cudaMemsetAsync(counters, 0, 2 * sizeof *counters, stream), "cudaMemsetAsync");
-  if (args.grad_logits && p.reduction == Reduction::mean && p.kind == TargetKind::indices) {
-    Work<T> count = work;
-    count.total_weight = reinterpret_cast<ComputeType<T>*>(counters + 2);
-    count.counter = counters;
-    const Shape shape = {blocks_for(p.batch * p.positions, 16 * kCountThreads, false), kCountThreads, 1,
-                         OneBlock::kScratchBytes};
-    launch("cross_entropy count", count_kernel<T>, shape, stream, count);
-    work.mean_divisor = count.total_weight;
+  if (args.grad_logits && !args.divisor && p.reduction == Reduction::mean && p.kind == TargetKind::indices) {
+    ComputeType<T>* total_weight = reinterpret_cast<ComputeType<T>*>(counters + 2);
+    launch_count(work, total_weight, counters, stream);
+    work.mean_divisor = total_weight;
   }
   work.counter = counters + 1;
   launch_cross_entropy(work, false, stream);

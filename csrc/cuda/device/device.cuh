@@ -25,7 +25,6 @@ inline void check(cudaError_t error, const char* what) {
 
 struct Shape {
   unsigned blocks, threads;
-  unsigned cluster = 1;      // blocks that run together and reach each other's shared memory
   int64_t shared_bytes = 0;  // of each block
 };
 
@@ -39,17 +38,11 @@ void launch(const char* name, void (*kernel)(Parameters...), Shape shape, cudaSt
                                static_cast<int>(shape.shared_bytes)),
           name);
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, parameters...), name);
 }
 
@@ -58,16 +51,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
-}
-
-// Lets the compiler take x for any number, so that what follows from it is computed again instead of being kept in
-// registers.
-__device__ inline void forget(int& x) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(x));
-#else
-  static_cast<void>(x);
-#endif
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes. Kernels have no other, so that the emulator needs none.
@@ -140,41 +123,6 @@ __device__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 #elif !defined(__CUDACC__)
   emulator::wait_for_copies(kGroups);
-#endif
-}
-
-// Clusters exist from compute capability 9.0 on; older devices are never asked for one.
-// A barrier of all threads of a cluster.
-__device__ inline void cluster_sync() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  __cluster_barrier_arrive();
-  __cluster_barrier_wait();
-#endif
-}
-
-__device__ inline unsigned cluster_rank() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  return __clusterRelativeBlockRank();
-#else
-  return 0;
-#endif
-}
-
-__device__ inline unsigned cluster_size() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  return __clusterSizeInBlocks();
-#else
-  return 1;
-#endif
-}
-
-// Where a place in this block's shared memory is found in that of another block of the cluster.
-template <class T>
-__device__ T* shared_memory_of(unsigned rank, T* here) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  return static_cast<T*>(__cluster_map_shared_rank(here, rank));
-#else
-  return here;
 #endif
 }
 

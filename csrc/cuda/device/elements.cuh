@@ -64,19 +64,6 @@ __device__ ComputeType<T> rounded(ComputeType<T> x) {
   return widen(stored);
 }
 
-// exp(x), as exact as an element of T asks for: bfloat16 and float16 keep 8 and 11 bits, which the exponential unit
-// alone gives them.
-template <class T>
-__device__ ComputeType<T> exp_for(ComputeType<T> x) {
-  if constexpr (sizeof(T) == 2) {
-    return exp2f(x * 1.44269504f);
-  } else if constexpr (sizeof(T) == 4) {
-    return expf(x);
-  } else {
-    return exp(x);
-  }
-}
-
 // N contiguous elements.
 template <class T, int N>
 struct Pack {
@@ -108,74 +95,48 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return pack;
 }
 
-// Two neighbours of a half dtype in a 32-bit word.
-template <class Half>
-__device__ uint32_t word_of(float low, float high) {
-#ifdef __CUDA_ARCH__
-  uint32_t word;
-  if constexpr (std::is_same_v<Half, BFloat16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
-#else
-  Half first, second;
-  narrow(low, first);
-  narrow(high, second);
-  return first.bits | static_cast<uint32_t>(second.bits) << 16;
-#endif
-}
-
-// One 32-bit word of those that elements lie in: two neighbours of a half dtype, one float, or half of a double.
-template <class Half>
-__device__ uint32_t word_of(const Pack<Half, 8>& pack, int i) {
-  return word_of<Half>(pack.at[2 * i], pack.at[2 * i + 1]);
-}
-__device__ inline uint32_t word_of(const Pack<float, 4>& pack, int i) {
-  uint32_t word;
-  memcpy(&word, &pack.at[i], sizeof word);
-  return word;
-}
-__device__ inline uint32_t word_of(const Pack<double, 2>& pack, int i) {
-  uint64_t bits;
-  memcpy(&bits, &pack.at[i / 2], sizeof bits);
-  return static_cast<uint32_t>(i % 2 ? bits >> 32 : bits);
+// The elements of a pack as they lie in memory.
+template <class Words, class T, int N>
+__device__ Words words_of(const Pack<T, N>& pack) {
+  static_assert(sizeof(Words) == N * sizeof(T));
+  T elements[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) narrow(pack.at[k], elements[k]);
+  Words words;
+  memcpy(&words, elements, sizeof words);
+  return words;
 }
 
 // p is aligned to 16 bytes for whole packs.
 template <class T, int N>
 __device__ void store_pack(T* p, const Pack<T, N>& pack) {
   if constexpr (N == kPack<T> && N > 1) {
-    store_vector(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
+    store_vector(p, words_of<uint4>(pack));
   } else {
     for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
   }
-}
-
-// 16 bytes to global memory, to which p is aligned. Beside a branch for other addresses, the compiler left to itself
-// merges the two into narrower stores for both.
-__device__ inline void store_words_global(void* p, uint4 words) {
-#ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
-               : "memory");
-#else
-  store_vector(p, words);
-#endif
 }
 
 // To global memory, whether p is aligned to the pack or not.
 template <class T, int N>
 __device__ void store_pack_global(T* p, const Pack<T, N>& pack, bool aligned) {
   if constexpr (N == kPack<T> && N > 1) {
+#ifdef __CUDA_ARCH__
+    // The compiler left to itself merges both branches into narrower stores.
     if (aligned) {
-      store_words_global(p, uint4{word_of(pack, 0), word_of(pack, 1), word_of(pack, 2), word_of(pack, 3)});
+      const uint4 words = words_of<uint4>(pack);
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                   : "memory");
       return;
     }
-  } else if constexpr (std::is_same_v<T, float> && N == 2) {
-    if (aligned) return store_vector(p, float2{pack.at[0], pack.at[1]});
+#else
+    if (aligned) return store_pack(p, pack);
+#endif
+  } else if constexpr (N == 2) {
+    using Words = std::conditional_t<sizeof(T) == 4, uint64_t, uint32_t>;
+    if (aligned) return store_vector(p, words_of<Words>(pack));
   }
   for (int k = 0; k < N; ++k) narrow(pack.at[k], p[k]);
 }

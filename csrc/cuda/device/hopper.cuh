@@ -45,20 +45,11 @@ struct Barrier {
 #endif
   }
 
-  // Arrives at the barrier that lies here in the shared memory of block `rank` of the cluster.
-  __device__ void arrive_at(unsigned rank) {
+  __device__ void arrive() {
 #ifdef __CUDACC__
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}"
-        :
-        : "r"(shared_address(&word)), "r"(rank)
-        : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(shared_address(&word)) : "memory");
 #else
-    emulator::mbarrier_arrive(&word, rank);
+    emulator::mbarrier_arrive(&word);
 #endif
   }
 
@@ -69,7 +60,7 @@ struct Barrier {
         "{\n"
         ".reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
         "}"
         :
@@ -81,7 +72,7 @@ struct Barrier {
   }
 };
 
-// Makes initialised barriers known to copies and to the cluster; a barrier of the cluster follows.
+// Makes initialised barriers known to copies; a barrier of the block follows.
 __device__ inline void fence_barrier_init() {
 #ifdef __CUDACC__
   asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
@@ -99,9 +90,9 @@ using TensorMap = emulator::TensorMap;
 inline constexpr int kSwizzleBytes = 128;  // of a row of a box, whose 16-byte chunks are permuted within 8 rows
 
 // Of a matrix: `rows` of `row_size` contiguous elements, `stride` bytes apart, copied in boxes of box_rows by 128
-// bytes; what lies beyond the matrix comes as 0. in_tf32: floats are converted to TF32 on their way.
+// bytes; what lies beyond the matrix comes as 0. Floats are converted to TF32 on their way.
 template <class T>
-TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stride, int box_rows, bool in_tf32) {
+TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stride, int box_rows) {
   TensorMap map;
 #ifdef __CUDACC__
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -124,8 +115,7 @@ TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stri
   const cuuint32_t box[] = {kSwizzleBytes / sizeof(T), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   const auto dtype = std::is_same_v<T, BFloat16>  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                      : std::is_same_v<T, Float16> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                     : in_tf32                    ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
-                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+                                                  : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
   const CUresult result =
       encode(&map, dtype, 2, const_cast<T*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -133,39 +123,20 @@ TensorMap tensor_map(const T* data, int64_t row_size, int64_t rows, int64_t stri
     throw std::runtime_error("mnist_ext: cuTensorMapEncodeTiled: CUDA error " + std::to_string(result));
   }
 #else
-  map = {data, row_size, rows, stride, box_rows, static_cast<int>(sizeof(T)), in_tf32 && sizeof(T) == 4};
+  map = {data, row_size, rows, stride, box_rows, static_cast<int>(sizeof(T))};
 #endif
   return map;
 }
 
-__device__ inline void prefetch_tensor_map(const TensorMap& map) {
+// Starts the copy of the box at (column, row) to shared memory; its bytes count at the barrier.
+__device__ inline void copy_box(void* shared, const TensorMap& map, int column, int row, Barrier& barrier) {
 #ifdef __CUDACC__
-  asm volatile("prefetch.tensormap [%0];" : : "l"(&map) : "memory");
-#endif
-}
-
-// Starts the copy of the box at (column, row) to here in the shared memory of each block of the cluster whose bit is
-// set in `blocks`, or, where none is, of this block; its bytes count at the barrier that lies there in the same block.
-__device__ inline void copy_box(void* shared, const TensorMap& map, int column, int row, Barrier& barrier,
-                                unsigned blocks) {
-#ifdef __CUDACC__
-  if (blocks == 0) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        :
-        : "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.word))
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%2, %3}], [%4], %5;"
-        :
-        : "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.word)),
-          "h"(static_cast<uint16_t>(blocks))
-        : "memory");
-  }
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :
+               : "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.word))
+               : "memory");
 #else
-  emulator::start_box_copy(shared, map, column, row, &barrier.word, blocks);
+  emulator::start_box_copy(shared, map, column, row, &barrier.word);
 #endif
 }
 
@@ -245,103 +216,57 @@ __device__ void wgmma_wait_group() {
 // One instruction each: d = a * b^T, or added to it. PTX ISA, "wgmma.mma_async": after a and b come scale-d, which says
 // whether d is added to; imm-scale-a and -b, 1; and for half dtypes imm-trans-a (of an a in shared memory, 0: its major
 // index is K) and imm-trans-b (1: b's major index is the outer one).
-template <Major kMajorB>
-__device__ void wgmma_m64n128k16_bf16(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_63 "}, %64, %65, p, 1, 1, 0, %67;\n}"
-      : MNIST_EXT_D64(0)
-      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
+template <class T, Major kMajorB>
+__device__ void wgmma_n128(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
+#define MNIST_EXT_WGMMA(types, transposed)                                                                         \
+  asm volatile(                                                                                                    \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                                 \
+      "wgmma.mma_async.sync.aligned.m64n128" types " {" MNIST_EXT_0_TO_63 "}, %64, %65, p, 1, 1" transposed ";\n}" \
+      : MNIST_EXT_D64(0)                                                                                           \
+      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer))
+  if constexpr (std::is_same_v<T, BFloat16>) MNIST_EXT_WGMMA("k16.f32.bf16.bf16", ", 0, %67");
+  if constexpr (std::is_same_v<T, Float16>) MNIST_EXT_WGMMA("k16.f32.f16.f16", ", 0, %67");
+  if constexpr (std::is_same_v<T, float>) MNIST_EXT_WGMMA("k8.f32.tf32.tf32", "");
+#undef MNIST_EXT_WGMMA
 }
-template <Major kMajorB>
-__device__ void wgmma_m64n128k16_f16(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" MNIST_EXT_0_TO_63 "}, %64, %65, p, 1, 1, 0, %67;\n}"
-      : MNIST_EXT_D64(0)
-      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
+template <class T, Major kMajorB>
+__device__ void wgmma_n256(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
+#define MNIST_EXT_WGMMA(types, transposed)                                                                            \
+  asm volatile(                                                                                                       \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                                   \
+      "wgmma.mma_async.sync.aligned.m64n256" types " {" MNIST_EXT_0_TO_127 "}, %128, %129, p, 1, 1" transposed ";\n}" \
+      : MNIST_EXT_D128                                                                                                \
+      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer))
+  if constexpr (std::is_same_v<T, BFloat16>) MNIST_EXT_WGMMA("k16.f32.bf16.bf16", ", 0, %131");
+  if constexpr (std::is_same_v<T, Float16>) MNIST_EXT_WGMMA("k16.f32.f16.f16", ", 0, %131");
+  if constexpr (std::is_same_v<T, float>) MNIST_EXT_WGMMA("k8.f32.tf32.tf32", "");
+#undef MNIST_EXT_WGMMA
 }
-__device__ inline void wgmma_m64n128k8_tf32(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_63 "}, %64, %65, p, 1, 1;\n}"
-      : MNIST_EXT_D64(0)
-      : "l"(a), "l"(b), "r"(add));
+template <class T, Major kMajorB>
+__device__ void wgmma_n128(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
+#define MNIST_EXT_WGMMA(types)                                            \
+  asm volatile(                                                           \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                        \
+      "wgmma.mma_async.sync.aligned.m64n128" types " {" MNIST_EXT_0_TO_63 \
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"                    \
+      : MNIST_EXT_D64(0)                                                  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer))
+  if constexpr (std::is_same_v<T, BFloat16>) MNIST_EXT_WGMMA("k16.f32.bf16.bf16");
+  if constexpr (std::is_same_v<T, Float16>) MNIST_EXT_WGMMA("k16.f32.f16.f16");
+#undef MNIST_EXT_WGMMA
 }
-template <Major kMajorB>
-__device__ void wgmma_m64n256k16_bf16(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_127 "}, %128, %129, p, 1, 1, 0, %131;\n}"
-      : MNIST_EXT_D128
-      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-template <Major kMajorB>
-__device__ void wgmma_m64n256k16_f16(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" MNIST_EXT_0_TO_127 "}, %128, %129, p, 1, 1, 0, %131;\n}"
-      : MNIST_EXT_D128
-      : "l"(a), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-__device__ inline void wgmma_m64n256k8_tf32(float (&d)[32][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_127 "}, %128, %129, p, 1, 1;\n}"
-      : MNIST_EXT_D128
-      : "l"(a), "l"(b), "r"(add));
-}
-template <Major kMajorB>
-__device__ void wgmma_m64n128k16_bf16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_63
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-      : MNIST_EXT_D64(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-template <Major kMajorB>
-__device__ void wgmma_m64n128k16_f16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" MNIST_EXT_0_TO_63
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"
-      : MNIST_EXT_D64(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-__device__ inline void wgmma_m64n128k8_tf32(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_63
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}"
-      : MNIST_EXT_D64(0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-template <Major kMajorB>
-__device__ void wgmma_m64n256k16_bf16(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MNIST_EXT_0_TO_127
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
-      : MNIST_EXT_D128
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-template <Major kMajorB>
-__device__ void wgmma_m64n256k16_f16(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" MNIST_EXT_0_TO_127
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"
-      : MNIST_EXT_D128
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer));
-}
-__device__ inline void wgmma_m64n256k8_tf32(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k8.f32.tf32.tf32 {" MNIST_EXT_0_TO_127
-      "}, {%128, %129, %130, %131}, %132, p, 1, 1;\n}"
-      : MNIST_EXT_D128
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+template <class T, Major kMajorB>
+__device__ void wgmma_n256(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b, int add) {
+#define MNIST_EXT_WGMMA(types)                                             \
+  asm volatile(                                                            \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"                        \
+      "wgmma.mma_async.sync.aligned.m64n256" types " {" MNIST_EXT_0_TO_127 \
+      "}, {%128, %129, %130, %131}, %132, p, 1, 1, %134;\n}"               \
+      : MNIST_EXT_D128                                                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kMajorB == Major::outer))
+  if constexpr (std::is_same_v<T, BFloat16>) MNIST_EXT_WGMMA("k16.f32.bf16.bf16");
+  if constexpr (std::is_same_v<T, Float16>) MNIST_EXT_WGMMA("k16.f32.f16.f16");
+#undef MNIST_EXT_WGMMA
 }
 #undef MNIST_EXT_D4
 #undef MNIST_EXT_D16
@@ -353,24 +278,16 @@ __device__ inline void wgmma_m64n256k8_tf32(float (&d)[32][4], const uint32_t (&
 
 // d = a * b^T, or added to it, for a of 64 rows and b of 8 * kTiles, both 32 bytes of K: 16 elements of a half dtype,
 // or 8 floats, of which the instruction drops what TF32 has no bits for, and which must lie along K. Four warps
-// together. a: a descriptor, with K as its major index; or fragments, of which each warp holds 16 rows as for mma. Lane
-// 4 r + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1]) and r + 8 (d[j][2],
-// d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group.
+// together. a: a descriptor, with K as its major index; or, of a half dtype, fragments, of which each warp holds 16
+// rows as for mma. Lane 4 r + c of warp w holds columns 8 j + 2 c and 8 j + 2 c + 1 of rows 16 w + r (d[j][0], d[j][1])
+// and r + 8 (d[j][2], d[j][3]). Nothing of d, a and b may be touched until wgmma_wait_group.
 template <class T, Major kMajorB, int kTiles, class A>
 __device__ void wgmma(float (&d)[kTiles][4], const A& a, uint64_t b, bool add) {
   static_assert(kTiles == 16 || kTiles == 32);
-  static_assert(sizeof(T) == 2 || kMajorB == Major::k);
+  static_assert(sizeof(T) == 2 || (kMajorB == Major::k && std::is_same_v<A, uint64_t>));
 #ifdef __CUDACC__
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if constexpr (kTiles == 16) wgmma_m64n128k16_bf16<kMajorB>(d, a, b, add);
-    if constexpr (kTiles == 32) wgmma_m64n256k16_bf16<kMajorB>(d, a, b, add);
-  } else if constexpr (std::is_same_v<T, Float16>) {
-    if constexpr (kTiles == 16) wgmma_m64n128k16_f16<kMajorB>(d, a, b, add);
-    if constexpr (kTiles == 32) wgmma_m64n256k16_f16<kMajorB>(d, a, b, add);
-  } else {
-    if constexpr (kTiles == 16) wgmma_m64n128k8_tf32(d, a, b, add);
-    if constexpr (kTiles == 32) wgmma_m64n256k8_tf32(d, a, b, add);
-  }
+  if constexpr (kTiles == 16) wgmma_n128<T, kMajorB>(d, a, b, add);
+  if constexpr (kTiles == 32) wgmma_n256<T, kMajorB>(d, a, b, add);
 #else
   emulator::wgmma<T>(&d[0][0], kTiles, a, b, add, kMajorB == Major::outer);
 #endif

@@ -6,6 +6,6 @@ namespace mnist_ext::cuda {
 
 template bool has_wgmma<BFloat16>();
 template void launch_mma(const Product<BFloat16>&, const Plan&, const Epilogue<BFloat16>&, cudaStream_t);
-template void launch_wgmma(const Product<BFloat16>&, const Plan&, const Epilogue<BFloat16>&, void*, cudaStream_t);
+template void launch_wgmma(const Product<BFloat16>&, const Plan&, const Epilogue<BFloat16>&, cudaStream_t);
 
 }  // namespace mnist_ext::cuda

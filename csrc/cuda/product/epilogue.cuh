@@ -30,7 +30,7 @@ struct Epilogue {
 
   int64_t M, N;
   const T* bias;  // or null
-  bool relu;
+  bool relu, accumulate;
   const T* c_mask;  // as c: where it is <= 0, C is 0; or null
   bool aligned;     // whether every row of c, and of its mask, begins at a multiple of 16 bytes
   T* c;
@@ -66,6 +66,7 @@ Epilogue<T> epilogue_of(const Product<T>& p, int splits, void* workspace) {
           .N = p.c ? p.N : 0,
           .bias = p.bias,
           .relu = p.relu,
+          .accumulate = p.accumulate,
           .c_mask = p.c_mask,
           .aligned = elements_past_alignment(p.c) == 0 && elements_past_alignment(p.c_mask) == 0 && p.N % kPack<T> == 0,
           .c = p.c,
@@ -88,21 +89,17 @@ __device__ Pack<ComputeType<T>, N> bias_at(const Epilogue<T>& epilogue, int64_t 
   return bias;
 }
 
-// A sum as it is stored, before the rounding. NaN stays NaN.
-template <class T>
-__device__ ComputeType<T> finished(const Epilogue<T>& epilogue, ComputeType<T> sum, ComputeType<T> bias) {
-  sum += bias;
-  return epilogue.relu && sum <= 0 ? ComputeType<T>(0) : sum;
-}
-
-// N neighbours in a row of C, if they are inside; column is a multiple of N. All of K has been summed.
+// N neighbours in a row of C, if they are inside; column is a multiple of N. All of K has been summed. NaN stays NaN.
 template <class T, int N>
 __device__ void store_finished(const Epilogue<T>& epilogue, int64_t row, int64_t column,
                                const Pack<ComputeType<T>, N>& sums, const Pack<ComputeType<T>, N>& bias) {
   if (row >= epilogue.M || column >= epilogue.N) return;
   Pack<T, N> finals;
 #pragma unroll
-  for (int i = 0; i < N; ++i) finals.at[i] = finished(epilogue, sums.at[i], bias.at[i]);
+  for (int i = 0; i < N; ++i) {
+    const ComputeType<T> sum = sums.at[i] + bias.at[i];
+    finals.at[i] = epilogue.relu && sum <= 0 ? 0 : sum;
+  }
   T* place = epilogue.c + row * epilogue.N + column;
   if (epilogue.c_mask) {
     const T* mask = epilogue.c_mask + (place - epilogue.c);
@@ -110,6 +107,10 @@ __device__ void store_finished(const Epilogue<T>& epilogue, int64_t row, int64_t
     for (int i = 0; i < N; ++i) {
       if (column + i < epilogue.N && widen(mask[i]) <= 0) finals.at[i] = 0;
     }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (epilogue.accumulate && column + i < epilogue.N) finals.at[i] += widen(place[i]);
   }
   if (column + N <= epilogue.N) return store_pack_global(place, finals, epilogue.aligned);
 #pragma unroll
@@ -127,12 +128,18 @@ __device__ void store_sums(const Epilogue<T>& epilogue, int split, int64_t row, 
 }
 
 template <class T>
+__device__ void store_finished_row_sum(const Epilogue<T>& epilogue, int64_t row, double sum) {
+  const auto before = epilogue.accumulate ? widen(epilogue.row_sums[row]) : 0;
+  narrow(static_cast<ComputeType<T>>(sum) + before, epilogue.row_sums[row]);
+}
+
+template <class T>
 __device__ void store_row_sum(const Epilogue<T>& epilogue, int split, int64_t row, double sum) {
   if (row >= epilogue.M) return;
   if (epilogue.partial) {
     epilogue.partial_row_sums[split * epilogue.M + row] = sum;
   } else {
-    narrow(static_cast<ComputeType<T>>(sum), epilogue.row_sums[row]);
+    store_finished_row_sum(epilogue, row, sum);
   }
 }
 
@@ -162,7 +169,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_splits_kernel(const Epi
     for (int split = 0; split < epilogue.splits; ++split) {
       sum += epilogue.partial_row_sums[split * epilogue.M + i - vectors];
     }
-    narrow(static_cast<S>(sum), epilogue.row_sums[i - vectors]);
+    store_finished_row_sum(epilogue, i - vectors, sum);
   }
 }
 
@@ -220,68 +227,10 @@ __device__ void store_row_sums(const Epilogue<T>& epilogue, int split, const Row
   }
 }
 
-// Words of lanes 4 r to 4 r + 3 as a matrix, transposed: lane 4 r + c gets word c of each, in the order of the lanes.
-__device__ inline void transpose_among_four(uint32_t (&word)[4], int lane) {
-  const auto exchange = [&](int i, int j, int distance) {
-    const bool upper = lane & distance;
-    const uint32_t received = __shfl_xor_sync(kAllLanes, upper ? word[i] : word[j], distance);
-    word[i] = upper ? received : word[i];
-    word[j] = upper ? word[j] : received;
-  };
-  exchange(0, 1, 1);
-  exchange(2, 3, 1);
-  exchange(0, 2, 2);
-  exchange(1, 3, 2);
-}
-
-// As store_fragments, of a half dtype and the whole of K: 16 bytes from every lane, 64 contiguous.
-template <class Half, int kTiles>
-__device__ void store_half_fragments(const Epilogue<Half>& epilogue, const float (&sum)[kTiles][4], int64_t row,
-                                     int64_t column) {
-  static_assert(kTiles % 4 == 0);
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int four = 0; four < kTiles; four += 4) {
-    Pack<float, 2> bias[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) bias[k] = bias_at<Half, 2>(epilogue, column + 8 * (four + k) + 2 * (lane % 4));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t word[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float (&pair)[4] = sum[four + k];
-        word[k] = word_of<Half>(finished(epilogue, pair[2 * half], bias[k].at[0]),
-                                finished(epilogue, pair[2 * half + 1], bias[k].at[1]));
-      }
-      transpose_among_four(word, lane);
-      const int64_t i = row + lane / 4 + 8 * half, j = column + 8 * (four + lane % 4);
-      if (i >= epilogue.M || j >= epilogue.N) continue;
-      Half* place = epilogue.c + i * epilogue.N + j;
-      const Half* mask = epilogue.c_mask ? epilogue.c_mask + (place - epilogue.c) : nullptr;
-      if (epilogue.aligned) {
-        uint4 words = {word[0], word[1], word[2], word[3]};
-        if (mask) words = behind_mask<Half>(words, load_vector<uint4>(mask));
-        store_words_global(place, words);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const bool closed = mask && j + k < epilogue.N && widen(mask[k]) <= 0;
-          const auto bits = static_cast<uint16_t>(word[k / 2] >> (16 * (k % 2)));
-          if (j + k < epilogue.N) place[k].bits = closed ? uint16_t{0} : bits;
-        }
-      }
-    }
-  }
-}
-
 // The warp's 16 rows of 8 * kTiles columns from (row, column) on. Called by whole warps.
 template <class T, int kTiles>
 __device__ void store_fragments(const Epilogue<T>& epilogue, int split, const float (&sum)[kTiles][4], int64_t row,
                                 int64_t column) {
-  if constexpr (sizeof(T) == 2) {
-    if (!epilogue.partial) return store_half_fragments(epilogue, sum, row, column);
-  }
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {

@@ -75,7 +75,7 @@ template <class T, Major kMajorA, Major kMajorB, int kSide>
 struct MmaKernel {
   using A = MmaOperandTile<T, kMajorA, kSide>;
   using B = MmaOperandTile<T, kMajorB, kSide>;
-  using Ring = OperandRing<T, A, B, 4, 3>;  // with a mask, stages are larger
+  using Ring = OperandRing<T, A, B>;
   static constexpr int kWarpSide = kSide / 2;
   static constexpr int kFragmentsA = kWarpSide / 16, kFragmentsB = kWarpSide / 8;
 
@@ -150,8 +150,7 @@ void launch_mma(const Product<T>& product, const Plan& plan, const Epilogue<T>& 
     const auto start = [&]<int kSide>() {
       using Ring = typename MmaKernel<T, kMajorA, kMajorB, kSide>::Ring;
       launch("product mma", product_mma_kernel<T, kMajorA, kMajorB, kSide>,
-             Shape{blocks_of(plan), kTileThreads, 1, Ring::shared_bytes(product.relu_mask.data != nullptr)}, stream,
-             work);
+             Shape{blocks_of(plan), kTileThreads, Ring::shared_bytes(product.relu_mask.data != nullptr)}, stream, work);
     };
     plan.tile == 1 ? start.template operator()<128>() : start.template operator()<64>();
   });

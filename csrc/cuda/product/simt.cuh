@@ -10,20 +10,16 @@
 namespace mnist_ext::cuda {
 
 // A block's tile of C is kM x kN; a thread's, kThreadM x kThreadN of it.
-template <int kM_, int kN_, int kThreadM_, int kThreadN_, int kBlocksPerSm_, bool kWholeChunks_>
+template <int kM_, int kN_, int kThreadM_, int kThreadN_, int kBlocksPerSm_>
 struct SimtTile {
   static constexpr int kM = kM_, kN = kN_, kThreadM = kThreadM_, kThreadN = kThreadN_;
-  static constexpr int kBlocksPerSm = kBlocksPerSm_;   // at least: the registers are limited to that
-  static constexpr bool kWholeChunks = kWholeChunks_;  // no registers to spare for copying single elements
+  static constexpr int kBlocksPerSm = kBlocksPerSm_;  // at least: the registers are limited to that
   static_assert(kM / kThreadM * (kN / kThreadN) == kTileThreads);
 };
 
-// 8 x 16 products for 24 numbers read: shared memory is 3/8 as busy as the multipliers. Two such blocks of 128 threads
-// with 255 registers each share a multiprocessor, so that one multiplies while the other waits at its barrier.
-using LargeTile = SimtTile<128, 128, 8, 16, 2, true>;
-template <class S>  // doubles take twice the registers
-using MediumTile = SimtTile<64, 64, 8, 4, sizeof(S) == 8 ? 2 : 4, false>;
-using SmallTile = SimtTile<32, 64, 4, 4, 4, false>;
+template <class T>  // doubles take twice the registers
+using LargeTile = SimtTile<64, 64, 8, 4, sizeof(T) == 8 ? 2 : 4>;
+using SmallTile = SimtTile<32, 64, 4, 4, 4>;
 
 // How kOuter rows of one operand lie in shared memory during one step.
 template <class T, int kOuter_, Major kMajor_>
@@ -166,7 +162,7 @@ struct SimtKernel {
   using Results = ThreadTile<T, Tile, kMajorA, kMajorB>;
   using A = typename Results::A;
   using B = typename Results::B;
-  using Ring = OperandRing<T, A, B, 3, 3, Tile::kWholeChunks>;
+  using Ring = OperandRing<T, A, B>;
 
   static constexpr int shared_bytes(bool masked, bool sums_rows) {
     return Ring::shared_bytes(masked) + (sums_rows ? Tile::kM * static_cast<int>(sizeof(double)) : 0);
@@ -174,7 +170,7 @@ struct SimtKernel {
 
   __device__ static void run(const TiledWork<T>& work) {
     const Epilogue<T>& epilogue = work.epilogue;
-    TileShare share = share_of(work.tiling, static_cast<int>(blockIdx.x));
+    const TileShare share = share_of(work.tiling, static_cast<int>(blockIdx.x));
     const bool sums_row = epilogue.row_sums && share.column == 0 && threadIdx.x < Tile::kM;
     // In shared memory, as registers are scarce; each thread uses its own alone.
     char* const shared = shared_memory();
@@ -187,8 +183,7 @@ struct SimtKernel {
     Ring::for_each_step(work, share, shared, [&](const char* a_bytes, const char* b_bytes) {
       const T *a = reinterpret_cast<const T*>(a_bytes), *b = reinterpret_cast<const T*>(b_bytes);
       if (sums_row) {
-        int row = threadIdx.x;
-        forget(row);
+        const int row = threadIdx.x;
         S sum = 0;
 #pragma unroll 4
         for (int k = 0; k < A::kK; ++k) sum += widen(a[A::offset(row, k)]);
@@ -197,13 +192,8 @@ struct SimtKernel {
       results.add_step(a, b);
     });
 
-    int block = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
-    forget(block);
-    forget(thread);
-    results.place(thread);
-    share = share_of(work.tiling, block);
     const int64_t first_row = int64_t{share.row} * Tile::kM, first_column = int64_t{share.column} * Tile::kN;
-    if (sums_row) store_row_sum(epilogue, share.split, first_row + thread, row_sums[thread]);
+    if (sums_row) store_row_sum(epilogue, share.split, first_row + threadIdx.x, row_sums[threadIdx.x]);
     constexpr int kVector = Results::kVector;
 #pragma unroll
     for (int i = 0; i < Tile::kThreadM; ++i) {

@@ -61,7 +61,7 @@ inline constexpr int kTileThreads = 128;  // of a block
 template <class T>
 struct Source {
   Operand<T> operand;
-  int copy_bytes;  // of one asynchronous copy: 16, or less as alignment and strides allow, or 0: element by element
+  bool in_chunks;  // whether alignment and strides allow copies of 16 bytes
 };
 
 // For tiles with this major index, whichever the operand's own is.
@@ -69,13 +69,7 @@ template <class T>
 Source<T> source_of(const Operand<T>& operand, Major major) {
   const int64_t unit = major == Major::k ? operand.k_stride : operand.outer_stride;
   const int64_t other = major == Major::k ? operand.outer_stride : operand.k_stride;
-  const auto aligned = [&](int bytes) {
-    return unit == 1 && reinterpret_cast<uintptr_t>(operand.data) % bytes == 0 &&
-           other * static_cast<int64_t>(sizeof(T)) % bytes == 0;
-  };
-  if (aligned(kChunk)) return {operand, kChunk};
-  if (sizeof(T) >= 4) return {operand, sizeof(T)};
-  return {operand, aligned(4) ? 4 : 0};
+  return {operand, unit == 1 && elements_past_alignment(operand.data) == 0 && other % kPack<T> == 0};
 }
 
 // The arguments of a kernel.
@@ -88,8 +82,8 @@ struct TiledWork {
 
 // Brings the tiles of an operand into shared memory, one after the other along K. A Tile has kRows rows of
 // kChunksOfRow chunks along its kMajor index; Tile::row_of(slot) is the row that lies at a slot, Tile::place(slot,
-// chunk) where. kWholeChunks: there is no code for smaller copies, which takes registers.
-template <class T, class Tile, bool kWholeChunks>
+// chunk) where.
+template <class T, class Tile>
 class TileLoader {
   static constexpr bool kByK = Tile::kMajor == Major::k;
   static constexpr int kChunkSize = kPack<T>;
@@ -110,16 +104,16 @@ class TileLoader {
   // Starts the copies of the next tile, of which k are inside; the rest is filled with 0.
   __device__ void load(char* tile, int k) {
     const int64_t stride = kByK ? source_.operand.outer_stride : source_.operand.k_stride;
-    if (kWholeChunks || source_.copy_bytes == kChunk) {
+    if (source_.in_chunks) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         cp_async<kChunk>(place(tile, pass), from_ + rows_beyond(pass) * stride,
                          size(pass, k) * static_cast<int>(sizeof(T)));
       }
-    } else if constexpr (!kWholeChunks) {
+    } else {
 #pragma unroll 1
       for (int pass = 0; pass < kPasses; ++pass) {
-        load_parts(place(tile, pass), from_ + rows_beyond(pass) * stride, size(pass, k));
+        load_elements(place(tile, pass), from_ + rows_beyond(pass) * stride, size(pass, k));
       }
     }
     from_ += Tile::kK * source_.operand.k_stride;
@@ -153,25 +147,23 @@ class TileLoader {
     return left < 0 ? 0 : left < kChunkSize ? left : kChunkSize;
   }
 
-  __device__ void load_parts(char* to, const T* from, int size) const {
+  __device__ void load_elements(char* to, const T* from, int size) const {
     const int64_t next = kByK ? source_.operand.k_stride : source_.operand.outer_stride;
-    if (source_.copy_bytes != 0) {
-      constexpr int kBytes = sizeof(T) < 4 ? 4 : sizeof(T), kSize = kBytes / sizeof(T);
+    if constexpr (sizeof(T) >= 4) {
 #pragma unroll
-      for (int i = 0; i < kChunkSize; i += kSize) {
-        const int left = size - i, valid = left < 0 ? 0 : left < kSize ? left : kSize;
-        cp_async<kBytes>(to + i * sizeof(T), from + i * next, valid * static_cast<int>(sizeof(T)));
+      for (int i = 0; i < kChunkSize; ++i) {
+        cp_async<sizeof(T)>(to + i * sizeof(T), from + i * next, i < size ? sizeof(T) : 0);
       }
-      return;
-    }
-    T elements[kChunkSize] = {};
+    } else {
+      T elements[kChunkSize] = {};
 #pragma unroll
-    for (int i = 0; i < kChunkSize; ++i) {
-      if (i < size) elements[i] = from[i * next];
+      for (int i = 0; i < kChunkSize; ++i) {
+        if (i < size) elements[i] = from[i * next];
+      }
+      uint4 bits;
+      memcpy(&bits, elements, sizeof bits);
+      store_vector(to, bits);
     }
-    uint4 bits;
-    memcpy(&bits, elements, sizeof bits);
-    store_vector(to, bits);
   }
 
   const Source<T>& source_;
@@ -181,11 +173,13 @@ class TileLoader {
 
 // The steps of K that a block multiplies: a ring of stages, each with a tile of A, one of B and, where there is one, of
 // A's ReLU mask.
-template <class T, class TileA, class TileB, int kStages, int kMaskedStages, bool kWholeChunks = false>
+template <class T, class TileA, class TileB>
 class OperandRing {
+  static constexpr int kStages = 3;
+
  public:
   __host__ __device__ static constexpr int shared_bytes(bool masked) {
-    return masked ? kMaskedStages * (2 * TileA::kBytes + TileB::kBytes) : kStages * (TileA::kBytes + TileB::kBytes);
+    return kStages * (TileA::kBytes + TileB::kBytes + (masked ? TileA::kBytes : 0));
   }
 
   // Calls multiply(tile of A behind its mask, tile of B) for each step of the share, when these are there for all
@@ -194,12 +188,11 @@ class OperandRing {
   __device__ static void for_each_step(const TiledWork<T>& work, const TileShare& share, char* shared,
                                        const Multiply& multiply) {
     const bool masked = work.relu_mask.operand.data != nullptr;
-    const int stages = masked ? kMaskedStages : kStages;
     const int stage_bytes = TileA::kBytes + TileB::kBytes + (masked ? TileA::kBytes : 0);
     const int64_t row = int64_t{share.row} * TileA::kOuter, column = int64_t{share.column} * TileB::kOuter;
     const int64_t M = work.epilogue.M, N = work.epilogue.N;
-    TileLoader<T, TileA, kWholeChunks> a(work.a, M, row, share.first_k), mask(work.relu_mask, M, row, share.first_k);
-    TileLoader<T, TileB, kWholeChunks> b(work.b, N, column, share.first_k);
+    TileLoader<T, TileA> a(work.a, M, row, share.first_k), mask(work.relu_mask, M, row, share.first_k);
+    TileLoader<T, TileB> b(work.b, N, column, share.first_k);
     const int steps = static_cast<int>(ceil_div(share.K, TileA::kK));
     const int last_k = static_cast<int>(share.K - int64_t{steps - 1} * TileA::kK);  // of the last step
     const auto start = [&](int step, char* to) {
@@ -212,18 +205,18 @@ class OperandRing {
       cp_async_commit();  // an empty group at the end, so that the number of groups is that of steps
     };
 #pragma unroll 1
-    for (int i = 0; i < stages - 1; ++i) start(i, shared + i * stage_bytes);
-    int at = 0, last = (stages - 1) * stage_bytes;  // in the ring, in bytes
+    for (int i = 0; i < kStages - 1; ++i) start(i, shared + i * stage_bytes);
+    int at = 0, last = (kStages - 1) * stage_bytes;  // in the ring, in bytes
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      masked ? cp_async_wait<kMaskedStages - 2>() : cp_async_wait<kStages - 2>();
+      cp_async_wait<kStages - 2>();
       char* tiles = shared + at;
       if (masked) a.apply_mask(tiles, tiles + TileA::kBytes + TileB::kBytes);
       __syncthreads();  // the step is there for all, and all are through with the one before it, whose place is free
-      start(step + stages - 1, shared + last);
+      start(step + kStages - 1, shared + last);
       multiply(tiles, tiles + TileA::kBytes);
       last = at;
-      at = at == (stages - 1) * stage_bytes ? 0 : at + stage_bytes;
+      at = at == (kStages - 1) * stage_bytes ? 0 : at + stage_bytes;
     }
     cp_async_wait<0>();  // of empty groups
   }
