@@ -400,9 +400,7 @@ def _linear_and_pytorchs_op(
     return _of_pytorchs_op(weight, options, logits, target)
 
 
-def as_one_layer(
-    linear_weight: Tensor, linear_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def as_one_layer(linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return a weight [C, d1, ..., in] as [C * d1 * ..., in], and its bias."""
     if linear_weight.dim() == 2:
         return linear_weight, linear_bias

@@ -315,9 +315,7 @@ def _check_head(
             )
 
     shape, outputs = list(linear_weight.shape), list(linear_weight.shape[:-1])
-    check(
-        input.dim() in (1, 2), "input", "[in_features] or [N, in_features]", list(input.shape)
-    )
+    check(input.dim() in (1, 2), "input", "[in_features] or [N, in_features]", list(input.shape))
     check(
         linear_weight.dim() >= 2,
         "linear_weight",

@@ -24,7 +24,7 @@ class Case:
     """One way to call an op."""
 
     name: str
-    op: str  # "linear", "mlp" or "cross_entropy"
+    op: str  # "linear", "mlp", "cross_entropy" or "linear_cross_entropy"
     make: Callable[[torch.dtype], list[Tensor | None]] = field(repr=False)
     options: dict[str, Any]
     differentiable: tuple[int, ...]  # which of the tensors can have a gradient
@@ -44,11 +44,22 @@ class Case:
     def ours(self, *tensors: Tensor | None) -> Tensor:
         if self.op == "mlp":
             return functional.mlp(tensors[0], self.layers(*tensors))
+        if self.op == "linear_cross_entropy":
+            *tensors, linear_bias, weight = tensors
+            head = {"linear_bias": linear_bias, "weight": weight}
+            return functional.linear_cross_entropy(*tensors, **head, **self.options)
         return getattr(functional, self.op)(*tensors, **self.options)
 
     def torchs(self, *tensors: Tensor | None) -> Tensor:
         if self.op == "cross_entropy":
             return F.cross_entropy(*tensors, **self.options)
+        if self.op == "linear_cross_entropy":
+            input, linear_weight, target, linear_bias, weight = tensors
+            bias = None if linear_bias is None else linear_bias.flatten()
+            logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+            logits = logits.unflatten(-1, linear_weight.shape[:-1])
+            options = {key: value for key, value in self.options.items() if value is not None}
+            return F.cross_entropy(logits, target, weight, **options)
         if self.op == "linear":
             layers = [(*tensors[1:], self.options["activation"])]
         else:
@@ -239,7 +250,63 @@ MLP = [
     _mlp_case((9, 7), (40, 3, 64, 5, 9, 2), (True,) * 6, ("relu",) * 6),
 ]
 
-CASES = [*LINEAR, *MLP, *CROSS_ENTROPY]
+
+def _head_case(shape, outputs, kind, bias, weighted, smoothing, ignore_index, reduction) -> Case:
+    strided = kind == "int32"
+
+    def make(dtype):
+        weight = _tensor((*outputs, shape[-1]), dtype, strided)
+        rows = shape[:-1]
+        if kind == "probabilities":
+            target = torch.rand(*rows, *outputs).softmax(len(rows)).to(dtype)
+        else:
+            target = torch.randint(0, outputs[0], (*rows, *outputs[1:]), dtype=getattr(torch, kind))
+            target.flatten()[1::4] = 2 if ignore_index is None else ignore_index
+        return [
+            _tensor(shape, dtype, strided),
+            weight,
+            target,
+            torch.randn(outputs).to(dtype) if bias else None,
+            (torch.rand(outputs[0]) + 0.1).to(dtype) if weighted else None,
+        ]
+
+    names = [
+        "x".join(map(str, shape)),
+        "x".join(map(str, outputs)),
+        kind,
+        *(["bias"] if bias else []),
+        *(["weight"] if weighted else []),
+        *([f"smoothing_{smoothing}"] if smoothing else []),
+        *([f"ignore_{ignore_index}"] if ignore_index is not None else []),
+        reduction,
+    ]
+    return Case(
+        name="-".join(names),
+        op="linear_cross_entropy",
+        make=make,
+        options={
+            "reduction": reduction,
+            "label_smoothing": smoothing,
+            "ignore_index": ignore_index,
+        },
+        differentiable=(0, 1, 2, 3) if kind == "probabilities" else (0, 1, 3),
+    )
+
+
+# 140 rows are many blocks on the emulated CUDA kernels.
+HEADS = [
+    _head_case(shape, outputs, kind, bias, weighted, smoothing, ignore_index, reduction)
+    for (shape, outputs), kind, (bias, weighted), smoothing, reduction in itertools.product(
+        [((6, 3), (5,)), ((3,), (5,)), ((140, 7), (40,)), ((7, 3), (4, 2, 3)), ((5, 0), (4,))],
+        ("int64", "probabilities"),
+        ((False, False), (True, True)),
+        (0.0, 0.3),
+        REDUCTIONS,
+    )
+    for ignore_index in [None if kind == "probabilities" or bias else 2]
+]
+
+CASES = [*LINEAR, *MLP, *CROSS_ENTROPY, *HEADS]
 
 # For what takes long, and depends on the Python around the kernels more than on every combination:
 # each layout, kind, option and activation at least once.
@@ -248,6 +315,7 @@ FEW = [
     _linear_case((3,), False, "none", False),
     _linear_case((2, 3, 3), True, "none", True),
     *MLP[:3],
+    *HEADS[1:58:7],
     *(
         _cross_entropy_case(layout, *rest)
         for layout, rest in zip(

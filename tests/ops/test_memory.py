@@ -40,6 +40,34 @@ def test_large_results_ask_for_huge_pages():
     assert run.stdout.split() == ["True", "False"]
 
 
+PEAK = """
+import resource, torch
+from mnist_ext import functional
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+torch.set_num_threads(2)
+input, weight = (torch.randn(n, 16, requires_grad=True) for n in (4096, 128256))
+input.grad, weight.grad = torch.ones_like(input), torch.ones_like(weight)  # what remains
+target = torch.randint(0, 128256, (4096,))
+functional.linear_cross_entropy(input[:1], weight[:9], target[:1] % 9).backward()
+input.grad = weight.grad = None
+spare = torch.ones_like(weight), torch.ones_like(input)
+before = peak()
+del spare
+functional.linear_cross_entropy(input, weight, target).backward()
+print((peak() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for the peak in KiB")
+def test_logits_are_never_in_memory():
+    """Of 2.1 GB, and as much for their gradient, at most 32 MiB."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 32
+
+
 OUT_OF_MEMORY = """
 import resource, sys, torch, mnist_ext
 op = torch.ops.mnist_ext

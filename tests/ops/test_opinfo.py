@@ -14,12 +14,18 @@ pytestmark = pytest.mark.usefixtures("every_kernel")
 OPS = {
     op.name: (op, getattr(functional, op.name.removeprefix("nn.functional.")))
     for op in op_db
-    if op.name in ("nn.functional.linear", "nn.functional.cross_entropy")
+    if op.name
+    in (
+        "nn.functional.linear",
+        "nn.functional.cross_entropy",
+        "nn.functional.linear_cross_entropy",  # from torch 2.13 on
+    )
+    and not op.variant_test_name
 }
 MODULES = {
     info.name: (info, getattr(mnist_ext.nn, info.name.removeprefix("nn.")))
     for info in module_db
-    if info.name in ("nn.Linear", "nn.CrossEntropyLoss")
+    if info.name in ("nn.Linear", "nn.CrossEntropyLoss", "nn.LinearCrossEntropyLoss")
 }
 
 

@@ -1,0 +1,211 @@
+"""The head of a classifier, linear and cross-entropy in one op, where it is more than both.
+
+What it shares with every other op is tested from the cases of op_cases.py.
+"""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import assert_as_accurate
+
+import mnist_ext
+from mnist_ext import functional
+
+REDUCTIONS = ["mean", "sum", "none"]
+head = functional.linear_cross_entropy
+
+
+def two_ops(input, linear_weight, target, *, linear_bias=None, **options):
+    return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+
+
+def value_and_gradients(op, tensors, target, **options):
+    """Of (input, linear_weight, linear_bias)."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    input, linear_weight, linear_bias = leaves
+    loss = op(input, linear_weight, target, linear_bias=linear_bias, **options)
+    torch.manual_seed(1)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.randn_like(loss))]
+
+
+def tensors_of(rows, features, classes, dtype=torch.float32):
+    tensors = [
+        torch.randn(rows, features),
+        torch.randn(classes, features) / features**0.5,
+        torch.randn(classes),
+    ]
+    return [t.to(dtype) for t in tensors], torch.randint(0, classes, (rows,))
+
+
+@pytest.mark.cpu_only("blocks of the CPU's size; the emulated kernels' are small in every case")
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_error_of_several_blocks(device, reduction, label_smoothing):
+    """At most PyTorch's, and a tenth; with smoothing logits and gradients have a place each."""
+    tensors, target = tensors_of(2500, 24, 1100)
+    target[::7] = -100
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    ours = value_and_gradients(head, tensors, target, **options)
+    torchs = value_and_gradients(two_ops, tensors, target, **options)
+    truth = value_and_gradients(two_ops, [t.double() for t in tensors], target, **options)
+    assert_as_accurate(ours, torchs, truth, factor=1.1)
+
+
+@pytest.mark.cpu_only("too many rows for the emulator")
+def test_error_does_not_grow_with_the_number_of_rows():
+    tensors, target = tensors_of(1_000_000, 4, 8)
+    ours = value_and_gradients(head, tensors, target)
+    torchs = value_and_gradients(two_ops, tensors, target)
+    truth = value_and_gradients(two_ops, [t.double() for t in tensors], target)
+    assert_as_accurate(ours, torchs, truth)
+
+
+@pytest.mark.parametrize("rows", [1, 48])
+def test_one_block_is_the_bits_of_both_ops(rows):
+    tensors, target = tensors_of(rows, 64, 10)
+
+    def ours(input, linear_weight, target, *, linear_bias):
+        logits = functional.linear(input, linear_weight, linear_bias)
+        return functional.cross_entropy(logits, target)
+
+    both = value_and_gradients(ours, tensors, target)
+    for a, b in zip(value_and_gradients(head, tensors, target), both, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_twice(reduction):
+    """The second one forms the gradients again."""
+    tensors, target = tensors_of(33, 8, 20)
+    leaves = [t.requires_grad_() for t in tensors]
+    loss = head(*leaves[:2], target, linear_bias=leaves[2], reduction=reduction)
+    grad_output = torch.full_like(loss, 0.5)
+    first = torch.autograd.grad(loss, leaves, grad_output, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves, grad_output)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_what_is_wanted(wanted, reduction):
+    tensors, target = tensors_of(33, 8, 20)
+    truth = [t.clone().requires_grad_() for t in tensors]
+    two_ops(*truth[:2], target, linear_bias=truth[2]).backward()
+    for i in wanted:
+        tensors[i].requires_grad_()
+    loss = head(*tensors[:2], target, linear_bias=tensors[2], reduction=reduction).mean()
+    loss.backward()
+    for i, (tensor, true) in enumerate(zip(tensors, truth, strict=True)):
+        if i in wanted:
+            torch.testing.assert_close(tensor.grad, true.grad, rtol=1e-5, atol=1e-7)
+        else:
+            assert tensor.grad is None
+
+
+def test_weight_shared_with_an_embedding():
+    weight = torch.randn(20, 8, requires_grad=True)
+    tokens, target = torch.randint(0, 20, (33,)), torch.randint(0, 20, (33,))
+    grads = [
+        torch.autograd.grad(op(F.embedding(tokens, weight), weight, target), weight)[0]
+        for op in (head, two_ops)
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cpu_only("CUDA ends the kernel, as in cross_entropy")
+def test_a_class_out_of_range():
+    tensors, target = tensors_of(33, 8, 20)
+    target[17] = 20
+    message = (
+        r"linear_cross_entropy: target: .* \[0, 20\) or ignore_index = -100, got 20 at position 17"
+    )
+    with pytest.raises(IndexError, match=message):
+        head(*tensors[:2], target)
+
+
+def extended(input, linear_weight, target, linear_bias, softcap, z_loss, reduction, ignored=-100):
+    """Compute the definition of softcap and z_loss: the loss and the log-sum-exp."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lse = logits.logsumexp(1)
+    loss = F.cross_entropy(logits, target, reduction=reduction, ignore_index=ignored)
+    squares = z_loss * lse.square() * (target != ignored)
+    if reduction == "mean":
+        return loss + squares.sum() / (target != ignored).sum(), lse
+    return loss + (squares.sum() if reduction == "sum" else squares), lse
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_softcap_z_loss_and_return_lse(softcap, z_loss, reduction):
+    tensors, target = tensors_of(6, 3, 4, torch.float64)
+    target[2] = -100
+    options = {"softcap": softcap, "z_loss": z_loss, "reduction": reduction}
+
+    def ours(input, linear_weight, linear_bias):
+        bias = {"linear_bias": linear_bias}
+        return head(input, linear_weight, target, **bias, **options, return_lse=True)
+
+    expected = extended(*tensors[:2], target, tensors[2], **options)
+    torch.testing.assert_close(ours(*tensors), expected)
+    torch.testing.assert_close(
+        head(*tensors[:2], target, linear_bias=tensors[2], **options), expected[0]
+    )
+    assert torch.autograd.gradcheck(ours, [t.requires_grad_() for t in tensors])
+
+
+def test_module_is_pytorchs(device):
+    """Names of parameters, and with the same ones the same loss."""
+    torch.manual_seed(0)
+    ours = mnist_ext.nn.LinearCrossEntropyLoss(5, 10, out_features=(4, 3), bias=True)
+    assert {k: list(v.shape) for k, v in ours.state_dict().items()} == {
+        "linear.weight": [120, 5],
+        "linear.bias": [120],
+    }
+    input, target = torch.randn(2, 5), torch.randint(0, 10, (2, 4, 3))
+    logits = F.linear(input, ours.linear.weight, ours.linear.bias).unflatten(1, (10, 4, 3))
+    torch.testing.assert_close(ours(input, target), F.cross_entropy(logits, target))
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(5, 10, out_features=(4, 3), bias=True)
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(input, target), theirs(input, target))
+        assert repr(theirs).split("(")[0] == repr(ours).split("(")[0]
+
+
+def test_arguments_are_pytorchs():
+    """In name, order, kind and default; ours alone come behind them."""
+    theirs = getattr(F, "linear_cross_entropy", None)
+    if theirs is None:
+        pytest.skip("torch.nn.functional.linear_cross_entropy came with torch 2.13")
+    expected = [(p.name, p.kind, p.default) for p in inspect.signature(theirs).parameters.values()]
+    ours = [(p.name, p.kind, p.default) for p in inspect.signature(head).parameters.values()]
+    assert ours[: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.zeros(2, 3, 4)}, RuntimeError, "input: expected .in_features. or .N"),
+        ({"input": torch.zeros(2, 5)}, RuntimeError, "in_features of linear_weight .6, 4., got"),
+        ({"linear_weight": torch.zeros(4)}, RuntimeError, "linear_weight: expected .C, in_fea"),
+        ({"linear_bias": torch.zeros(5)}, RuntimeError, r"linear_bias: expected shape \[6\]"),
+        ({"target": torch.zeros(2, 6), "ignore_index": 1}, RuntimeError, "ignore_index: expected"),
+        ({"target": torch.zeros(3).long()}, ValueError, "batch_size"),
+        ({"reduction": "max"}, ValueError, "max is not a valid value for reduction"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a positive number, got 0.0"),
+        ({"weight": torch.zeros(5)}, RuntimeError, "weight"),
+        ({"label_smoothing": 2.0}, RuntimeError, "label_smoothing"),
+        ({"linear_weight": torch.zeros(6, 4).double()}, RuntimeError, "dtype"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {
+        "input": torch.zeros(2, 4),
+        "linear_weight": torch.zeros(6, 4),
+        "target": torch.zeros(2).long(),
+    } | change
+    with pytest.raises(error, match=message):
+        head(**arguments)
