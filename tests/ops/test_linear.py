@@ -84,7 +84,7 @@ def test_error_within_twice_pytorchs(device, shape, activation, layout, dtype):
         return
     doubles = [t.double() for t in (input, weight, bias)]
     truth = forward_and_gradients(reference, doubles, grad_output.double(), activation)
-    assert_as_accurate(ours, torchs, truth)
+    assert_as_accurate(ours, torchs, truth, floor=4)
 
 
 @pytest.mark.cpu_only("sums far too long for the emulator, and CUDA's are not added in blocks")

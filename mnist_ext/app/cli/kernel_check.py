@@ -1,13 +1,10 @@
 """Whether the kernels compute on this CPU what PyTorch's ops do."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import mnist_ext._library  # noqa: F401  (before _C: it says what to do where that is missing)
-from mnist_ext import _C, functional
+from mnist_ext import functional, instruction_sets
 
 
 def kernels_right() -> dict[str, bool]:
@@ -18,21 +15,10 @@ def kernels_right() -> dict[str, bool]:
     """
     expected = _results(ours=False)
     verdicts = {}
-    for isa in _instruction_sets_in_turn():
+    for isa in instruction_sets.in_turn():
         pairs = zip(_results(ours=True), expected, strict=True)
         verdicts[isa] = all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
     return verdicts
-
-
-def _instruction_sets_in_turn() -> Iterator[str]:
-    """Have the kernels use each in turn, until the next one is asked for; then that of before."""
-    before, reason = _C.active_isa(), _C.active_isa_reason()
-    try:
-        for isa in _C.available_isas():
-            _C.set_isa(isa)
-            yield isa
-    finally:
-        _C.set_isa(before, reason)
 
 
 def _results(ours: bool) -> tuple[Tensor, ...]:
