@@ -29,8 +29,6 @@ class StepGraph {
   virtual ~StepGraph() = default;
 };
 
-inline constexpr int64_t kWeighTargetsBytes = 64 << 10;
-
 // Workspaces are memory of the device, aligned to 64 bytes, whose content does not matter.
 template <class T>
 struct Kernels {

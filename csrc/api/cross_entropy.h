@@ -56,6 +56,8 @@ struct ClassIndices {
   }
 };
 
+inline constexpr int64_t kWeighTargetsBytes = 64 << 10;  // of workspace, to add up what targets weigh
+
 // What forward and backward have in common.
 template <class T>
 struct CrossEntropyProblem {

@@ -27,7 +27,8 @@ def value_and_gradients(op, tensors, target, **options):
     input, linear_weight, linear_bias = leaves
     loss = op(input, linear_weight, target, linear_bias=linear_bias, **options)
     torch.manual_seed(1)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.randn_like(loss))]
+    grad_output = torch.randn(loss.shape).to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, grad_output)]
 
 
 def tensors_of(rows, features, classes, dtype=torch.float32):
@@ -43,14 +44,16 @@ def tensors_of(rows, features, classes, dtype=torch.float32):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_error_of_several_blocks(device, reduction, label_smoothing):
-    """At most PyTorch's, and a tenth; with smoothing logits and gradients have a place each."""
+    """On average PyTorch's and a tenth; with smoothing logits and gradients have a place each."""
     tensors, target = tensors_of(2500, 24, 1100)
     target[::7] = -100
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     ours = value_and_gradients(head, tensors, target, **options)
     torchs = value_and_gradients(two_ops, tensors, target, **options)
     truth = value_and_gradients(two_ops, [t.double() for t in tensors], target, **options)
-    assert_as_accurate(ours, torchs, truth, factor=1.1)
+    for our, their, true in zip(ours, torchs, truth, strict=True):
+        error, torchs_error = ((t.double() - true).norm() / true.norm() for t in (our, their))
+        assert error <= max(1.1 * torchs_error, 2e-7)
 
 
 @pytest.mark.cpu_only("too many rows for the emulator")
@@ -70,8 +73,10 @@ def test_one_block_is_the_bits_of_both_ops(rows):
         logits = functional.linear(input, linear_weight, linear_bias)
         return functional.cross_entropy(logits, target)
 
-    both = value_and_gradients(ours, tensors, target)
-    for a, b in zip(value_and_gradients(head, tensors, target), both, strict=True):
+    leaves = [t.requires_grad_() for t in tensors]
+    losses = [op(*leaves[:2], target, linear_bias=leaves[2]) for op in (ours, head)]
+    assert torch.equal(*losses)
+    for a, b in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
         assert torch.equal(a, b)
 
 

@@ -62,15 +62,16 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
 // cache lines, and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile
-// of rows. Otherwise where the busiest thread has a tenth less to do.
+// of rows, and from memory as eight. Otherwise where the busiest thread has a tenth less to do.
 template <class T>
 int row_threads(const Block<T>& g, bool dots, int threads) {
   if (threads == 1) return 1;
-  constexpr int64_t large = int64_t{2} << 20;  // bytes
+  constexpr int64_t large = int64_t{2} << 20, huge = int64_t{32} << 20;  // bytes
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t row_tiles = tiles(g.M, dots ? kDotRows : kTileRows);
   const int64_t column_tiles = tiles(g.N, dots ? kDotColumns : Vec<T>::width);
-  const int64_t reading = !dots && g.K * g.N * static_cast<int64_t>(sizeof(T)) > large ? 1 : 0;
+  const int64_t b_bytes = g.K * g.N * static_cast<int64_t>(sizeof(T));
+  const int64_t reading = dots || b_bytes <= large ? 0 : b_bytes <= huge ? 1 : 8;
   int best = 0;
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
