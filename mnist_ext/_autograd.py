@@ -240,7 +240,7 @@ def _gradients_of(
             for tensor, want in zip(tensors, wants, strict=True)
         ]
         output = function(*views)
-    wanted = [view for view, want in zip(views, wants, strict=True) if want]
+    wanted = [v for v, want in zip(views, wants, strict=True) if want and v is not None]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=recorded))
     return [next(grads) if want else None for want in wants]
 
@@ -376,7 +376,9 @@ class LinearCrossEntropy(Function):
             function = functools.partial(_linear_and_pytorchs_op, target, weight, ctx.options)
             grads = _gradients_of(function, tensors, wants, grad_output)
         else:
-            grads, ctx.grads = ctx.grads, None
+            grads = None
+            if not is_batched(grad_output):
+                grads, ctx.grads = ctx.grads, None
             if grads is None:  # none were formed, or a backward has taken them
                 args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
                 _, *grads = _linear_cross_entropy(*args, _may_use_tf32(grad_output))

@@ -263,14 +263,15 @@ def linear_cross_entropy(
         )
         is None
     ):
-        head = input, linear_weight, linear_bias, target, weight
-        dtype = input.dtype
+        dtype, numbers = input.dtype, (ignored, label_smoothing, REDUCTIONS[reduction])
         if dtype.itemsize == 2:
-            head = tuple(t.float() if t is not None and t.dtype is dtype else t for t in head)
-        loss = _autograd.linear_cross_entropy(
-            *head, (ignored, label_smoothing, REDUCTIONS[reduction])
-        )
-        return loss if dtype.itemsize > 2 else loss.to(dtype)
+            head = input, linear_weight, linear_bias, target, weight
+            input, linear_weight, linear_bias, target, weight = [
+                t.float() if t is not None and t.dtype is dtype else t for t in head
+            ]
+        return _autograd.linear_cross_entropy(
+            input, linear_weight, linear_bias, target, weight, numbers
+        ).to(dtype)
     logits = linear(input, linear_weight_rows, bias).unflatten(-1, linear_weight.shape[:-1])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

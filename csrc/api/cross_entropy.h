@@ -80,15 +80,15 @@ struct CrossEntropyForward {
   CrossEntropyProblem<T> problem;
   ComputeType<T>* position_max = nullptr;      // [batch, positions]: 0 where ignored
   ComputeType<T>* position_log_sum = nullptr;  // [batch, positions]: 0 where ignored
-  ComputeType<T>* total_weight = nullptr;  // [1]: what the mean divides by: the sum of w_t over the positions that are
-                                           // not ignored; with probabilities the number of positions (NaN for 0
-                                           // classes)
+  ComputeType<T>* total_weight = nullptr;   // [1]: what the mean divides by: the sum of w_t over the positions that are
+                                            // not ignored; with probabilities the number of positions (NaN for 0
+                                            // classes)
   const ComputeType<T>* divisor = nullptr;  // [1]: what the mean divides by, where it is one over more positions than
                                             // these; null: total_weight
   T* loss = nullptr;                        // mean or sum: [1]. none: [batch, positions]
   T* grad_logits = nullptr;  // [batch, classes, positions], contiguous; on the CPU it may be the logits themselves,
                              // of class indices without label smoothing
-  const T* grad_output = nullptr;           // what grad_logits is multiplied by: as in the backward; null: 1
+  const T* grad_output = nullptr;  // what grad_logits is multiplied by: as in the backward; null: 1
   int64_t grad_output_stride = 0;
   bool unless_one = false;  // do nothing at all if *grad_output is 1: grad_logits already holds the gradient of that
   T* const* loss_place = nullptr;  // CUDA: null, or in device memory, read in place of `loss` when the kernel runs

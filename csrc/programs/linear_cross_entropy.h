@@ -41,7 +41,7 @@ class LinearCrossEntropyProgram {
  public:
   LinearCrossEntropyProgram(const LinearCrossEntropy<T>& args, BlockTraits traits, void* workspace)
       : args_(args),
-        matrices_(args.has_gradient() && !is_in_place(args.problem, traits) ? 2 : 1),
+        matrices_(is_in_place(args.problem, traits) ? 1 : 2),
         rows_(rows_of_block(traits)),
         logits_(static_cast<T*>(workspace)),
         grad_logits_(logits_ + (matrices_ - 1) * logits_size()) {}
@@ -125,7 +125,7 @@ class LinearCrossEntropyProgram {
   }
 
   const LinearCrossEntropy<T>& args_;
-  int64_t matrices_;  // of logits and of their gradient, in memory
+  int64_t matrices_;  // in memory: of logits, and of their gradient, wanted or not: the same blocks, and loss
   int64_t rows_;      // of a block
   T* logits_;
   T* grad_logits_;

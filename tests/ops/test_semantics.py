@@ -18,8 +18,10 @@ def random_grad_output(case, tensors) -> torch.Tensor:
 def test_values_and_gradients(device, case, dtype):
     """Our error against float64 is at most twice PyTorch's own; shapes and dtypes are PyTorch's.
 
-    Four roundings are always allowed: these sums are so short that PyTorch often makes none.
+    Four roundings are always allowed, of two ops in one eight: these sums are so short that PyTorch
+    often makes none.
     """
+    floor = 8 if case.op == "linear_cross_entropy" else 4
     tensors = case.tensors(dtype)
     grad_output = random_grad_output(case, tensors).to(dtype)
     ours = value_and_gradients(case.ours, case, tensors, grad_output)
@@ -29,7 +31,7 @@ def test_values_and_gradients(device, case, dtype):
     for our, their, true in zip(ours, torchs, truth, strict=True):
         assert our.dtype == their.dtype
         assert our.shape == their.shape
-        assert_as_accurate(our, their, true, floor=4)
+        assert_as_accurate(our, their, true, floor=floor)
 
 
 @pytest.mark.parametrize("case", NARROW_INDICES, ids=str)
