@@ -330,20 +330,16 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     )
 
 
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    options: _Options,
-) -> Tensor:
-    """As the op `linear_cross_entropy`: the loss."""
-    args = input, linear_weight, linear_bias, target, weight, *options
+def linear_cross_entropy(tensors: list[Any], options: _Options) -> Tensor:
+    """As the op `linear_cross_entropy`: the loss.
+
+    tensors: input, linear_weight, linear_bias or None, target, weight or None.
+    """
+    args = *tensors, *options
     needs = [tensor is not None and tensor.requires_grad for tensor in args[:3]]
     if _is_grad_enabled() and any(needs):
         return LinearCrossEntropy.apply(*args)
-    return _linear_cross_entropy(*args, None, False, False, False, _may_use_tf32(input))[0]
+    return _linear_cross_entropy(*args, None, False, False, False, _may_use_tf32(args[0]))[0]
 
 
 class LinearCrossEntropy(Function):

@@ -264,14 +264,10 @@ def linear_cross_entropy(
         is None
     ):
         dtype, numbers = input.dtype, (ignored, label_smoothing, REDUCTIONS[reduction])
+        tensors: list[Any] = [input, linear_weight, linear_bias, target, weight]
         if dtype.itemsize == 2:
-            head = input, linear_weight, linear_bias, target, weight
-            input, linear_weight, linear_bias, target, weight = [
-                t.float() if t is not None and t.dtype is dtype else t for t in head
-            ]
-        return _autograd.linear_cross_entropy(
-            input, linear_weight, linear_bias, target, weight, numbers
-        ).to(dtype)
+            tensors = [t.float() if t is not None and t.dtype is dtype else t for t in tensors]
+        return _autograd.linear_cross_entropy(tensors, numbers).to(dtype)
     logits = linear(input, linear_weight_rows, bias).unflatten(-1, linear_weight.shape[:-1])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

@@ -315,7 +315,8 @@ FEW = [
     _linear_case((3,), False, "none", False),
     _linear_case((2, 3, 3), True, "none", True),
     *MLP[:3],
-    *HEADS[1:58:7],
+    *HEADS[1:49:7],
+    *HEADS[72:96:9],
     *(
         _cross_entropy_case(layout, *rest)
         for layout, rest in zip(
