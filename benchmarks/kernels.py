@@ -1,13 +1,15 @@
 """Each kernel by itself, against PyTorch eager, torch.compile and JAX on the same work.
 
-    python benchmarks/kernels.py [linear] [autograd] [cross_entropy] [sgd] [--dtype float32]
-                                 [--isa avx2 avx512] [--cold] [--quick] [--csv FILE]
+    python benchmarks/kernels.py [linear] [autograd] [cross_entropy] [head] [sgd]
+                                 [--dtype float32] [--isa avx2 avx512] [--cold] [--quick]
+                                 [--csv FILE]
 
 linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on the
 instruction sets asked for. autograd: forward + backward of a layer as a model calls it.
 cross_entropy: forward, and forward + backward through autograd; "ours as op" is the same kernel
-without autograd and Python around it, "copy" a copy of the logits into new memory. sgd: one
-optimizer step.
+without autograd and Python around it, "copy" a copy of the logits into new memory. head:
+linear_cross_entropy, forward + backward; "chunked" is PyTorch's own with options, "ours, two ops"
+our linear and cross_entropy, "products" the three products alone. sgd: one optimizer step.
 
 Every implementation's result is compared with PyTorch eager's before anything is timed; a peer that
 is wrong is left out, and named. Times are medians in microseconds; "ratio" is how many times as
@@ -45,6 +47,20 @@ from mnist_ext.app.bench.timing import TURNS, take_turns
 LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
 ROWS = [1, 8, 64, 256, 1024, 4096]
 MNIST_LAYERS = LAYERS[:3]
+# Rows, features, classes; whose logits take 4 GB at most.
+HEADS = [
+    (64, 64, 10),
+    (8192, 64, 1000),
+    (4096, 256, 10000),
+    (2048, 768, 50257),
+    *(
+        (rows, features, classes)
+        for classes in (1000, 10000, 32000, 50257, 128256)
+        for features in (64, 256, 768, 2048)
+        for rows in (512, 4096)
+        if rows * classes < 2**28
+    ),
+]
 LOGITS = [(64, 10), (4096, 10), (4096, 1000), (2048, 32000), (512, 128256)]
 
 # More than the caches hold.
@@ -269,6 +285,57 @@ def cross_entropy(table: Table, dtype: torch.dtype, shapes, cold: bool) -> None:
             )
 
 
+def head_losses() -> dict[str, Callable[..., torch.Tensor]]:
+    """Return functions of (input, linear_weight, target)."""
+
+    def two_ops(linear, loss):
+        return lambda x, w, t: loss(linear(x, w), t)
+
+    torch._dynamo.reset()
+    losses = {
+        "torch": two_ops(F.linear, F.cross_entropy),
+        "torch.compile": torch.compile(two_ops(F.linear, F.cross_entropy)),
+        "ours, two ops": two_ops(functional.linear, functional.cross_entropy),
+        "ours": functional.linear_cross_entropy,
+    }
+    if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses["chunked"] = partial(F.linear_cross_entropy, options=options)
+    return losses
+
+
+def head(table: Table, dtype: torch.dtype, shapes) -> None:
+    """Time the last layer of a classifier and its loss, forward and backward."""
+    peak = matrix_peak(dtype)
+    print(f"\nlinear_cross_entropy; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
+    table.header()
+    op = torch.ops.mnist_ext
+    for rows, features, classes in shapes:
+        input = torch.randn(rows, features, dtype=dtype, requires_grad=True)
+        weight = (torch.randn(classes, features, dtype=dtype) / features**0.5).requires_grad_()
+        target = torch.randint(0, classes, (rows,))
+
+        def gradients(loss, x=input, w=weight, t=target):
+            return torch.autograd.grad(loss(x, w, t), (x, w))
+
+        def products(x, w):
+            logits = op.linear(x, w, None, False)
+            return op.linear_backward(logits, x, w, None, False)
+
+        what = "linear_cross_entropy"
+        implementations = {n: partial(gradients, f) for n, f in head_losses().items()}
+        implementations = only_right(what, implementations, implementations["torch"](), dtype)
+        compare(
+            table,
+            implementations | {"products": partial(products, input.detach(), weight.detach())},
+            best="ours",
+            work=Work(6 * rows * features * classes, peak, "GFLOP/s"),
+            what=what,
+            shape=f"{rows}x{features}x{classes}",
+            dtype=name_of(dtype),
+        )
+
+
 def sgd(table: Table) -> None:
     """Time one step over the parameters of the 784-128-64-10 model."""
     bandwidth = copy_bandwidth()
@@ -312,7 +379,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    groups = ("linear", "autograd", "cross_entropy", "sgd")
+    groups = ("linear", "autograd", "cross_entropy", "head", "sgd")
     parser.add_argument("groups", nargs="*", metavar="group", help=", ".join(groups))
     parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16, float16")
     parser.add_argument("--isa", nargs="+", default=[mnist_ext.build_info()["cpu_isa"]])
@@ -336,6 +403,8 @@ def main() -> None:
         linear_autograd(table, dtype, rows=64)
     if "cross_entropy" in chosen:
         cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS, args.cold)
+    if "head" in chosen:
+        head(table, dtype, HEADS[:3] if args.quick else HEADS)
     if "sgd" in chosen:
         sgd(table)
     if args.csv:

@@ -249,7 +249,11 @@ def linear_cross_entropy(
         RuntimeError: shapes, dtypes or devices that do not fit together, ignore_index with
             probabilities, label_smoothing above 1.
     """
-    _check_head(input, linear_weight, target, linear_bias, ignore_index)
+    if misfit := _misfit(input, linear_weight, target, linear_bias, ignore_index):
+        argument, expected, got = misfit
+        raise RuntimeError(
+            f"mnist_ext.linear_cross_entropy: {argument}: expected {expected}, got {got}"
+        )
     if softcap is not None and not softcap > 0:
         raise ValueError(
             f"mnist_ext.linear_cross_entropy: softcap: expected a positive number, got {softcap}"
@@ -298,49 +302,26 @@ def _reduced_z_loss(z_loss: Tensor, target: Tensor, ignored: int, reduction: str
     return z_loss.sum() / count
 
 
-def _check_head(
+def _misfit(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     ignore_index: int | None,
-) -> None:
-    def check(condition: bool, argument: str, expected: str, got: object) -> None:
-        if not condition:
-            raise RuntimeError(
-                f"mnist_ext.linear_cross_entropy: {argument}: expected {expected}, got {got}"
-            )
-
-    shape, outputs = list(linear_weight.shape), list(linear_weight.shape[:-1])
-    check(input.dim() in (1, 2), "input", "[in_features] or [N, in_features]", list(input.shape))
-    check(
-        linear_weight.dim() >= 2,
-        "linear_weight",
-        "[C, in_features] or [C, d1, ..., in_features]",
-        shape,
-    )
-    check(
-        input.shape[-1] == shape[-1],
-        "input",
-        f"its last dimension to be in_features of linear_weight {shape}",
-        list(input.shape),
-    )
-    check(
-        len(outputs) == 1 or input.dim() == 2,
-        "input",
-        f"[N, in_features] for linear_weight {shape}",
-        list(input.shape),
-    )
-    if linear_bias is not None:
-        check(
-            list(linear_bias.shape) == outputs,
-            "linear_bias",
-            f"shape {outputs}",
-            list(linear_bias.shape),
-        )
-    check(
-        ignore_index is None or list(target.shape) != [*input.shape[:-1], *outputs],
-        "ignore_index",
-        "None, as target holds probabilities",
-        ignore_index,
-    )
+) -> tuple[str, str, object] | None:
+    """Return an argument of linear_cross_entropy, what was expected and what came, or None."""
+    shape, outputs = linear_weight.shape, linear_weight.shape[:-1]
+    if input.dim() not in (1, 2):
+        return "input", "[in_features] or [N, in_features]", list(input.shape)
+    if linear_weight.dim() < 2:
+        return "linear_weight", "[C, in_features] or [C, d1, ..., in_features]", list(shape)
+    if input.shape[-1] != shape[-1]:
+        expected = f"its last dimension to be in_features of linear_weight {list(shape)}"
+        return "input", expected, list(input.shape)
+    if len(outputs) > 1 and input.dim() == 1:
+        return "input", f"[N, in_features] for linear_weight {list(shape)}", list(input.shape)
+    if linear_bias is not None and linear_bias.shape != outputs:
+        return "linear_bias", f"shape {list(outputs)}", list(linear_bias.shape)
+    if ignore_index is not None and target.shape == input.shape[:-1] + outputs:
+        return "ignore_index", "None, as target holds probabilities", ignore_index
+    return None
