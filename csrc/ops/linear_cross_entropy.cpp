@@ -200,8 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias, const Tensor& target,
     const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
     const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
-  const Operands operands(
-      {input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction, grad_output, allow_tf32});
+  const Operands operands({input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction,
+                           grad_output, allow_tf32});
   check(!need_bias || linear_bias, kOp, ": need_bias: expected false without linear_bias, got true");
   OnDevice device(input);
   Tensor losses, grad_input, grad_weight, grad_bias;  // undefined where not wanted
