@@ -124,7 +124,6 @@ def against_cross_entropy(
     shape: of the logits, where they are not input but what a layer makes of it. Sparse and nested
     tensors, which PyTorch does not take either, are left to the op.
     """
-    shape = input.shape if shape is None else shape
     if type(input) not in _TYPES or type(target) not in _TYPES:
         return "a tensor subclass"
     if who := observer():
@@ -142,6 +141,7 @@ def against_cross_entropy(
         return "another device, or devices that differ"
     if input.dtype not in DTYPES:
         return "another dtype"
+    shape = input.shape if shape is None else shape
     rows, *others = shape or (0, 0)
     classes = others[0] if others else rows
     if classes == 0:
