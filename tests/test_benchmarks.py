@@ -83,7 +83,7 @@ def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         kernels.main()
     assert (
-        "unknown group nonsense: choose from linear, autograd, cross_entropy, sgd"
+        "unknown group nonsense: choose from linear, autograd, cross_entropy, head, sgd"
         in capsys.readouterr().err
     )
 
