@@ -41,16 +41,21 @@ def tensors_of(rows, features, classes, dtype=torch.float32):
 
 
 @pytest.mark.cpu_only("blocks of the CPU's size; the emulated kernels' are small in every case")
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("kind", "label_smoothing"), [("indices", 0.0), ("indices", 0.1), ("probabilities", 0.0)]
+)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_error_of_several_blocks(device, reduction, label_smoothing):
-    """On average PyTorch's and a tenth; with smoothing logits and gradients have a place each."""
+def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
+    """On average PyTorch's and a tenth; in place, and with a place for each."""
     tensors, target = tensors_of(2500, 24, 1100)
     target[::7] = -100
+    if kind == "probabilities":
+        target = torch.rand(2500, 1100).softmax(1)
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     ours = value_and_gradients(head, tensors, target, **options)
     torchs = value_and_gradients(two_ops, tensors, target, **options)
-    truth = value_and_gradients(two_ops, [t.double() for t in tensors], target, **options)
+    true_target = target.double() if kind == "probabilities" else target
+    truth = value_and_gradients(two_ops, [t.double() for t in tensors], true_target, **options)
     for our, their, true in zip(ours, torchs, truth, strict=True):
         error, torchs_error = ((t.double() - true).norm() / true.norm() for t in (our, their))
         assert error <= max(1.1 * torchs_error, 2e-7)
