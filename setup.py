@@ -53,6 +53,7 @@ ISA_FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16", "-DMNIST_EXT_AMX"]
 
 GPUS = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version, GPUS) if TOOLKIT else []

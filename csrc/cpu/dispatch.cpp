@@ -1,6 +1,12 @@
 // Which instruction set the kernels use.
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace mnist_ext {
@@ -12,6 +18,19 @@ struct Isa {
   bool is_registered = false;
 };
 
+#if defined(__x86_64__)
+// Linux gives a process tiles only when it asks: their registers are 8 KB of each signal's frame. It refuses where an
+// alternate signal stack is too small for that, sandboxes where they do not know the call.
+bool may_use_tiles() {
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  unsigned a, b, c, features = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &features);
+  if ((features & amx_bf16) == 0 || (features & amx_tile) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 std::vector<Isa> detect() {
   std::vector<Isa> isas = {{"baseline", &baseline::kTable}};
 #if defined(__x86_64__)
@@ -21,6 +40,7 @@ std::vector<Isa> detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
       isas.push_back({"avx512", &avx512::kTable});
+      if (may_use_tiles()) isas.push_back({"amx", &amx::kTable});
     }
   }
 #endif
@@ -34,7 +54,7 @@ std::vector<Isa>& isas() {
 }
 
 struct Active {
-  Isa isa = detect().back();
+  Isa isa = isas().back();
   std::string reason = "the best this CPU supports";
 };
 

@@ -73,7 +73,7 @@ class Worker {
   void reserve(const Entry<T>& entry) const {
     const auto* product = std::get_if<Product<T>>(&entry.work);
     if (!product) return;
-    reserve_product<T>();
+    reserve_product<T>(kernel_of(Block<T>(*product)));
     if (product->update.param && !product->c) {
       packed_a_scratch<T>(share(*product, entry.sharing).rows.size(), product->K);
     }

@@ -20,6 +20,9 @@ extern const KernelTable kTable;  // AVX2, FMA and F16C
 namespace avx512 {
 extern const KernelTable kTable;  // AVX-512 F, DQ, BW and VL
 }
+namespace amx {
+extern const KernelTable kTable;  // the same, and tiles of bfloat16 (simd/amx.h)
+}
 #endif
 
 // In every table, for float and double: training steps, as programs that the table in use runs (train_steps.cpp).

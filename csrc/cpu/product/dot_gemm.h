@@ -138,12 +138,4 @@ void dot_gemm(const Block<T>& g) {
   for (int64_t i = 0; i < blocks; ++i) dot_gemm_block(g, split(g.K, Vec<T>::width, i, blocks));
 }
 
-// Asks scratch() for all that a product stored to C will.
-template <class T>
-void reserve_product() {
-  a_tile_scratch<T>();
-  b_block_scratch<T>();
-  piece_scratch<T>();
-}
-
 }  // namespace mnist_ext::MNIST_EXT_ISA

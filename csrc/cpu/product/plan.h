@@ -1,6 +1,7 @@
 // Which kernel makes a product, and which part of it each thread makes.
 #pragma once
 
+#include "amx_gemm.h"
 #include "dot_gemm.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
@@ -20,10 +21,31 @@ bool use_dot_products(int64_t M, int64_t N, int64_t K) {
   return M <= (K * N * static_cast<int64_t>(sizeof(T)) < large_weight ? 256 : 96);
 }
 
-// Dot products read B along K: of a forward a row-major weight, of a backward what lies column by column.
+enum class Kernel { outer_products, dot_products, amx };
+
+// By the sizes of the whole product, so that the bits do not depend on the number of threads. Dot products read B along
+// K: of a forward a row-major weight, of a backward what lies column by column.
 template <class T>
-bool uses_dot_products(const Block<T>& g) {
-  return g.b.k_stride == 1 && g.b.outer_stride != 1 && use_dot_products<T>(g.M, g.N, g.K);
+Kernel kernel_of(const Block<T>& g) {
+  if (use_amx<T>(g.M, g.N, g.K)) return Kernel::amx;
+  const bool along_k = g.b.k_stride == 1 && g.b.outer_stride != 1;
+  return along_k && use_dot_products<T>(g.M, g.N, g.K) ? Kernel::dot_products : Kernel::outer_products;
+}
+
+// Columns of C that are made together.
+template <class T>
+constexpr int64_t column_unit(Kernel kernel) {
+  return kernel == Kernel::amx ? kAmxSide : kernel == Kernel::dot_products ? kDotColumns : Vec<T>::width;
+}
+
+template <class T>
+auto function_of(Kernel kernel) {
+#if defined(MNIST_EXT_AMX)
+  if constexpr (std::is_same_v<T, float>) {
+    if (kernel == Kernel::amx) return amx_gemm;
+  }
+#endif
+  return kernel == Kernel::dot_products ? dot_gemm<T> : gemm<T>;
 }
 
 // A single column is computed as a row by outer products, where A lies column by column or has short rows.
@@ -31,6 +53,17 @@ template <class T>
 bool is_better_transposed(const Block<T>& g) {
   return g.N == 1 && g.M > 1 && g.ldc == 1 && !g.relu_mask.data &&
          (g.a.k_stride != 1 || !use_dot_products<T>(1, g.M, g.K));
+}
+
+// Asks scratch() for all that a product stored to C will.
+template <class T>
+void reserve_product([[maybe_unused]] Kernel kernel) {
+  a_tile_scratch<T>();
+  b_block_scratch<T>();
+  piece_scratch<T>();
+#if defined(MNIST_EXT_AMX)
+  if (kernel == Kernel::amx) reserve_amx();
+#endif
 }
 
 // The mask of C, while that part is in the cache.
@@ -47,38 +80,41 @@ void mask_part(const Block<T>& g, Range rows, Range columns) {
 
 // That part of C, on the calling thread.
 template <class T>
-void product_part(const Block<T>& g, bool dots, Range rows, Range columns) {
+void product_part(const Block<T>& g, Kernel kernel, Range rows, Range columns) {
   if (rows.size() == 0 || columns.size() == 0) return;
-  multiply_in_pieces(g, rows, columns, dots ? dot_gemm<T> : gemm<T>);
+  multiply_in_pieces(g, rows, columns, function_of<T>(kernel));
   if (g.c_mask) mask_part(g, rows, columns);
 }
 template <class T>
 void product_part(const Block<T>& g, Range rows, Range columns) {
   if (is_better_transposed(g)) return product_part(g.transposed(), columns, rows);
-  product_part(g, uses_dot_products(g), rows, columns);
+  product_part(g, kernel_of(g), rows, columns);
 }
 
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
 // cache lines, and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile
-// of rows, and from memory as eight. Otherwise where the busiest thread has a tenth less to do.
+// of rows, and from memory as eight. On the matrix unit each thread splits its rows and its columns into planes, 32 of
+// which cost as much as 1.6 blocks of C. Otherwise where the busiest thread has a tenth less to do.
 template <class T>
-int row_threads(const Block<T>& g, bool dots, int threads) {
+int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;
   constexpr int64_t large = int64_t{2} << 20, huge = int64_t{32} << 20;  // bytes
+  const bool dots = kernel == Kernel::dot_products, amx = kernel == Kernel::amx;
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
-  const int64_t row_tiles = tiles(g.M, dots ? kDotRows : kTileRows);
-  const int64_t column_tiles = tiles(g.N, dots ? kDotColumns : Vec<T>::width);
+  const int64_t row_tiles = tiles(g.M, amx ? kAmxSide : dots ? kDotRows : kTileRows);
+  const int64_t column_tiles = tiles(g.N, column_unit<T>(kernel));
   const int64_t b_bytes = g.K * g.N * static_cast<int64_t>(sizeof(T));
-  const int64_t reading = dots || b_bytes <= large ? 0 : b_bytes <= huge ? 1 : 8;
+  const int64_t reading = kernel != Kernel::outer_products || b_bytes <= large ? 0 : b_bytes <= huge ? 1 : 8;
   int best = 0;
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
     if (threads % divisor != 0) continue;
     const int by_row = dots && !g.packs_a() ? divisor : threads / divisor;
-    const double cost = static_cast<double>(tiles(row_tiles, by_row) + reading) *
-                        static_cast<double>(tiles(column_tiles, threads / by_row));
+    const auto rows = static_cast<double>(tiles(row_tiles, by_row) + reading);
+    const auto columns = static_cast<double>(tiles(column_tiles, threads / by_row));
+    const double cost = rows * columns + (amx ? 1.6 * (rows + columns) : 0);
     if (divisor == 1 || cost < 0.9 * best_cost) {
       best = by_row;
       best_cost = cost;
@@ -89,16 +125,16 @@ int row_threads(const Block<T>& g, bool dots, int threads) {
 
 // What thread `thread` of `count` does of the whole product.
 template <class T>
-void product_share(const Block<T>& g, bool dots, int thread, int count) {
-  const int by_row = row_threads(g, dots, count), by_column = count / by_row;
-  product_part(g, dots, split(g.M, 1, thread / by_column, by_row),
-               split(g.N, dots ? kDotColumns : Vec<T>::width, thread % by_column, by_column));
+void product_share(const Block<T>& g, Kernel kernel, int thread, int count) {
+  const int by_row = row_threads(g, kernel, count), by_column = count / by_row;
+  product_part(g, kernel, split(g.M, kernel == Kernel::amx ? kAmxSide : 1, thread / by_column, by_row),
+               split(g.N, column_unit<T>(kernel), thread % by_column, by_column));
 }
 
 template <class T>
 void product_share(const Block<T>& g, int thread, int count) {
   if (is_better_transposed(g)) return product_share(g.transposed(), thread, count);
-  product_share(g, uses_dot_products(g), thread, count);
+  product_share(g, kernel_of(g), thread, count);
 }
 
 // Multiply-adds of a product, as far as they cost time: to read or write a matrix costs as much as to multiply it with

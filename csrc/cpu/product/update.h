@@ -89,10 +89,30 @@ void update_from_tiles(const Product<T>& p, Range m, Range n) {
   }
 }
 
+#if defined(MNIST_EXT_AMX)
+inline void update_by_amx(const Product<float>& p, Range m, Range n) {
+  const SgdUpdate<float> sgd(p.update.options);
+  for_each_amx_block(
+      Block<float>(p), m, n,
+      [&](const auto& sums, Range rows, Range columns, Range) {
+        for_each_sum(sums, rows, columns, [&](int64_t row, int64_t column, Vec<float> gradient, int lanes) {
+          const int64_t at = row * p.N + column;
+          sgd(p.update.param + at, gradient, p.update.momentum_buffer ? p.update.momentum_buffer + at : nullptr, lanes);
+        });
+      },
+      [&](Range rows, Range columns, Range) { update_from_tiles(p, rows, columns); });
+}
+#endif
+
 // That part of C, and of the parameter it updates.
 template <class T>
 void update_part(const Product<T>& p, Range m, Range n) {
   if (m.size() == 0 || n.size() == 0) return;
+#if defined(MNIST_EXT_AMX)
+  if constexpr (std::is_same_v<T, float>) {
+    if (!p.c && use_amx<T>(p.M, p.N, p.K)) return update_by_amx(p, m, n);
+  }
+#endif
   if (!p.c) return update_from_tiles(p, m, n);
   product_part(Block<T>(p), m, n);
   const SgdTensor<T> tensor = {p.M * p.N, p.update.param, p.c, p.update.momentum_buffer};
