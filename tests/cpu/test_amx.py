@@ -1,0 +1,154 @@
+"""Products of float32 on the matrix unit of a CPU, as planes of bfloat16: on AMX and on a model of it.
+
+Sizes are such that the unit is used: M * N >= 64 * (M + N) and K >= 128 (csrc/cpu/product/amx_gemm.h).
+"""
+
+import amx_model
+import devices
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from torch.nn import functional as F  # noqa: N812
+
+import mnist_ext
+from mnist_ext import _C
+from mnist_ext.functional import linear
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    has = _C.available_isas()
+    no_amx = pytest.mark.skipif("amx" not in has, reason="needs a CPU with AMX")
+    no_avx512 = pytest.mark.skipif("avx512" not in has, reason="needs a CPU with AVX-512")
+    metafunc.parametrize(
+        "device",
+        [pytest.param("amx", marks=no_amx), pytest.param("model", marks=no_avx512)],
+        indirect=True,
+    )
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    name = amx_model.register() if request.param == "model" else request.param
+    with devices.use(name):
+        yield name
+
+
+def forward_and_gradients(function, input, weight, bias, grad_output):
+    leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_output)]
+
+
+def operands(batch, inputs, outputs, scale=1.0):
+    made = (
+        torch.randn(batch, inputs) * scale,
+        torch.randn(outputs, inputs),
+        torch.randn(outputs),
+        torch.randn(batch, outputs),
+    )
+    return made, [t.double() for t in made]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "inputs", "outputs"),
+    [
+        (128, 128, 128),
+        (131, 200, 177),  # tails in each dimension
+        (1100, 130, 161),  # several packed blocks of rows, several blocks of K in the gradients
+        (150, 300, 129),
+    ],
+)
+def test_at_least_as_accurate_as_pytorch(batch, inputs, outputs, transposed, activation):
+    made, truth = operands(batch, inputs, outputs)
+    if transposed:
+        made = [t.t().contiguous().t() if t.dim() == 2 else t for t in made]
+    activated = F.relu if activation == "relu" else lambda t: t
+    ours = forward_and_gradients(lambda *t: linear(*t, activation=activation), *made)
+    torchs = forward_and_gradients(lambda *t: activated(F.linear(*t)), *made)
+    exact = forward_and_gradients(lambda *t: activated(F.linear(*t)), *truth)
+    assert_as_accurate(ours, torchs, exact, factor=1.0, floor=2.0)
+
+
+def test_the_unit_is_used():
+    """Else the other tests here would show nothing: its sums differ from those of AVX-512."""
+    input, weight = torch.randn(200, 300), torch.randn(200, 300)
+    by_amx = linear(input, weight)
+    _C.set_isa("avx512")
+    assert not torch.equal(by_amx, linear(input, weight))
+
+
+@pytest.mark.parametrize(
+    "special",
+    [float("inf"), float("-inf"), float("nan"), 3.4e38, 1e-30, 1e-42, 0.0],
+    ids=str,
+)
+def test_numbers_that_bfloat16_planes_do_not_hold(special):
+    """A row of them, and one among others: as in float32."""
+    (input, weight, bias, _), _ = operands(160, 160, 160)
+    input[3] = special
+    input[70, 5] = special
+    weight[:, 9] = 1e-3
+    bias.zero_()
+    ours, exact = linear(input, weight, bias), F.linear(input.double(), weight.double())
+    torchs = F.linear(input, weight, bias)
+    assert torch.equal(ours.isnan(), torchs.isnan())
+    assert torch.equal(ours.isinf(), torchs.isinf())
+    finite = torchs.isfinite()
+    for row in (3, 70, 100):
+        keep = finite[row]
+        assert_as_accurate(ours[row][keep], torchs[row][keep], exact[row][keep])
+
+
+def test_rows_of_very_different_size():
+    """A small row is as accurate, in its own units, as a large one."""
+    (input, weight, _, _), _ = operands(160, 160, 160)
+    input *= torch.logspace(-12, 12, 160).unsqueeze(1)
+    ours, torchs = linear(input, weight), F.linear(input, weight)
+    exact = F.linear(input.double(), weight.double())
+    for rows in zip(ours, torchs, exact, strict=True):
+        assert_as_accurate(*rows)
+
+
+def test_bits_do_not_depend_on_threads():
+    (input, weight, bias, grad), _ = operands(300, 260, 200)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            results.append(forward_and_gradients(linear, input, weight, bias, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("batch", [160, 300])  # updates applied block by block, and from memory
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}])
+@pytest.mark.parametrize("tiny", [False, True])  # gradients that go by fused multiply-add
+def test_train_step(batch, options, tiny):
+    images, labels = torch.randn(batch, 200), torch.randint(10, (batch,))
+    if tiny:
+        images[:, 3] = 1e-30
+
+    def weights(dtype, train_step):
+        torch.manual_seed(1)
+        layers = torch.nn.Linear(200, 160), torch.nn.ReLU(), torch.nn.Linear(160, 10)
+        model = torch.nn.Sequential(*layers).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+        criterion = torch.nn.CrossEntropyLoss()
+        x = images.to(dtype)
+        step = mnist_ext.TrainStep(model, criterion, optimizer) if train_step else None
+        for _ in range(3):
+            if step:
+                step(x, labels)
+                continue
+            optimizer.zero_grad()
+            criterion(model(x), labels).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    ours, torchs = weights(torch.float32, True), weights(torch.float32, False)
+    assert_as_accurate(ours, torchs, weights(torch.float64, False))
