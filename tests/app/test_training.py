@@ -160,9 +160,13 @@ class TestBothImplementations:
 
     @pytest.mark.mnist
     def test_same_accuracy_on_mnist(self, mnist):
-        (our,), (their,) = (run(TrainConfig(impl=i, epochs=1), mnist) for i in ("ext", "torch"))
-        assert abs(our.test_accuracy - their.test_accuracy) <= 0.2
-        assert our.test_accuracy > 90
+        """Ours by modules and in one call, and PyTorch's, of one seed: after each epoch."""
+        ways = {}, {"one_call": True}, {"impl": "torch"}
+        runs = [run(TrainConfig(epochs=2, **way), mnist) for way in ways]
+        for epochs in zip(*runs, strict=True):
+            accuracies = [metrics.test_accuracy for metrics in epochs]
+            assert max(accuracies) - min(accuracies) <= 0.3
+            assert min(accuracies) > 90
 
 
 @pytest.mark.mnist

@@ -226,6 +226,21 @@ def test_row_sums_alone(dtype, K):
     torch.testing.assert_close(sums.double(), exact, rtol=eps + 1e-7 * (eps > 1e-9), atol=0)
 
 
+@pytest.mark.parametrize(
+    ("log_k", "multiprocessors", "splits", "least", "most"),
+    [(17, 132, 64, 0, 4), (13, 1, 1, 4, 40), (16, 1, 1, 16, 100)],
+)
+def test_error_of_long_sums(log_k, multiprocessors, splits, least, most):
+    """Addends of one sign, in float32: in roundings. Only splits of K keep it small."""
+    emulated.set_device(multiprocessors=multiprocessors)
+    a, b = torch.rand(2, 2**log_k), torch.rand(3, 2**log_k)
+    assert emulated.plan(a, b)[2] == splits
+    c, _ = emulated.product("simt", a, b)
+    truth = a.double() @ b.double().T
+    error = ((c.double() - truth).abs().max() / truth.abs().max()) / torch.finfo(c.dtype).eps
+    assert least <= error <= most
+
+
 @pytest.mark.parametrize(("main_loop", "dtype"), MAIN_LOOPS, ids=name)
 class TestEveryMainLoop:
     def test_mask_and_non_finite_elements(self, main_loop, dtype):

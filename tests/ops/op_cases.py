@@ -5,7 +5,7 @@ options. `ours` and `torchs` make the same call to us and to PyTorch.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,13 @@ class Case:
             output = F.linear(output, weight, bias)
             output = torch.relu(output) if activation == "relu" else output
         return output
+
+
+def subsets(of: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """Yield those of every size, from none to all."""
+    of = tuple(of)
+    for size in range(len(of) + 1):
+        yield from itertools.combinations(of, size)
 
 
 def with_gradients(tensors: list[Tensor | None], differentiable: tuple[int, ...]):
@@ -316,7 +323,7 @@ FEW = [
     _linear_case((2, 3, 3), True, "none", True),
     *MLP[:3],
     *HEADS[1:49:7],
-    *HEADS[72:96:9],
+    *HEADS[50:96:10],
     *(
         _cross_entropy_case(layout, *rest)
         for layout, rest in zip(
