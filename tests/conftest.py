@@ -1,6 +1,8 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import devices
 import emulated
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import mnist_ext
-from mnist_ext import _decision
+from mnist_ext import _autograd, _decision
 
 
 def pytest_report_header() -> str:
@@ -48,6 +50,19 @@ def emulator():
 def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels in dtypes too for which PyTorch's own op is the faster one on this CPU."""
     monkeypatch.setattr(_decision, "LINEAR_DTYPES", _decision.DTYPES)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[Any, ...]]]:
+    """Return a function that lists the arguments of each call of an op of _autograd, by name."""
+
+    def record(name: str) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+        op = getattr(_autograd, name)
+        monkeypatch.setattr(_autograd, name, lambda *args: calls.append(args) or op(*args))
+        return calls
+
+    return record
 
 
 @pytest.fixture(autouse=True)

@@ -279,17 +279,13 @@ def test_what_a_hook_raises_arrives_unchanged(case, error):
 
 
 @pytest.mark.parametrize("swapped", [True, False], ids=["mlp", "linear"])
-def test_a_backward_makes_the_gradients_that_are_asked_for(monkeypatch, swapped):
+def test_a_backward_makes_the_gradients_that_are_asked_for(recorded, swapped):
     """autograd.grad of some leaves: not the products of the others, where these cost something."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.Linear(512, 64))
     ours = mnist_ext.nn.swap(copy.deepcopy(model))
     forward = ours if swapped else lambda input: ours[3](ours[2](ours[0](input).relu()))
-    asked = []
-    backward = _autograd._linear_backward
-    monkeypatch.setattr(
-        _autograd, "_linear_backward", lambda *args: asked.append(args) or backward(*args)
-    )
+    asked = recorded("_linear_backward")
     input = torch.randn(600, 64, requires_grad=True)
     for wanted, products in (
         (lambda m: [input], [(False, True, False)] * 3),
@@ -304,20 +300,18 @@ def test_a_backward_makes_the_gradients_that_are_asked_for(monkeypatch, swapped)
         assert [(a[1] is not None, a[2] is not None, a[4]) for a in asked] == products
 
 
-def test_without_a_gradient_nothing_is_kept(monkeypatch):
+def test_without_a_gradient_nothing_is_kept(monkeypatch, recorded):
     model = mnist_ext.nn.swap(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
     input, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 1])
     for function in (_autograd.Linear, _autograd.MLP, _autograd.CrossEntropy):
         monkeypatch.setattr(function, "forward", lambda *_: pytest.fail("enters the graph"))
-    hidden = []
-    op = _autograd._mlp
-    monkeypatch.setattr(_autograd, "_mlp", lambda *a: hidden.append(op(*a)) or hidden[-1])
+    calls = recorded("_mlp")
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             logits = model(input)
             functional.cross_entropy(logits, target)
             functional.linear(input, model[0].weight)
-    assert [kept.numel() for _, kept in hidden] == [0, 0]
+    assert [call[4] for call in calls] == [False, False]  # keep_hidden
 
 
 def test_hooks_decide_what_is_kept():

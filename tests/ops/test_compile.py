@@ -100,11 +100,11 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
     ran, graphs = [], []
 
     def recording(graph, _):
-        told = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
-        graphs.append(told)
+        flags = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
+        graphs.append(flags)
 
         def run(*args):
-            ran.extend(told)
+            ran.extend(flags)
             return graph(*args)
 
         return make_boxed_func(run)
