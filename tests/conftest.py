@@ -1,7 +1,8 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import devices
@@ -63,6 +64,29 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[Any,
         return calls
 
     return record
+
+
+@pytest.fixture(params=["fp32_precision", "allow_tf32", "set_float32_matmul_precision"])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], None]]:
+    """Return a function that allows or forbids TF32 products, by each of torch's ways."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield {
+        "fp32_precision": lambda yes: setattr(matmul, "fp32_precision", "tf32" if yes else "ieee"),
+        "allow_tf32": lambda yes: setattr(matmul, "allow_tf32", yes),
+        "set_float32_matmul_precision": (
+            lambda yes: torch.set_float32_matmul_precision("high" if yes else "highest")
+        ),
+    }[request.param]
+    matmul.fp32_precision = before
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise: what a shell starts in the background ignores it, and so would this."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -88,11 +88,8 @@ def test_dynamic_shapes_are_compiled_once():
     assert counter.frame_count == 1
 
 
-def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
-    """The setting is a constant of the graphs, forward and backward; Dynamo guards it.
-
-    Whoever changes it, by whichever of torch's ways: no GPU is needed to see what was traced.
-    """
+def test_compiled_again_where_the_tf32_setting_changes(monkeypatch, allow_tf32):
+    """A constant of the graphs, which Dynamo guards; no GPU is needed to see what was traced."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
@@ -113,22 +110,11 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
     backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)
     compiled = torch.compile(mnist_ext.functional.linear, fullgraph=True, backend=backend)
     input, weight = (torch.randn(n, 3, requires_grad=True) for n in (2, 4))
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    settings = [
-        lambda tf32: setattr(matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
-        lambda tf32: setattr(matmul, "allow_tf32", tf32),
-        lambda tf32: torch.set_float32_matmul_precision("high" if tf32 else "highest"),
-    ]
-    try:
-        for setting in settings:
-            for tf32 in (True, False):
-                ran.clear()
-                setting(tf32)
-                compiled(input, weight).sum().backward()
-                assert ran == 2 * [str(tf32)]
-    finally:
-        matmul.fp32_precision = before
+    for tf32 in (True, False, True):
+        ran.clear()
+        allow_tf32(tf32)
+        compiled(input, weight).sum().backward()
+        assert ran == 2 * [str(tf32)]
     assert len(graphs) == 4  # forward and backward, of each setting: what was compiled is kept
 
 

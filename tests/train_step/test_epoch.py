@@ -58,6 +58,7 @@ def test_scheduler(cycle_momentum):
 
 @pytest.mark.parametrize("at", [1, 2, 7])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+@pytest.mark.usefixtures("interruptible")
 def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
     """The batches that it has counted have been trained on, momentum included; no others."""
 
@@ -76,13 +77,9 @@ def test_state_where_the_scheduler_is_interrupted_or_fails(at, error):
     images, labels = first_batch(200)
     step, twin = twins(mlp((20,)), sgd={"momentum": 0.9})
     scheduler = Scheduler()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(error):
-            step.epoch(images, labels, 10, scheduler=scheduler)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(error):
+        step.epoch(images, labels, 10, scheduler=scheduler)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     chosen = slice(10 * scheduler.steps)
     twin.epoch(images[chosen], labels[chosen], 10)
     assert_same_state(step, twin)
@@ -154,10 +151,9 @@ def test_wrong_calls():
 
 
 @pytest.mark.cpu_only("minutes for the emulator")
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_comes_between_native_calls():
     """An epoch that would take minutes ends with Ctrl-C; what it did so far is kept."""
-    # What a shell starts in the background ignores Ctrl-C, and so would this.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     model = mlp((256, 256), "relu")
     step, _ = pair(model, sgd={"lr": 1e-4})
     before = copy.deepcopy(model)
@@ -174,10 +170,7 @@ def test_interrupt_comes_between_native_calls():
                 timer.start()
 
     scheduler = Scheduler()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            step.epoch(images, labels, 64, order, scheduler)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(KeyboardInterrupt):
+        step.epoch(images, labels, 64, order, scheduler)
     assert 0 < scheduler.steps < len(order) // 64
     assert not torch.equal(model[1].weight, before[1].weight)
