@@ -88,9 +88,8 @@ class TestTheOrdinaryLoopsNumbers:
 
     @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
     def test_labels_of_other_dtypes(self, dtype):
-        step, loop = pair(mlp((16,), "relu"))
-        for x, y in zip(*batches(2, 9), strict=True):
-            assert torch.equal(step(x, y.to(dtype)), ordinary_step(*loop, x, y))
+        images, labels = batches(2, 9)
+        check_steps(mlp((16,), "relu"), images, labels.to(dtype))
 
     @pytest.mark.parametrize("label", [None, -100])
     def test_nothing_to_learn_from(self, label):
