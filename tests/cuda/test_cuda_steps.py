@@ -8,6 +8,7 @@ import contextlib
 import copy
 import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import emulated
@@ -398,33 +399,27 @@ class TestOnGpu:
         step, _ = trainer(small().cuda())
         x = torch.ones(4, device="cuda")
         begun, made = threading.Event(), threading.Event()
-        errors = []
 
         def capture():
-            try:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    y = x + 1
-                    begun.set()
-                    made.wait(60)
-                    y += 1
-                graph.replay()
-                assert (y == 3).all()
-            except BaseException as error:
-                errors.append(error)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = x + 1
                 begun.set()
+                made.wait(60)
+                y += 1
+            graph.replay()
+            return y
 
-        thread = threading.Thread(target=capture)
         step(images, labels)
         torch.cuda.synchronize()
-        thread.start()
-        begun.wait(60)
-        try:
-            losses = [step(images, labels) for _ in range(3)]
-        finally:
-            made.set()
-            thread.join()
-        assert not errors
+        with ThreadPoolExecutor(1) as pool:
+            captured = pool.submit(capture)
+            begun.wait(60)
+            try:
+                losses = [step(images, labels) for _ in range(3)]
+            finally:
+                made.set()
+            assert (captured.result() == 3).all()
         assert losses[2] < losses[0]
 
     def test_memory_goes_with_the_train_step(self):

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -62,24 +62,13 @@ OTHER_FUNCTIONS = {
 @pytest.mark.cpu_only("the emulator is not for threads of Python")
 def test_made_in_several_threads_at_once():
     """torch.fx, which traces the forwards, replaces functions of modules for all threads."""
-    errors = []
-
-    def make():
-        try:
-            for _ in range(10):
-                pair(mlp((20,), "relu"))
-        except ValueError as error:
-            errors.append(error)
-
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
-    threads = [threading.Thread(target=make) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(pair, mlp((20,), "relu")) for _ in range(40)]
     sys.setswitchinterval(interval)
-    assert not errors
+    for each in made:
+        each.result()  # raises what making it has raised
 
 
 class TestFunctions:

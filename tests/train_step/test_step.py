@@ -2,7 +2,7 @@
 
 import copy
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -273,11 +273,8 @@ class TestTheUsersTensors:
         images, labels = batches(20, 64)
         models = [mlp((20,), "relu") for _ in range(3)]
         twins = copy.deepcopy(models)
-        threads = [threading.Thread(target=train, args=(m,)) for m in models]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(train, models))
         for model, twin in zip(models, twins, strict=True):
             train(twin)
             assert_same_bits(model, twin)
