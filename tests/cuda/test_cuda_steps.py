@@ -446,15 +446,3 @@ class TestOnGpu:
         for _ in range(3):
             step(images, labels)
         assert torch.cuda.memory_allocated() == before
-
-    @pytest.mark.parametrize("size", [64, 4096])
-    def test_losses_of_the_cpu(self, size):
-        pixels = torch.randint(0, 256, (4 * size, 28, 28), dtype=torch.uint8)
-        labels = torch.randint(0, 10, (4 * size,))
-        model = mlp((128, 64), "relu")
-        losses = []
-        for device in ("cpu", "cuda"):
-            step, _ = trainer(copy.deepcopy(model).to(device), normalize=(0.13, 0.3))
-            x, y = pixels.to(device), labels.to(device)
-            losses.append([step(*b).item() for b in zip(x.split(size), y.split(size), strict=True)])
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
