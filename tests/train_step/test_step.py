@@ -253,14 +253,6 @@ class TestTheUsersTensors:
             ordinary_step(*loop, images[chosen], labels[chosen])
         torch.testing.assert_close([*model.parameters()], [*loop[0].parameters()])
 
-    def test_images_and_labels_are_not_written(self):
-        images, labels = first_batch(64)
-        before = images.clone(), labels.clone()
-        loss = pair(mlp((20,)))[0](images, labels)
-        assert torch.equal(images, before[0])
-        assert torch.equal(labels, before[1])
-        assert not loss.requires_grad
-
     @pytest.mark.cpu_only("the emulator is not for threads of Python")
     def test_threads_of_python_train_models_of_their_own(self):
         """Each thread has buffers of its own."""
