@@ -174,8 +174,8 @@ def test_functional_call_and_ensembles():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_dtype(dtype):
     results = [step(model.to(dtype), INPUT.to(dtype)) for model in pair()]
-    tolerance = {} if dtype == torch.float64 else {"rtol": 3e-2, "atol": 1e-2}
-    torch.testing.assert_close(*results, **tolerance)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop])
