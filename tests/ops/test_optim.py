@@ -315,6 +315,8 @@ def test_options_of_torch(options):
         params[0].grad = torch.ones(5, 3)
         optimizer.step()
         assert hooked == ["pre"]
+        if "differentiable" in options:  # the update is recorded
+            assert params[0].grad_fn.name() != "CloneBackward0"
         return params[0].detach()
 
     assert_as_torchs(use)
