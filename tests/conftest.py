@@ -1,6 +1,9 @@
 """Fixtures for all tests: which instruction set runs, and where MNIST is."""
 
 import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import devices
 import emulated
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import mnist_ext
-from mnist_ext import _decision
+from mnist_ext import _autograd, _decision
 
 
 def pytest_report_header() -> str:
@@ -48,6 +51,42 @@ def emulator():
 def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the kernels in dtypes too for which PyTorch's own op is the faster one on this CPU."""
     monkeypatch.setattr(_decision, "LINEAR_DTYPES", _decision.DTYPES)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[tuple[Any, ...]]]:
+    """Return a function that lists the arguments of each call of an op of _autograd, by name."""
+
+    def record(name: str) -> list[tuple[Any, ...]]:
+        calls: list[tuple[Any, ...]] = []
+        op = getattr(_autograd, name)
+        monkeypatch.setattr(_autograd, name, lambda *args: calls.append(args) or op(*args))
+        return calls
+
+    return record
+
+
+@pytest.fixture(params=["fp32_precision", "allow_tf32", "set_float32_matmul_precision"])
+def allow_tf32(request: pytest.FixtureRequest) -> Iterator[Callable[[bool], None]]:
+    """Return a function that allows or forbids TF32 products, by each of torch's ways."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield {
+        "fp32_precision": lambda yes: setattr(matmul, "fp32_precision", "tf32" if yes else "ieee"),
+        "allow_tf32": lambda yes: setattr(matmul, "allow_tf32", yes),
+        "set_float32_matmul_precision": (
+            lambda yes: torch.set_float32_matmul_precision("high" if yes else "highest")
+        ),
+    }[request.param]
+    matmul.fp32_precision = before
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise: what a shell starts in the background ignores it, and so would this."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(autouse=True)

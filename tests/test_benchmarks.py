@@ -1,8 +1,8 @@
 """What the benchmarks compute from their times; not the times."""
 
 import csv
-import importlib.util
 import itertools
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,20 +90,10 @@ def test_unknown_groups_are_refused_by_name(monkeypatch, capsys):
 
 def test_every_rung_of_the_ladders_is_right():
     """Compiled and verified; a wrong result ends the program."""
-    ladder = Path(__file__).parents[1] / "benchmarks" / "ladder" / "ladder.py"
-    command = [sys.executable, ladder, "--check"]
+    command = [sys.executable, BENCHMARKS / "ladder" / "ladder.py", "--check"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("rungs verified") == 6
-
-
-def script(name: str):
-    """Import a benchmark under a name that no module of the tests has."""
-    path = BENCHMARKS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_epochs_and_recipes_train(monkeypatch, capsys):
@@ -112,9 +102,10 @@ def test_epochs_and_recipes_train(monkeypatch, capsys):
     split = digits.train
     few = replace(digits, train=datasets.Split(split.images[:300], split.labels[:300]))
     monkeypatch.setattr(datasets, "load", lambda *_: few)
-    epochs = script("training").package_epochs(TrainConfig(batch_size=100), few)
+    training = runpy.run_path(str(BENCHMARKS / "training.py"))
+    epochs = training["package_epochs"](TrainConfig(batch_size=100), few)
     assert [0 <= accuracy <= 100 for _, accuracy in itertools.islice(epochs, 2)] == [True] * 2
     for name, arguments in (("accuracy", ["--seeds", "0"]), ("recipe", ["--seeds", "0", "1"])):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        script(name).main()
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"]()
         assert f"mean of {len(arguments) - 1} seeds: " in capsys.readouterr().out

@@ -65,36 +65,35 @@ def test_a_folder_without_compiler_or_headers_is_passed_over(monkeypatch, tmp_pa
     assert cuda_toolkit.find("13.0") is None
 
 
-@pytest.mark.parametrize("unset", [None, "", " "])
-def test_architectures_that_the_toolkit_knows(monkeypatch, unset):
-    if unset is not None:
-        monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", unset)  # make gpu leaves it empty without a GPU
-    assert cuda_toolkit.architectures("12.6") == ["8.0", "9.0"]
-    assert cuda_toolkit.architectures("13.0") == ["8.0", "9.0", "10.0", "12.0"]
-
-
-def test_architectures_asked_for(monkeypatch):
-    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "10.0;9.0")
-    assert cuda_toolkit.architectures("13.0") == ["9.0", "10.0"]
-    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "hopper")
-    with pytest.raises(SystemExit, match="got 'hopper'"):
-        cuda_toolkit.architectures("13.0")
+EVERY = ["8.0", "9.0", "10.0", "12.0"]  # that a toolkit of today knows
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"),
+    ("asked_for", "toolkit", "gpus", "expected"),
     [
-        ([(8, 6), (9, 0), (9, 0)], ["8.0", "9.0"]),
-        ([(12, 1)], ["12.0"]),
-        ([(7, 5)], ["8.0", "9.0", "10.0", "12.0"]),  # which has no use for any
+        (None, "12.6", [], ["8.0", "9.0"]),
+        (None, "13.0", [], EVERY),
+        ("", "13.0", [], EVERY),  # make gpu leaves it empty without a GPU
+        (" ", "13.0", [], EVERY),
+        ("10.0;9.0", "13.0", [], ["9.0", "10.0"]),
+        # Those of the GPUs that are there.
+        (None, "13.0", [(8, 6), (9, 0), (9, 0)], ["8.0", "9.0"]),
+        (None, "13.0", [(12, 1)], ["12.0"]),
+        (None, "13.0", [(7, 5)], EVERY),  # which has no use for any
+        ("all", "13.0", [(12, 1)], EVERY),
+        ("9.0", "13.0", [(12, 1)], ["9.0"]),
     ],
 )
-def test_architectures_of_the_gpus_that_are_there(monkeypatch, gpus, expected):
-    assert cuda_toolkit.architectures("13.0", gpus) == expected
-    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "all")
-    assert cuda_toolkit.architectures("13.0", gpus) == ["8.0", "9.0", "10.0", "12.0"]
-    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "9.0")
-    assert cuda_toolkit.architectures("13.0", gpus) == ["9.0"]
+def test_architectures(monkeypatch, asked_for, toolkit, gpus, expected):
+    if asked_for is not None:
+        monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", asked_for)
+    assert cuda_toolkit.architectures(toolkit, gpus) == expected
+
+
+def test_an_unknown_architecture(monkeypatch):
+    monkeypatch.setenv("MNIST_EXT_CUDA_ARCH", "hopper")
+    with pytest.raises(SystemExit, match="got 'hopper'"):
+        cuda_toolkit.architectures("13.0")
 
 
 def test_passes_of_the_compiler():
@@ -104,12 +103,11 @@ def test_passes_of_the_compiler():
         flags = cuda_toolkit.code_flags(architectures, tensor_cores)
         return [flag.removeprefix("-gencode=arch=compute_").split(",code=") for flag in flags]
 
-    known = ["8.0", "9.0", "10.0", "12.0"]
-    assert code(known, False) == [
+    assert code(EVERY, False) == [
         *(["80", "sm_80"], ["90", "sm_90"], ["90", "sm_100"], ["90", "sm_120"]),
         ["90", "compute_90"],
     ]
-    assert code(known, True) == [
+    assert code(EVERY, True) == [
         *(["80", "sm_80"], ["80", "sm_100"], ["80", "sm_120"], ["80", "compute_80"]),
         ["90a", "sm_90a"],
     ]

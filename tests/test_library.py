@@ -86,8 +86,8 @@ class TestImport:
     @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
     def test_on_a_torch_that_is_too_old(self, monkeypatch, version):
         monkeypatch.setattr(torch, "__version__", version)
-        told = f"mnist_ext needs torch >= 2.10, found {version}: run `pip install 'torch>=2.10'`"
-        with pytest.raises(ImportError, match=re.escape(told)):
+        message = f"mnist_ext needs torch >= 2.10, found {version}: run `pip install 'torch>=2.10'`"
+        with pytest.raises(ImportError, match=re.escape(message)):
             _library.load()
 
     def test_loads_nothing_of_torch_that_torch_does_not_load_itself(self):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from mnist_ext.app.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptible) -> Iterator[None]:
     """Work in an empty folder, without the machine's own data, cache, network and colours."""
     for name in ("MNIST_EXT_DATA", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
@@ -27,10 +26,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     work.mkdir()
     monkeypatch.chdir(work)
     threads = torch.get_num_threads()
-    # What a shell starts in the background ignores Ctrl-C, and so would this.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(threads)
 
 

@@ -37,11 +37,6 @@ class TestScores:
         assert self.SCORES.accuracy == 60
         assert self.SCORES.standard_error == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 5))
 
-    def test_loss(self):
-        rows = zip(self.SCORES.logits.tolist(), self.SCORES.labels.tolist(), strict=True)
-        losses = [math.log(sum(map(math.exp, row))) - row[label] for row, label in rows]
-        assert self.SCORES.loss == pytest.approx(sum(losses) / 5)
-
     def test_mistakes_come_with_the_surest_first(self):
         surest, other = self.SCORES.mistakes(9)
         assert (surest.index, surest.label, surest.prediction) == (2, 0, 2)

@@ -1,7 +1,7 @@
 """The example of a language model: both ways train the same model."""
 
 import argparse
-import importlib.util
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,9 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "language_model.py"
 
 
 def test_both_ways_are_the_same_training():
-    spec = importlib.util.spec_from_file_location("language_model", SCRIPT)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    tokens = example.tokens_of(SCRIPT.read_text())
+    example = runpy.run_path(str(SCRIPT))
+    tokens = example["tokens_of"](SCRIPT.read_text())
     args = argparse.Namespace(steps=20, batch=256, features=16)
-    results = [example.train(way, tokens, args) for way in example.WAYS]
+    results = [example["train"](way, tokens, args) for way in example["WAYS"]]
     assert results[0].last_loss == pytest.approx(results[1].last_loss, rel=1e-3)
     assert results[0].last_loss < 0.98 * results[0].first_loss

@@ -47,12 +47,6 @@ def step_losses(config: TrainConfig, dataset: datasets.Dataset) -> list[float]:
 
 
 class TestModel:
-    def test_layers(self):
-        model = mlp(hidden=(128, 64))
-        assert [type(layer) for layer in model] == [nn.Flatten, nn.Linear, nn.Linear, nn.Linear]
-        assert sum(p.numel() for p in model.parameters()) == 784 * 128 + 128 * 64 + 640 + 202
-        assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
-
     def test_activation_follows_each_hidden_layer(self):
         model = mlp(hidden=(5,), activation="relu", in_features=8, num_classes=2)
         assert [type(layer) for layer in model] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
@@ -160,9 +154,13 @@ class TestBothImplementations:
 
     @pytest.mark.mnist
     def test_same_accuracy_on_mnist(self, mnist):
-        (our,), (their,) = (run(TrainConfig(impl=i, epochs=1), mnist) for i in ("ext", "torch"))
-        assert abs(our.test_accuracy - their.test_accuracy) <= 0.2
-        assert our.test_accuracy > 90
+        """Ours by modules and in one call, and PyTorch's, of one seed: after each epoch."""
+        ways = {}, {"one_call": True}, {"impl": "torch"}
+        runs = [run(TrainConfig(epochs=2, **way), mnist) for way in ways]
+        for epochs in zip(*runs, strict=True):
+            accuracies = [metrics.test_accuracy for metrics in epochs]
+            assert max(accuracies) - min(accuracies) <= 0.3
+            assert min(accuracies) > 90
 
 
 @pytest.mark.mnist

@@ -54,11 +54,6 @@ def sm_80():
 
 
 @pytest.fixture(scope="module")
-def sm_90():
-    return code_for("90")
-
-
-@pytest.fixture(scope="module")
 def sm_90a():
     return code_for("90a")
 

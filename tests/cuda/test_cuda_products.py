@@ -226,6 +226,21 @@ def test_row_sums_alone(dtype, K):
     torch.testing.assert_close(sums.double(), exact, rtol=eps + 1e-7 * (eps > 1e-9), atol=0)
 
 
+@pytest.mark.parametrize(
+    ("log_k", "multiprocessors", "splits", "least", "most"),
+    [(17, 132, 64, 0, 4), (13, 1, 1, 4, 40), (16, 1, 1, 16, 100)],
+)
+def test_error_of_long_sums(log_k, multiprocessors, splits, least, most):
+    """Addends of one sign, in float32: in roundings. Only splits of K keep it small."""
+    emulated.set_device(multiprocessors=multiprocessors)
+    a, b = torch.rand(2, 2**log_k), torch.rand(3, 2**log_k)
+    assert emulated.plan(a, b)[2] == splits
+    c, _ = emulated.product("simt", a, b)
+    truth = a.double() @ b.double().T
+    error = ((c.double() - truth).abs().max() / truth.abs().max()) / torch.finfo(c.dtype).eps
+    assert least <= error <= most
+
+
 @pytest.mark.parametrize(("main_loop", "dtype"), MAIN_LOOPS, ids=name)
 class TestEveryMainLoop:
     def test_mask_and_non_finite_elements(self, main_loop, dtype):
@@ -309,40 +324,17 @@ def test_main_loop_of_float32():
     assert chosen("k", "k") == "simt"
 
 
-@pytest.fixture
-def matmul():
-    """Give torch's settings of products, and put them back."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield torch.backends.cuda.matmul
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-@pytest.mark.parametrize(
-    ("strict", "tf32"),
-    [
-        (lambda m: setattr(m, "allow_tf32", False), lambda m: setattr(m, "allow_tf32", True)),
-        (
-            lambda m: setattr(m, "fp32_precision", "ieee"),
-            lambda m: setattr(m, "fp32_precision", "tf32"),
-        ),
-        (
-            lambda _: torch.set_float32_matmul_precision("highest"),
-            lambda _: torch.set_float32_matmul_precision("high"),
-        ),
-    ],
-    ids=["allow_tf32", "fp32_precision", "set_float32_matmul_precision"],
-)
-def test_tf32_setting_of_the_moment(emulator, matmul, strict, tf32):
+@pytest.mark.parametrize("first", [False, True])
+def test_tf32_setting_of_the_moment(emulator, allow_tf32, first):
     """It reaches the kernels, in forward and backward: TF32 has no bits for 2**-12."""
     exact = 1 + 2**-12
     input = torch.full((2, 3), exact, requires_grad=True)
-    for first, second in ((strict, tf32), (tf32, strict)):
-        first(matmul)
-        output = functional.linear(input, torch.ones(4, 3))
-        second(matmul)
-        (gradient,) = torch.autograd.grad(output, input, torch.full((2, 4), exact))
-        assert (output == 3 * (1 if first is tf32 else exact)).all()
-        assert (gradient == 4 * (1 if second is tf32 else exact)).all()
+    allow_tf32(first)
+    output = functional.linear(input, torch.ones(4, 3))
+    allow_tf32(not first)
+    (gradient,) = torch.autograd.grad(output, input, torch.full((2, 4), exact))
+    assert (output == 3 * (1 if first else exact)).all()
+    assert (gradient == 4 * (exact if first else 1)).all()
 
 
 def test_wgmma_result_that_is_not_aligned():

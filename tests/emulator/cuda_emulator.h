@@ -61,17 +61,15 @@ inline int launches = 0;                  // so far
 
 struct Block;
 
-struct Warp {
-  bool held = false;  // for a while, so that others run ahead
-  bool last = false;  // runs only where no other warp can
-  int arrived = 0, members = 0;
-  unsigned round = 0;
-  unsigned char values[2][kWarpSize][8];  // shuffled; two rounds, as the slower lanes may still read the last one
-};
-
 struct Barrier {
   int arrived = 0, members = 0;
   unsigned round = 0;
+};
+
+struct Warp : Barrier {
+  bool held = false;                      // for a while, so that others run ahead
+  bool last = false;                      // runs only where no other warp can
+  unsigned char values[2][kWarpSize][8];  // shuffled; two rounds, as the slower lanes may still read the last one
 };
 
 // By cp.async.
@@ -124,14 +122,17 @@ inline void wait(const unsigned& round) {
   swapcontext(&thread.context, &now.scheduler);
 }
 
-template <class AnyBarrier>
-void arrive_and_wait(AnyBarrier& barrier) {
-  if (++barrier.arrived == barrier.members) {
-    barrier.arrived = 0;
-    ++barrier.round;
-    return;  // the last one goes on at once; the others when their turn comes
-  }
-  wait(barrier.round);
+// Lets those that wait go on when their turn comes, if all are there.
+inline bool ends_round(Barrier& barrier) {
+  if (barrier.arrived < barrier.members) return false;
+  barrier.arrived = 0;
+  ++barrier.round;
+  return true;
+}
+
+inline void arrive_and_wait(Barrier& barrier) {
+  ++barrier.arrived;
+  if (!ends_round(barrier)) wait(barrier.round);
 }
 
 inline char* shared_memory() { return now.thread->block->shared_begin; }
@@ -177,14 +178,9 @@ inline void run_thread() {
 
 // A thread that returns no longer takes part in barriers, as on the device.
 inline void leave(Thread& thread) {
-  const auto leave_one = [](auto& barrier) {
-    if (--barrier.members > 0 && barrier.arrived == barrier.members) {
-      barrier.arrived = 0;
-      ++barrier.round;
-    }
-  };
-  leave_one(thread.block->barrier);
-  leave_one(*thread.warp);
+  for (Barrier* barrier : {&thread.block->barrier, static_cast<Barrier*>(thread.warp)}) {
+    if (--barrier->members > 0) ends_round(*barrier);
+  }
 }
 
 inline void run_in_background() {
@@ -315,29 +311,17 @@ inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, std::function<
 
 // The device's side.
 
-inline constexpr struct {
-  struct {
-    operator unsigned() const { return emulator::now.thread->index; }
-  } x;
-} threadIdx;
-
-inline constexpr struct {
-  struct {
-    operator unsigned() const { return emulator::now.thread->block->index; }
-  } x;
-} blockIdx;
-
-inline constexpr struct {
-  struct {
-    operator unsigned() const { return emulator::now.threads; }
-  } x;
-} blockDim;
-
-inline constexpr struct {
-  struct {
-    operator unsigned() const { return emulator::now.blocks_of_grid; }
-  } x;
-} gridDim;
+struct SpecialRegister {
+  unsigned (*read)();
+  operator unsigned() const { return read(); }
+};
+struct SpecialRegisters {
+  SpecialRegister x;
+};
+inline constexpr SpecialRegisters threadIdx{{[] { return emulator::now.thread->index; }}};
+inline constexpr SpecialRegisters blockIdx{{[] { return emulator::now.thread->block->index; }}};
+inline constexpr SpecialRegisters blockDim{{[] { return emulator::now.threads; }}};
+inline constexpr SpecialRegisters gridDim{{[] { return emulator::now.blocks_of_grid; }}};
 
 inline void __syncthreads() { emulator::arrive_and_wait(emulator::now.thread->block->barrier); }
 inline void __syncwarp() { emulator::arrive_and_wait(*emulator::now.thread->warp); }

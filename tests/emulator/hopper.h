@@ -1,16 +1,15 @@
 // mbarrier, tiled copies and wgmma of compute capability 9.0 on the emulator, from the text and the tables of the PTX
 // ISA 9.0 and from nothing in the kernels.
 //
-// Modelled: phases of mbarriers, their counts of arrivals and bytes; copies of
-// boxes with the 128-byte swizzle, with zeros beyond the matrix, which land at any time later and
-// in any order; descriptors of wgmma along and across the depth with that swizzle; which lane holds what; wgmma-groups:
-// a product is done at any time between its start and the wait for its group, in the shared memory and the registers of
-// that moment, and until that wait the result holds NaN; that wgmma.fence stands between a wait and the next product;
-// that the factors of TF32 products have been rounded.
+// Modelled: phases of mbarriers, their counts of arrivals and bytes; copies of boxes with the 128-byte swizzle, with
+// zeros beyond the matrix, which land at any time later and in any order; descriptors of wgmma along and across K with
+// that swizzle; which lane holds what; wgmma-groups: a product is done at any time between its start and the wait for
+// its group, in the shared memory and the registers of that moment, and until that wait the result holds NaN; that
+// wgmma.fence stands between a wait and the next product; that the factors of TF32 products have been rounded.
 // How a copy converts floats to TF32 is not documented: here to the nearest or towards 0, at random from copy to copy.
 // Not modelled: whether warps of a warpgroup stay together (each warp's quarter is done by itself); fences between the
-// generic and the asynchronous proxy; setmaxnreg; the
-// precision of sums within one instruction (here: float64, rounded once).
+// generic and the asynchronous proxy; setmaxnreg; the precision of sums within one instruction (here: float64, rounded
+// once).
 #pragma once
 
 #include <vector>
@@ -144,13 +143,13 @@ struct Descriptor {
     if (swizzle != 1 || base_offset != 0) throw std::logic_error("emulator: only the 128-byte swizzle is modelled");
   }
 
-  // 9.7.15.5.1.2.1, "Canonical Layouts" with 128B swizzling, of T elements in 16 bytes, in elements: along the depth
+  // 9.7.15.5.1.2.1, "Canonical Layouts" with 128B swizzling, of T elements in 16 bytes, in elements: along K
   // ((8, m), (T, 2k)) : ((8T, SBO), (1, T)), across it ((T, 8, m), (8, k)) : ((1, T, LBO), (8T, SBO)).
-  uint32_t address(bool outer_major, uint32_t outer, uint32_t depth, uint32_t element_bytes) const {
+  uint32_t address(bool outer_major, uint32_t outer, uint32_t k, uint32_t element_bytes) const {
     const uint32_t in_row = 128 / element_bytes;
     const uint32_t unswizzled =
-        outer_major ? outer % in_row * element_bytes + outer / in_row * leading + depth % 8 * 128 + depth / 8 * stride
-                    : outer % 8 * 128 + outer / 8 * stride + depth * element_bytes;
+        outer_major ? outer % in_row * element_bytes + outer / in_row * leading + k % 8 * 128 + k / 8 * stride
+                    : outer % 8 * 128 + outer / 8 * stride + k * element_bytes;
     return swizzled(start + unswizzled);
   }
 };
@@ -177,8 +176,8 @@ struct WgmmaWarp {
   // and column 8 (i / 4) + 2 in_group + i % 2 of the warp's 16 rows.
   void run(Wgmma& wgmma) {
     const bool half = wgmma.element_bytes == 2;
-    const int columns = 8 * wgmma.tiles, depth = 32 / wgmma.element_bytes;
-    std::vector<double> b(static_cast<size_t>(depth * columns));
+    const int N = 8 * wgmma.tiles, K = 32 / wgmma.element_bytes;
+    std::vector<double> b(static_cast<size_t>(K * N));
     double a[16][16];
     // The instruction drops the lower 13 bits of TF32 factors: nobody shall leave the rounding to it.
     const auto element = [&](const uint32_t* words, int i) {
@@ -193,8 +192,8 @@ struct WgmmaWarp {
       return element(&word, 0);
     };
     const Descriptor of_b(wgmma.b);
-    for (int n = 0; n < columns; ++n) {
-      for (int k = 0; k < depth; ++k) b[static_cast<size_t>(depth * n + k)] = read(of_b, wgmma.b_outer_major, n, k);
+    for (int n = 0; n < N; ++n) {
+      for (int k = 0; k < K; ++k) b[static_cast<size_t>(K * n + k)] = read(of_b, wgmma.b_outer_major, n, k);
     }
     if (wgmma.from_registers) {
       for (int lane = 0; lane < kWarpSize; ++lane) {
@@ -206,16 +205,16 @@ struct WgmmaWarp {
     } else {
       const Descriptor of_a(wgmma.a);
       for (int m = 0; m < 16; ++m) {
-        for (int k = 0; k < depth; ++k) a[m][k] = read(of_a, false, 16 * wgmma.warp + m, k);
+        for (int k = 0; k < K; ++k) a[m][k] = read(of_a, false, 16 * wgmma.warp + m, k);
       }
     }
     for (int lane = 0; lane < kWarpSize; ++lane) {
       std::vector<float>& d = results.at(wgmma.d[static_cast<size_t>(lane)]);
       for (int i = 0; i < 4 * wgmma.tiles; ++i) {
         const Place place = c_of_m16n8(lane / 4, lane % 4, i % 4);
-        const double* column = &b[static_cast<size_t>(depth * (8 * (i / 4) + place.column))];
+        const double* column = &b[static_cast<size_t>(K * (8 * (i / 4) + place.column))];
         double sum = wgmma.add ? d[static_cast<size_t>(i)] : 0;
-        for (int k = 0; k < depth; ++k) sum += a[place.row][k] * column[k];
+        for (int k = 0; k < K; ++k) sum += a[place.row][k] * column[k];
         d[static_cast<size_t>(i)] = static_cast<float>(sum);
       }
     }

@@ -1,5 +1,6 @@
 // All of csrc/cuda as ordinary C++ on the emulator: its table of kernels, and what tests ask for beside it.
-#include "library.h"
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <string>
@@ -11,50 +12,56 @@
 #include "../../csrc/cuda/instantiate/tensor_cores_float16.cu"
 #include "../../csrc/cuda/instantiate/tensor_cores_tf32.cu"
 #include "../../csrc/cuda/table.cu"
+#include "mistakes.h"
 
 namespace {
 
 using namespace mnist_ext;
+using pybind11::arg;
 
-// Of any dtype; tests/emulated.py has the same.
-struct AnyProduct {
-  int64_t M, N, K;
-  const void* a;
-  int64_t a_strides[2];
-  const void* relu_mask;
-  int64_t mask_strides[2];
-  const void* b;
-  int64_t b_strides[2];
-  const void* bias;
-  int64_t relu, allow_tf32;
-  const void* c_mask;
-  void* c;
-  void* row_sums;
-};
+using Strides = std::array<int64_t, 2>;
+
+// A product by name: of tensors, or None, of any dtype.
+using AnyProduct = pybind11::dict;
+
+template <class T>
+T* data(const pybind11::object& tensor) {
+  if (tensor.is_none()) return nullptr;
+  return reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
+template <class T>
+Operand<T> operand(const pybind11::object& tensor) {
+  if (tensor.is_none()) return {};
+  const auto strides = tensor.attr("stride")().cast<Strides>();
+  return {data<const T>(tensor), strides[0], strides[1]};
+}
 
 template <class T>
 Product<T> typed(const AnyProduct& p) {
-  return {.M = p.M,
-          .N = p.N,
-          .K = p.K,
-          .a = {static_cast<const T*>(p.a), p.a_strides[0], p.a_strides[1]},
-          .relu_mask = {static_cast<const T*>(p.relu_mask), p.mask_strides[0], p.mask_strides[1]},
-          .b = {static_cast<const T*>(p.b), p.b_strides[0], p.b_strides[1]},
-          .bias = static_cast<const T*>(p.bias),
-          .relu = p.relu != 0,
-          .allow_tf32 = p.allow_tf32 != 0,
-          .c_mask = static_cast<const T*>(p.c_mask),
-          .c = static_cast<T*>(p.c),
-          .row_sums = static_cast<T*>(p.row_sums)};
+  const pybind11::object a = p["a"], b = p["b"];
+  const auto a_strides = p["a_strides"].cast<Strides>();  // those of PyTorch's tensors are never negative
+  return {.M = static_cast<int64_t>(pybind11::len(a)),
+          .N = static_cast<int64_t>(pybind11::len(b)),
+          .K = a.attr("size")(1).cast<int64_t>(),
+          .a = {data<const T>(a), a_strides[0], a_strides[1]},
+          .relu_mask = operand<T>(p["relu_mask"]),
+          .b = operand<T>(b),
+          .bias = data<const T>(p["bias"]),
+          .relu = p["relu"].cast<bool>(),
+          .allow_tf32 = p["allow_tf32"].cast<bool>(),
+          .c_mask = data<const T>(p["c_mask"]),
+          .c = data<T>(p["c"]),
+          .row_sums = data<T>(p["row_sums"])};
 }
 
-// Calls with the product in its dtype.
+// Calls with the product in the dtype of A.
 template <class Call>
-auto with_dtype(const char* dtype, const AnyProduct& p, const Call& call) {
-  const std::string name = dtype;
-  if (name == "float32") return call(typed<float>(p));
-  if (name == "float64") return call(typed<double>(p));
-  if (name == "bfloat16") return call(typed<BFloat16>(p));
+auto with_dtype(const AnyProduct& p, const Call& call) {
+  const std::string dtype = pybind11::str(p["a"].attr("dtype"));
+  if (dtype == "torch.float32") return call(typed<float>(p));
+  if (dtype == "torch.float64") return call(typed<double>(p));
+  if (dtype == "torch.bfloat16") return call(typed<BFloat16>(p));
   return call(typed<Float16>(p));
 }
 
@@ -74,48 +81,22 @@ void make(const Product<T>& p, cuda::MainLoop main_loop) {
   }
 }
 
-}  // namespace
-
-const char* emulated::error_of(const std::function<void()>& call) {
-  static std::string what;
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return (what = error.what()).c_str();
-  }
-  return nullptr;
+void set_device(int compute_capability_major, int multiprocessors) {
+  emulator::compute_capability_major = compute_capability_major;
+  emulator::multiprocessors = multiprocessors;
 }
 
-extern "C" {
-
-EXPORTED const void* emulator_kernel_table() {
+uintptr_t kernel_table_address() {
   static const KernelTable table = [] {
     KernelTable cuda = kernel_table();
     cuda.blocks.cached_bytes = cuda.blocks.most_bytes = 4096;  // so that few rows are many blocks
     return cuda;
   }();
-  return &table;
+  return reinterpret_cast<uintptr_t>(&table);
 }
 
-EXPORTED void emulator_set_seed(unsigned seed) { emulator::seed = seed; }
-
-EXPORTED void emulator_set_device(int compute_capability_major, int multiprocessors) {
-  emulator::compute_capability_major = compute_capability_major;
-  emulator::multiprocessors = multiprocessors;
-}
-
-EXPORTED int emulator_launches() { return emulator::launches; }
-EXPORTED int emulator_graph_launches() { return emulator::graph_launches; }
-EXPORTED void emulator_refuse_graphs(bool refuse) { emulator::graphs_are_refused = refuse; }
-EXPORTED int emulator_bank_conflicts() { return emulator::bank_conflicts; }
-
-// Between the two the current stream is being captured; returns how many kernels and the like went into the capture.
-EXPORTED void emulator_begin_capture() {
-  emulator::current_stream = new CUstream_st;
-  cudaStreamBeginCapture(emulator::current_stream, cudaStreamCaptureModeGlobal);
-}
-
-EXPORTED int emulator_end_capture() {
+// Returns how many kernels and the like have gone into the capture.
+int end_capture() {
   cudaGraph_t graph = nullptr;
   cudaStreamEndCapture(emulator::current_stream, &graph);
   delete std::exchange(emulator::current_stream, nullptr);
@@ -124,19 +105,43 @@ EXPORTED int emulator_end_capture() {
   return size;
 }
 
-// Null, or what the kernels threw.
-EXPORTED const char* emulator_product(const char* dtype, int main_loop, const AnyProduct* product) {
-  return emulated::error_of(
-      [&] { with_dtype(dtype, *product, [&](const auto& p) { make(p, static_cast<cuda::MainLoop>(main_loop)); }); });
-}
-
-// {main loop, tile, splits}, as the table chooses them.
-EXPORTED void emulator_plan(const char* dtype, const AnyProduct* product, int* plan) {
-  with_dtype(dtype, *product, [&](const auto& p) {
+// {main loop, tile from small to large, splits of K}, as the table chooses them.
+std::array<int, 3> plan(const AnyProduct& product) {
+  return with_dtype(product, [](const auto& p) {
     const cuda::Plan chosen = cuda::plan_for(cuda::main_loop_for(p), p);
-    plan[0] = static_cast<int>(chosen.main_loop);
-    plan[1] = chosen.tile;
-    plan[2] = chosen.tiling.splits;
+    return std::array{static_cast<int>(chosen.main_loop), chosen.tile, static_cast<int>(chosen.tiling.splits)};
   });
 }
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("kernel_table_address", kernel_table_address, "For mnist_ext._C.register_kernels.");
+  m.def("set_seed", [](unsigned seed) { emulator::seed = seed; }, "Of the order in which threads and blocks run.");
+  m.def("set_device", set_device, arg("compute_capability_major") = 9, arg("multiprocessors") = 132,
+        "Choose the device that is played, an H200 by default.");
+  m.def(
+      "refuse_graphs", [](bool refuse) { emulator::graphs_are_refused = refuse; }, arg("refuse") = true,
+      "Choose whether the driver that is played makes no CUDA graphs.");
+  m.def("launches", [] { return emulator::launches; }, "Count the kernels started so far.");
+  m.def("graph_launches", [] { return emulator::graph_launches; }, "Count the CUDA graphs started so far.");
+  m.def("bank_conflicts", [] { return emulator::bank_conflicts; }, "Count those of ldmatrix and load_word so far.");
+  m.def("begin_capture", [] {
+    emulator::current_stream = new CUstream_st;
+    cudaStreamBeginCapture(emulator::current_stream, cudaStreamCaptureModeGlobal);
+  });
+  m.def("end_capture", end_capture);
+
+  m.def("make", [](const AnyProduct& product, int main_loop) {
+    with_dtype(product, [&](const auto& p) { make(p, static_cast<cuda::MainLoop>(main_loop)); });
+  });
+  m.def("plan", plan);
+
+  m.def("sum_of_neighbours", mistakes::sum_of_neighbours);
+  m.def("sum_of_copies", mistakes::sum_of_copies);
+  m.def("deadlock", mistakes::deadlock);
+  m.def("overflow", mistakes::overflow);
+  m.def("misaligned", mistakes::misaligned);
+  m.def("misaligned_copy", mistakes::misaligned_copy);
+  m.def("copy_beyond", mistakes::copy_beyond);
 }

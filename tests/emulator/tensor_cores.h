@@ -132,9 +132,9 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     float d[4];
   };
   constexpr bool kHalf = sizeof(T) == 2;
-  constexpr int kDepth = kHalf ? 16 : 8;
+  constexpr int kK = kHalf ? 16 : 8;
   const auto compute = [](Shares<Share>& shares) {
-    double a_matrix[16][kDepth], b_matrix[kDepth][8];
+    double a_matrix[16][kK], b_matrix[kK][8];
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const Share& share = shares[static_cast<size_t>(lane)];
       const int group = lane / 4, in_group = lane % 4;
@@ -152,7 +152,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         const Place place = c_of_m16n8(lane / 4, lane % 4, i);
         float& to = shares[static_cast<size_t>(lane)].d[i];
         double sum = to;
-        for (int k = 0; k < kDepth; ++k) sum += a_matrix[place.row][k] * b_matrix[k][place.column];
+        for (int k = 0; k < kK; ++k) sum += a_matrix[place.row][k] * b_matrix[k][place.column];
         to = static_cast<float>(sum);
       }
     }

@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
-from op_cases import CASES, FEW, NARROW_INDICES, value_and_gradients
+from op_cases import CASES, FEW, NARROW_INDICES, subsets, value_and_gradients, with_gradients
 from torch import nn
 from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,7 @@ def test_compiles_without_graph_break(case, dynamic):
 @pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_with_inductor(dtype):
-    """A model and its loss, whole, in the compiler that users get by default."""
+    """A model and its loss, whole and once for all sizes, in the compiler that is the default."""
     model = mnist_ext.nn.swap(
         torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
     ).to(dtype)
@@ -61,38 +62,22 @@ def test_compiles_with_inductor(dtype):
         return criterion(model(input), target)
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for rows in (4, 9):
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    frames = set()
+    for rows in (4, 9, 33):
         input, target = torch.randn(rows, 7, dtype=dtype), torch.randint(0, 3, (rows,))
         results = []
         for function in (compiled, loss):
             value = function(input, target)
             results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
         torch.testing.assert_close(*results)
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
 
 
-def test_dynamic_shapes_are_compiled_once():
-    from torch._dynamo.testing import CompileCounter
-
-    torch._dynamo.reset()
-    counter = CompileCounter()
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def loss(input, weight, target):
-        return mnist_ext.functional.cross_entropy(
-            mnist_ext.functional.linear(input, weight), target
-        )
-
-    for rows in (4, 9, 33):
-        loss(torch.randn(rows, 7), torch.randn(3, 7), torch.randint(0, 3, (rows,)))
-    assert counter.frame_count == 1
-
-
-def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
-    """The setting is a constant of the graphs, forward and backward; Dynamo guards it.
-
-    Whoever changes it, by whichever of torch's ways: no GPU is needed to see what was traced.
-    """
+def test_compiled_again_where_the_tf32_setting_changes(monkeypatch, allow_tf32):
+    """A constant of the graphs, which Dynamo guards; no GPU is needed to see what was traced."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
@@ -100,11 +85,11 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
     ran, graphs = [], []
 
     def recording(graph, _):
-        told = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
-        graphs.append(told)
+        flags = re.findall(r"mnist_ext\.linear\w*\.default\(.*, (\w+)\)", graph.code)
+        graphs.append(flags)
 
         def run(*args):
-            ran.extend(told)
+            ran.extend(flags)
             return graph(*args)
 
         return make_boxed_func(run)
@@ -113,22 +98,11 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch):
     backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)
     compiled = torch.compile(mnist_ext.functional.linear, fullgraph=True, backend=backend)
     input, weight = (torch.randn(n, 3, requires_grad=True) for n in (2, 4))
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    settings = [
-        lambda tf32: setattr(matmul, "fp32_precision", "tf32" if tf32 else "ieee"),
-        lambda tf32: setattr(matmul, "allow_tf32", tf32),
-        lambda tf32: torch.set_float32_matmul_precision("high" if tf32 else "highest"),
-    ]
-    try:
-        for setting in settings:
-            for tf32 in (True, False):
-                ran.clear()
-                setting(tf32)
-                compiled(input, weight).sum().backward()
-                assert ran == 2 * [str(tf32)]
-    finally:
-        matmul.fp32_precision = before
+    for tf32 in (True, False, True):
+        ran.clear()
+        allow_tf32(tf32)
+        compiled(input, weight).sum().backward()
+        assert ran == 2 * [str(tf32)]
     assert len(graphs) == 4  # forward and backward, of each setting: what was compiled is kept
 
 
@@ -151,80 +125,47 @@ def test_export(dynamic, strict):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
-def forward_and_backward_calls(case, dtype):
-    """Yield (op, arguments) for each call that the case makes of our ops, with a gradient."""
-    tensors = [None if t is None else t.detach() for t in case.tensors(dtype)]
-    if case.op == "linear":
-        input, weight, bias = tensors
-        relu = case.options["activation"] == "relu"
-        yield op.linear.default, (input, weight, bias, relu)
-        output = op.linear(input, weight, bias, relu)
-        for need_input, need_weight, need_bias in itertools.product((False, True), repeat=3):
-            yield (
-                op.linear_backward.default,
-                (
-                    torch.randn_like(output),
-                    input if need_weight else None,
-                    weight if need_input else None,
-                    output if relu else None,
-                    need_bias,
-                ),
-            )
-        return
-    if case.op == "mlp":
-        if dtype.itemsize < 4:  # which the op does not take
-            return
-        input, weights = tensors[0], tensors[1::2]
-        biases = [bias for bias in tensors[2::2] if bias is not None]
-        activations = case.options["activations"]
-        layers = [
-            (bias is not None) + 2 * (activation == "relu")
-            for bias, activation in zip(tensors[2::2], activations, strict=True)
-        ]
-        for keep_hidden in (False, True):
-            yield op.mlp.default, (input, weights, biases, layers, keep_hidden)
-        output, hidden = op.mlp(input, weights, biases, layers, True)
-        grad_output, kept = torch.randn_like(output), output if layers[-1] & 2 else None
-        for need_input in (False, True):
-            arguments = grad_output, input, hidden, kept, weights, biases, layers, need_input
-            yield op.mlp_backward.default, arguments
-        return
-    options = (
-        -100 if case.options["ignore_index"] is None else case.options["ignore_index"],
-        case.options["label_smoothing"],
-        ["none", "mean", "sum"].index(case.options["reduction"]),
-    )
-    if case.op == "linear_cross_entropy":
-        if dtype.itemsize < 4:  # which the op does not take
-            return
-        input, linear_weight, target, linear_bias, weight = tensors
-        arguments = input, linear_weight, linear_bias, target, weight, *options
-        loss = op.linear_cross_entropy(*arguments, None, False, False, False)[0]
-        for needs in itertools.product((False, True), repeat=3):
-            needs = (*needs[:2], needs[2] and linear_bias is not None)
-            for grad_output in (None, torch.randn_like(loss)):
-                yield op.linear_cross_entropy.default, (*arguments, grad_output, *needs)
-    else:
-        yield op.cross_entropy.default, (*tensors, *options)
-        loss, stats, total_weight = op.cross_entropy(*tensors, *options)
-        if options[-1] != 0:
-            yield op.cross_entropy_with_gradient.default, (*tensors, *options)
-        for needs in itertools.product((False, True), repeat=2):
-            if not needs[1] or tensors[1].is_floating_point():
-                yield (
-                    op.cross_entropy_backward.default,
-                    (torch.randn_like(loss), *tensors, stats, total_weight, *options, *needs),
-                )
+def calls_of_ops(case, dtype):
+    """Return (op, arguments) of each call that an op of ours takes, for any gradients wanted."""
+    calls = {}
+
+    def recorded(op):
+        def call(*args):
+            detached = tree_map_only(torch.Tensor, torch.Tensor.detach, args)
+            kinds = tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), detached)
+            result = op(*args)
+            if not isinstance(result, tuple) or any(r is not None for r in result):
+                calls[str((op, kinds))] = op, detached
+            return result
+
+        return call
+
+    tensors = case.tensors(dtype)
+    present = tuple(i for i in case.differentiable if tensors[i] is not None)
+    # Of an mlp one op makes the gradients of all parameters, with or without that of the input.
+    of_mlp = [(), present[1:], present]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, op in list(vars(_autograd).items()):
+            if isinstance(op, torch._ops.OpOverload):
+                patch.setattr(_autograd, name, recorded(op))
+        for subset in of_mlp if case.op == "mlp" else subsets(present):
+            leaves, wanted = with_gradients(tensors, subset)
+            value = case.ours(*leaves)
+            for _ in range(2 if subset else 0):  # the second backward of a loss has an op to call
+                torch.autograd.grad(value, wanted, torch.randn_like(value), retain_graph=True)
+    return calls.values()
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*FEW, *NARROW_INDICES[::5]], ids=str)
 def test_opcheck(case, dtype):
     """Schema, fake tensors, autograd registration, AOTDispatch: static and dynamic."""
-    for function, arguments in forward_and_backward_calls(case, dtype):
+    for function, arguments in calls_of_ops(case, dtype):
         torch.library.opcheck(function, arguments)
 
 
+@pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fake_and_meta_tensors_have_the_metadata_of_real_ones(case):
     def metadata(results):
@@ -232,7 +173,7 @@ def test_fake_and_meta_tensors_have_the_metadata_of_real_ones(case):
         return [None if r is None else (r.shape, r.dtype, r.stride()) for r in results]
 
     for dtype in (torch.float64, torch.float16):
-        for function, arguments in forward_and_backward_calls(case, dtype):
+        for function, arguments in calls_of_ops(case, dtype):
             expected = metadata(function(*arguments))
             with torch._subclasses.FakeTensorMode() as mode:
                 fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)

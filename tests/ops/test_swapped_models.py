@@ -29,6 +29,7 @@ class Model(nn.Module):
         return self.loss(self.head(torch.tanh(self.body(input.to(place)))), target.to(place))
 
 
+torch.manual_seed(0)
 INPUT, TARGET = torch.randn(8, 6), torch.randint(0, 3, (8,))
 
 
@@ -46,10 +47,6 @@ def step(model, input=INPUT, target=TARGET):
     loss.backward()
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
     return loss.detach(), grads
-
-
-def test_loss_and_gradients():
-    torch.testing.assert_close(*map(step, pair()))
 
 
 def save_and_load(model):
@@ -171,6 +168,55 @@ def test_functional_call_and_ensembles():
             )
         )
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("every_kernel")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_dtype(dtype):
+    results = [step(model.to(dtype), INPUT.to(dtype)) for model in pair()]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_optimizers_made_before_the_swap(optimizer):
+    losses = []
+    for convert in (nn.Identity(), swap):
+        model, _ = pair()
+        made = optimizer(model.parameters(), lr=0.02)
+        convert(model)
+        history = []
+        for _ in range(20):
+            history.append(step(model)[0])
+            made.step()
+        losses.append(torch.stack(history))
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+EVEN = torch.tensor([0, 1, 2, 1, 1, 2, 1, 0])  # both halves have the same total weight
+
+
+def distributed_gradients(rank, folder):
+    """In a process of a group of two: keep the gradients of its half of the batch."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
+    half, (_, model) = slice(4 * rank, 4 * rank + 4), pair()
+    _, grads = step(nn.parallel.DistributedDataParallel(model), INPUT[half], EVEN[half])
+    torch.save(grads, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.cpu_only("processes that the emulator is not set up in")
+def test_distributed_data_parallel(tmp_path):
+    """The same bits in both processes, and those of the whole batch in one within a rounding."""
+    torch.multiprocessing.spawn(distributed_gradients, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    _, expected = step(pair()[1], INPUT, EVEN)
+    first = {name.removeprefix("module."): grad for name, grad in first.items()}
+    torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_meta_device_and_to_empty():

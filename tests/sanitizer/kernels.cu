@@ -3,7 +3,7 @@
 //   nvcc -std=c++20 -arch=native -lineinfo tests/sanitizer/kernels.cu -o kernels
 //   compute-sanitizer --tool memcheck ./kernels     (and racecheck, initcheck)
 //
-// Every buffer is exactly as large as the kernels are told, so that an access beyond it is one beyond the allocation.
+// Every buffer is exactly as large as its sizes say, so that an access beyond it is one beyond the allocation.
 // Whether results are right is for the tests in Python.
 #include <cstdio>
 #include <random>

@@ -77,14 +77,19 @@ def assert_same_bits(model, twin):
 def check_steps(model, images, labels, loss=None, sgd=None, change=lambda m, c, o: None):
     """Train on each batch, and expect the bits of the ordinary loop: its kernels are the same.
 
-    After each step, model, criterion and optimizer of both loops are changed.
+    After each step, model, criterion and optimizer of both loops are changed. Nothing is written
+    to images and labels.
     """
     step, loop = pair(model, loss, sgd)
+    given = images.clone(), labels.clone()
     for x, y in zip(images, labels, strict=True):
-        assert torch.equal(step(x, y), ordinary_step(*loop, x, y))
+        value = step(x, y)
+        assert not value.requires_grad
+        assert torch.equal(value, ordinary_step(*loop, x, y))
         change(model, step._criterion, step._optimizer)
         change(*loop)
     assert_same_bits(model, loop[0])
+    torch.testing.assert_close((images, labels), given, rtol=0, atol=0)
 
 
 def first_batch(*sizes, **options):
