@@ -74,6 +74,19 @@ struct CrossEntropyProblem {
   bool operator==(const CrossEntropyProblem&) const = default;
 };
 
+// On the CPU, the classes block by block: logits and grad_logits are [batch, size], of these classes. First the blocks
+// in order, for maxima, sums and with the last one the loss; then in any order for the gradient, from what was found.
+// Of class indices, a single position and no label smoothing; with position_max and position_log_sum.
+template <class T>
+struct ClassBlock {
+  int64_t first = 0, size = 0;  // 0: there are no blocks
+  bool is_gradient = false;
+  double* sums = nullptr;                   // [batch], of exp(x - max) so far
+  ComputeType<T>* target_logits = nullptr;  // [batch]
+
+  bool operator==(const ClassBlock&) const = default;
+};
+
 // What is null is not wanted.
 template <class T>
 struct CrossEntropyForward {
@@ -90,6 +103,7 @@ struct CrossEntropyForward {
                              // of class indices without label smoothing
   const T* grad_output = nullptr;  // what grad_logits is multiplied by: as in the backward; null: 1
   int64_t grad_output_stride = 0;
+  ClassBlock<T> block{};
   bool unless_one = false;  // do nothing at all if *grad_output is 1: grad_logits already holds the gradient of that
   T* const* loss_place = nullptr;  // CUDA: null, or in device memory, read in place of `loss` when the kernel runs
 

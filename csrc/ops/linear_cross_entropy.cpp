@@ -221,8 +221,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     args.layer.grad_weight = data_of<T>(grad_weight);
     args.layer.grad_bias = data_of<T>(grad_bias);
     if (!grad_output) {
-      const int64_t blocks = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, kNowhere).blocks();
-      losses = operands.has_reduction() ? empty(input, {blocks}) : empty_of(input, operands.positions_sizes());
+      const int64_t count = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, kNowhere).losses();
+      losses = operands.has_reduction() ? empty(input, {count}) : empty_of(input, operands.positions_sizes());
       args.loss = data_of<T>(losses);
     }
     run(operands, args, device);

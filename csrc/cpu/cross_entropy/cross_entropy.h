@@ -61,8 +61,10 @@ class ForwardPass {
   ForwardPass& operator=(const ForwardPass&) = delete;
 
   void share(int thread, int count) const {
-    cross_entropy_share<T>({args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_}, thread,
-                           count);
+    const CrossEntropyWork<T> work = {args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_};
+    if (args_.block.size == 0) return cross_entropy_share(work, thread, count);
+    const Range rows = split(args_.problem.batch, 1, thread, count);
+    for (int64_t row = rows.begin; row < rows.end; ++row) do_block_of_row(work, args_.block, row);
   }
 
   // When all have done their share.
