@@ -108,7 +108,7 @@ class LinearCrossEntropyProgram {
 
   // Whose logits stay in a cache; but the gradient of the input is read and written once for each block.
   int64_t classes_of_block(BlockTraits traits) const {
-    constexpr int64_t fewest = 1024;
+    constexpr int64_t fewest = 2048;
     const int64_t class_bytes = std::max<int64_t>(1, args_.problem.batch) * static_cast<int64_t>(sizeof(T));
     const int64_t classes = std::max(fewest, traits.cached_bytes / class_bytes);
     return std::max<int64_t>(1, std::min({classes, traits.most_bytes / class_bytes, args_.problem.classes}));
