@@ -51,7 +51,9 @@ def main() -> None:
     for name in args.of:
         command = [sys.executable, __file__, args.shape, "--of", name, "--in-this-process"]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        size = f"{int(run.stdout.split()[-1]) / 2**20:10,.1f} MiB" if run.returncode == 0 else "failed"
+        size = (
+            f"{int(run.stdout.split()[-1]) / 2**20:10,.1f} MiB" if run.returncode == 0 else "failed"
+        )
         print(f"{args.shape}  {name:<14}{size}", flush=True)
 
 

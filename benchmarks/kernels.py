@@ -304,9 +304,7 @@ def head_losses() -> dict[str, Callable[..., torch.Tensor]]:
     return losses
 
 
-def head(
-    table: Table, dtype: torch.dtype, shapes, against: Sequence[str] | None = None
-) -> None:
+def head(table: Table, dtype: torch.dtype, shapes, against: Sequence[str] | None = None) -> None:
     """Time the last layer of a classifier and its loss, forward and backward."""
     peak = matrix_peak(dtype)
     print(f"\nlinear_cross_entropy; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")

@@ -21,6 +21,12 @@ def two_ops(input, linear_weight, target, *, linear_bias=None, **options):
     return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
 
 
+def relative_errors(tensors, truth):
+    return [
+        (t.double() - true).norm() / true.norm() for t, true in zip(tensors, truth, strict=True)
+    ]
+
+
 def value_and_gradients(op, tensors, target, **options):
     """Of (input, linear_weight, linear_bias)."""
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -56,9 +62,69 @@ def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
     torchs = value_and_gradients(two_ops, tensors, target, **options)
     true_target = target.double() if kind == "probabilities" else target
     truth = value_and_gradients(two_ops, [t.double() for t in tensors], true_target, **options)
-    for our, their, true in zip(ours, torchs, truth, strict=True):
-        error, torchs_error = ((t.double() - true).norm() / true.norm() for t in (our, their))
-        assert error <= max(1.1 * torchs_error, 2e-7)
+    for ours_, torchs_ in zip(
+        relative_errors(ours, truth), relative_errors(torchs, truth), strict=True
+    ):
+        assert ours_ <= max(1.1 * torchs_, 2e-7)
+
+
+# 64 rows are two or more blocks of rows, and cheaper by classes. As many features as rows, whose
+# logits are kept in the gradient of the weight; and fewer.
+BY_CLASSES = [(64, 64, 120_000), (64, 16, 200_000)]
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("shape", BY_CLASSES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_error_of_blocks_of_classes(reduction, shape):
+    """On average PyTorch's and a tenth; targets in the first class, in the last, and ignored."""
+    tensors, target = tensors_of(*shape)
+    target[:3] = torch.tensor([0, shape[2] - 1, -100])
+    weight = torch.rand(shape[2])
+    results = [
+        value_and_gradients(op, ts, target, reduction=reduction, weight=weight.to(ts[0].dtype))
+        for op, ts in (
+            (head, tensors),
+            (two_ops, tensors),
+            (two_ops, [t.double() for t in tensors]),
+        )
+    ]
+    errors = [relative_errors(result, results[2]) for result in results[:2]]
+    for ours, torchs in zip(*errors, strict=True):
+        assert ours <= max(1.1 * torchs, 2e-7)
+    with torch.no_grad():
+        bias = {"linear_bias": tensors[2], "weight": weight}
+        loss = head(*tensors[:2], target, reduction=reduction, **bias)
+    assert torch.equal(loss, results[0][0])
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("shape", BY_CLASSES)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_blocks_of_classes_form_what_is_wanted(wanted, shape):
+    tensors, target = tensors_of(*shape)
+    truth = value_and_gradients(two_ops, tensors, target)
+    for i in wanted:
+        tensors[i].requires_grad_()
+    torch.manual_seed(1)
+    head(*tensors[:2], target, linear_bias=tensors[2]).backward(torch.randn(()))
+    for i, (tensor, true) in enumerate(zip(tensors, truth[1:], strict=True)):
+        if i in wanted:
+            assert (tensor.grad - true).norm() <= 2e-6 * true.norm()
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan"), -1e30, 1e30])
+def test_blocks_of_classes_of_extreme_logits(value):
+    """Of one block whole, of another one logit: what PyTorch makes of them."""
+    tensors, target = tensors_of(*BY_CLASSES[1])
+    target %= 1000
+    tensors[2][50_000:60_000] = tensors[2][70_000] = value
+    ours, torchs = (value_and_gradients(op, tensors, target) for op in (head, two_ops))
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.cpu_only("too many rows for the emulator")
