@@ -62,10 +62,9 @@ def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
     torchs = value_and_gradients(two_ops, tensors, target, **options)
     true_target = target.double() if kind == "probabilities" else target
     truth = value_and_gradients(two_ops, [t.double() for t in tensors], true_target, **options)
-    for ours_, torchs_ in zip(
-        relative_errors(ours, truth), relative_errors(torchs, truth), strict=True
-    ):
-        assert ours_ <= max(1.1 * torchs_, 2e-7)
+    errors = [relative_errors(result, truth) for result in (ours, torchs)]
+    for error, torchs_error in zip(*errors, strict=True):
+        assert error <= max(1.1 * torchs_error, 2e-7)
 
 
 # 64 rows are two or more blocks of rows, and cheaper by classes. As many features as rows, whose
@@ -90,8 +89,8 @@ def test_error_of_blocks_of_classes(reduction, shape):
         )
     ]
     errors = [relative_errors(result, results[2]) for result in results[:2]]
-    for ours, torchs in zip(*errors, strict=True):
-        assert ours <= max(1.1 * torchs, 2e-7)
+    for error, torchs_error in zip(*errors, strict=True):
+        assert error <= max(1.1 * torchs_error, 2e-7)
     with torch.no_grad():
         bias = {"linear_bias": tensors[2], "weight": weight}
         loss = head(*tensors[:2], target, reduction=reduction, **bias)
@@ -194,9 +193,7 @@ def test_weight_shared_with_an_embedding():
 def test_a_class_out_of_range():
     tensors, target = tensors_of(33, 8, 20)
     target[17] = 20
-    message = (
-        r"linear_cross_entropy: target: .* \[0, 20\) or ignore_index = -100, got 20 at position 17"
-    )
+    message = r"linear_cross_entropy: target: .* \[0, 20\) or ignore_index = -100, got 20 at \[17\]"
     with pytest.raises(IndexError, match=message):
         head(*tensors[:2], target)
 
