@@ -76,13 +76,21 @@ struct CrossEntropyProblem {
 
 // On the CPU, the classes block by block: logits and grad_logits are [batch, size], of these classes. First the blocks
 // in order, for maxima, sums and with the last one the loss; then in any order for the gradient, from what was found.
-// Of class indices, a single position and no label smoothing; with position_max and position_log_sum.
+// Of class indices, a single position and no label smoothing; with position_max and position_log_sum, of ignored rows
+// too. What only blocks have: with lse = max + log_sum
+//   logits are softcap * tanh(logits / softcap), and the gradient is of what they were before
+//   the loss of a position that is not ignored is z_loss * lse^2 more, as grad_output counts it
 template <class T>
 struct ClassBlock {
   int64_t first = 0, size = 0;  // 0: there are no blocks
   bool is_gradient = false;
   double* sums = nullptr;                   // [batch], of exp(x - max) so far
   ComputeType<T>* target_logits = nullptr;  // [batch]
+  T* uncapped = nullptr;  // of a softcap, the first time: the logits, in place of which tanh(logits / softcap) is kept
+  ComputeType<T> softcap = 0, z_loss = 0;  // 0: none
+  T* lse = nullptr;                        // [batch], of all rows; null: not wanted
+  const T* grad_lse = nullptr;             // [batch] with grad_lse_stride; null: 0
+  int64_t grad_lse_stride = 0;
 
   bool operator==(const ClassBlock&) const = default;
 };

@@ -185,15 +185,27 @@ void run(const Operands& operands, LinearCrossEntropy<T>& args, OnDevice& device
   kernels<T>().run({entries.data(), count, kProductGrain}, workspace + bytes, device.launch());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias, const Tensor& target,
     const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
-    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
+    double softcap, double z_loss, bool need_lse, const std::optional<Tensor>& grad_lse) {
   const Operands operands({input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction,
                            grad_output, allow_tf32});
   check(!need_bias || linear_bias, kOp, ": need_bias: expected false without linear_bias, got true");
+  if (softcap != 0 || z_loss != 0 || need_lse || grad_lse) {
+    check(kernel_table().blocks.flops_per_byte > 0 && has_class_indices(target) && linear_weight.dim() == 2 &&
+              label_smoothing == 0 && (z_loss == 0 || !weight),
+          kOp, ": softcap, z_loss, need_lse, grad_lse: expected kernels of the CPU, class indices, linear_weight [C, ",
+          "in_features], no label_smoothing, and no weight beside z_loss");
+  }
+  if (grad_lse) {
+    check_operand(kOp, "grad_lse", *grad_lse, "input", input, fits(*grad_lse, operands.positions_sizes()), "shape ",
+                  in_words(operands.positions_sizes()));
+  }
   OnDevice device(input);
-  Tensor losses, grad_input, grad_weight, grad_bias;  // undefined where not wanted
+  Tensor losses, grad_input, grad_weight, grad_bias, lse;  // undefined where not wanted
+  if (need_lse) lse = empty_of(input, operands.positions_sizes());
   if (need_input) grad_input = contiguous_like(input);
   if (need_weight) grad_weight = contiguous_like(linear_weight);
   if (need_bias) grad_bias = contiguous_like(*linear_bias);
@@ -205,7 +217,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                                   .divisor = data_of<T>(divisor),
                                   .grad_output = operands.grad_output<T>(),
                                   .grad_output_stride = operands.grad_output_stride(),
-                                  .loss = nullptr};
+                                  .loss = nullptr,
+                                  .softcap = static_cast<T>(softcap),
+                                  .z_loss = static_cast<T>(z_loss),
+                                  .lse = data_of<T>(lse)};
+    if (grad_lse) {
+      args.grad_lse = static_cast<const T*>(grad_lse->const_data_ptr());
+      args.grad_lse_stride = grad_lse->dim() == 0 ? 0 : grad_lse->stride(0);
+    }
     args.layer.grad_input = data_of<T>(grad_input);
     args.layer.grad_weight = data_of<T>(grad_weight);
     args.layer.grad_bias = data_of<T>(grad_bias);
@@ -217,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     run(operands, args, device);
   });
   if (losses.defined() && operands.has_reduction()) losses = torch::stable::sum(losses, {0});
-  return {losses, grad_input, grad_weight, grad_bias};
+  return {losses, grad_input, grad_weight, grad_bias, lse};
 }
 
 }  // namespace

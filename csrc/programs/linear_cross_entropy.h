@@ -31,7 +31,13 @@ struct LinearCrossEntropy {
   const T* grad_output;            // as in CrossEntropyForward; null: 1
   int64_t grad_output_stride;
   T* loss;  // none: [batch, positions]. mean or sum: [blocks], to be added up. Null: not wanted
+  // As in ClassBlock, of class indices at a single position without label smoothing.
+  T softcap = 0, z_loss = 0;
+  T* lse = nullptr;
+  const T* grad_lse = nullptr;
+  int64_t grad_lse_stride = 0;
 
+  bool needs_class_blocks() const { return softcap != 0 || z_loss != 0 || lse || grad_lse; }
   bool has_gradient() const { return layer.grad_input || layer.grad_weight || layer.grad_bias; }
   int64_t logits_of_row() const { return problem.classes * problem.positions; }
 };
@@ -114,6 +120,7 @@ class LinearCrossEntropyProgram {
     return std::max<int64_t>(1, std::min({classes, traits.most_bytes / class_bytes, args_.problem.classes}));
   }
 
+  bool forms_logits_again() const { return !keeps_logits() && classes_ < args_.problem.classes; }
   bool keeps_logits() const { return args_.layer.grad_weight && fits_grad_weight(); }
   bool fits_grad_weight() const { return args_.problem.batch <= args_.layer.in_features; }
 
@@ -121,6 +128,7 @@ class LinearCrossEntropyProgram {
   // gradients, wanted or not, so that the loss is the same with and without.
   bool is_by_classes(BlockTraits traits) const {
     const CrossEntropyProblem<T>& p = args_.problem;
+    if (args_.needs_class_blocks()) return true;
     if (!is_in_place(p, traits) || p.positions != 1 || traits.flops_per_byte == 0 || blocks_of_rows() == 1)
       return false;
     const double rows = static_cast<double>(p.batch), classes = static_cast<double>(p.classes);
@@ -158,7 +166,7 @@ class LinearCrossEntropyProgram {
     for (int64_t first = 0; first < classes; first += classes_) {
       const int64_t size = std::min(classes_, classes - first);
       const Layer<T> layer = layer_of_classes(first, size);
-      if (!keeps_logits()) program.push_back({forward_product(layer), true});
+      if (forms_logits_again()) program.push_back({forward_product(layer), true});
       program.push_back({loss_of_classes(first, size, true), true});
       append_gradients(layer, false, first > 0, program);
     }
@@ -221,6 +229,8 @@ class LinearCrossEntropyProgram {
     CrossEntropyProblem<T> problem = args_.problem;
     problem.logits = {layer_of_classes(first, classes).out, classes, 1};
     const bool last = first + classes == problem.classes;
+    T* uncapped = nullptr;
+    if (args_.softcap != 0 && (!is_gradient || forms_logits_again())) uncapped = layer_of_classes(first, classes).out;
     return {.problem = problem,
             .position_max = position_max_,
             .position_log_sum = position_log_sum_,
@@ -229,7 +239,17 @@ class LinearCrossEntropyProgram {
             .grad_logits = is_gradient ? logits_ : nullptr,
             .grad_output = args_.grad_output,
             .grad_output_stride = args_.grad_output_stride,
-            .block = {first, classes, is_gradient, sums_, target_logits_}};
+            .block = {.first = first,
+                      .size = classes,
+                      .is_gradient = is_gradient,
+                      .sums = sums_,
+                      .target_logits = target_logits_,
+                      .uncapped = uncapped,
+                      .softcap = args_.softcap,
+                      .z_loss = args_.z_loss,
+                      .lse = args_.lse,
+                      .grad_lse = args_.grad_lse,
+                      .grad_lse_stride = args_.grad_lse_stride}};
   }
 
   const ComputeType<T>* divisor() const { return args_.problem.reduction == Reduction::mean ? args_.divisor : nullptr; }

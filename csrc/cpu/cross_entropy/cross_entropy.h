@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../../api/backend.h"
+#include "class_blocks.h"
 #include "columns.h"
-#include "rows.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -62,9 +62,14 @@ class ForwardPass {
 
   void share(int thread, int count) const {
     const CrossEntropyWork<T> work = {args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_};
-    if (args_.block.size == 0) return cross_entropy_share(work, thread, count);
-    const Range rows = split(args_.problem.batch, 1, thread, count);
-    for (int64_t row = rows.begin; row < rows.end; ++row) do_block_of_row(work, args_.block, row);
+    if constexpr (!is_half<T>) {
+      if (args_.block.size > 0) {
+        const Range rows = split(args_.problem.batch, 1, thread, count);
+        for (int64_t row = rows.begin; row < rows.end; ++row) do_block_of_row(work, args_.block, row);
+        return;
+      }
+    }
+    cross_entropy_share(work, thread, count);
   }
 
   // When all have done their share.

@@ -169,37 +169,34 @@ RowSum<ComputeType<T>> forward_row(const CrossEntropyWork<T>& work, const Positi
   return lse;
 }
 
-// Of some of the classes, which softmax and grad begin with.
 template <class T, class Softmax>
-void backward_row_of_index(const CrossEntropyWork<T>& work, Range classes, T* grad, const Softmax& softmax, int64_t i) {
+void backward_row_of_index(const CrossEntropyWork<T>& work, T* grad, const Softmax& softmax, int64_t i) {
   using A = ComputeType<T>;
   using V = Register<T>;
   const CrossEntropyProblem<T>& p = work.problem;
   const Coefficients<T>& q = work.q;
   const int64_t t = p.target[i];
   if (t == p.ignore_index) {
-    std::memset(grad, 0, classes.size() * sizeof(T));
+    std::memset(grad, 0, p.classes * sizeof(T));
     return;
   }
-  const bool has_target = classes.begin <= t && t < classes.end;
   const A scale = work.scales[i];
   const A of_target = scale * q.target * q.weight_of(t);
   const A of_all = q.smoothed ? of_target + scale * q.every_summed : of_target;
-  const A p_target = has_target ? softmax.of_class(t - classes.begin) : A(0);
+  const A p_target = softmax.of_class(t);
   const auto scaled_softmax = softmax.times(V::broadcast(of_all));
   const V scale_vector = V::broadcast(scale);
   const VectorOfCoefficients<T, T, Row<T>> coefficients{q, {}, {p.classes}};
   const bool smoothed = q.smoothed;  // read once: as far as the compiler knows, the stores might change q
-  for_each_vector<T>(classes.size(), [&](int64_t c, int lanes) __attribute__((always_inline)) {
+  for_each_vector<T>(p.classes, [&](int64_t c, int lanes) __attribute__((always_inline)) {
     V g = scaled_softmax(c, lanes);
-    if (smoothed) g = g - uncontracted(scale_vector * coefficients(classes.begin + c, lanes));
+    if (smoothed) g = g - uncontracted(scale_vector * coefficients(c, lanes));
     store(grad + c, g, lanes);
   });
-  if (!has_target) return;
   // The target's own entry again: without smoothing from p - 1, so that it is not lost to rounding as p approaches 1.
   const A g =
       q.smoothed ? of_all * p_target - scale * q.every * q.weight_of(t) - of_target : of_target * (p_target - A(1));
-  store_one(grad + (t - classes.begin), g);
+  store_one(grad + t, g);
 }
 
 template <class T>
@@ -210,8 +207,7 @@ void do_row(const CrossEntropyWork<T>& work, int64_t i) {
   const PositionTensors<T> at = tensors_at(work, i, 0);
   const Row<T> along{classes};
   const auto backward = [&](const auto& softmax) {
-    if (work.problem.kind == TargetKind::indices)
-      return backward_row_of_index(work, {0, classes}, at.grad_logits.data, softmax, i);
+    if (work.problem.kind == TargetKind::indices) return backward_row_of_index(work, at.grad_logits.data, softmax, i);
     const V scale = V::broadcast(work.scales[i]), minus_scale = V::broadcast(-work.scales[i] * work.q.target);
     backward_of_probabilities(work, at, along, softmax, i, scale, minus_scale);
   };
@@ -229,36 +225,6 @@ void do_row(const CrossEntropyWork<T>& work, int64_t i) {
     const auto lse = forward_row<T>(work, at, i, exponentials);
     backward(KeptSoftmax<T, Row<T>>{{exponentials, 1}, along, V::broadcast(lse.inverse_sum)});
   }
-}
-
-// A block of the classes: adds it to the sums of a row, with the last one the loss; or makes its gradient.
-template <class T>
-void do_block_of_row(const CrossEntropyWork<T>& work, const ClassBlock<T>& block, int64_t i) {
-  using A = ComputeType<T>;
-  const CrossEntropyProblem<T>& p = work.problem;
-  const Range classes = {block.first, block.first + block.size};
-  const T* row = p.logits.data + i * p.logits.batch_stride;
-  if (block.is_gradient) {
-    const RecomputedSoftmax<T, T, Row<T>> softmax(*work.backward, {row, 1}, Row<T>{block.size}, i);
-    return backward_row_of_index(work, classes, work.backward->grad_logits + i * block.size, softmax, i);
-  }
-  const PositionResults<T>& results = *work.forward;
-  const int64_t t = p.target[i];
-  const bool ignored = t == p.ignore_index;
-  if (!ignored) {
-    const RunningSum<A> before = {results.max[i], block.sums[i]};
-    const RunningSum<A> sum = add_to_sum(classes.begin == 0 ? RunningSum<A>{} : before, row, block.size);
-    results.max[i] = sum.max;
-    block.sums[i] = sum.sum;
-    if (classes.begin <= t && t < classes.end) block.target_logits[i] = load_one(row + (t - classes.begin));
-  }
-  if (classes.end < p.classes) return;
-  if (ignored) {
-    results.loss[i] = results.max[i] = results.log_sum[i] = A(0);
-    return;
-  }
-  results.log_sum[i] = static_cast<A>(std::log(block.sums[i]));
-  results.loss[i] = -((block.target_logits[i] - results.max[i]) - results.log_sum[i]) * work.q.weight_of(t);
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA
