@@ -201,7 +201,9 @@ def against_extension(
         return None
     if on_cuda:
         return "CUDA, whose kernels have none of them"
-    if linear_weight.dim() > 2 or target.is_floating_point() or label_smoothing:
+    if linear_weight.dim() > 2 or linear_weight.size(0) == 0:
+        return "K dimensions, or no class at all"
+    if target.is_floating_point() or label_smoothing:
         return "a loss that kernels do not make of some classes after the others"
     if z_loss and weight is not None:
         return "two means, of which one counts the weights of classes"

@@ -195,9 +195,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   check(!need_bias || linear_bias, kOp, ": need_bias: expected false without linear_bias, got true");
   if (softcap != 0 || z_loss != 0 || need_lse || grad_lse) {
     check(kernel_table().blocks.flops_per_byte > 0 && has_class_indices(target) && linear_weight.dim() == 2 &&
-              label_smoothing == 0 && (z_loss == 0 || !weight),
+              linear_weight.size(0) > 0 && label_smoothing == 0 && (z_loss == 0 || !weight),
           kOp, ": softcap, z_loss, need_lse, grad_lse: expected kernels of the CPU, class indices, linear_weight [C, ",
-          "in_features], no label_smoothing, and no weight beside z_loss");
+          "in_features], C > 0, no label_smoothing, and no weight beside z_loss");
   }
   if (grad_lse) {
     check_operand(kOp, "grad_lse", *grad_lse, "input", input, fits(*grad_lse, operands.positions_sizes()), "shape ",

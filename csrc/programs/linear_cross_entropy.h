@@ -31,7 +31,7 @@ struct LinearCrossEntropy {
   const T* grad_output;            // as in CrossEntropyForward; null: 1
   int64_t grad_output_stride;
   T* loss;  // none: [batch, positions]. mean or sum: [blocks], to be added up. Null: not wanted
-  // As in ClassBlock, of class indices at a single position without label smoothing.
+  // As in ClassBlock, of class indices at a single position, of one class at least, without label smoothing.
   T softcap = 0, z_loss = 0;
   T* lse = nullptr;
   const T* grad_lse = nullptr;
@@ -129,8 +129,8 @@ class LinearCrossEntropyProgram {
   bool is_by_classes(BlockTraits traits) const {
     const CrossEntropyProblem<T>& p = args_.problem;
     if (args_.needs_class_blocks()) return true;
-    if (!is_in_place(p, traits) || p.positions != 1 || traits.flops_per_byte == 0 || blocks_of_rows() == 1)
-      return false;
+    const bool has_class_blocks = traits.flops_per_byte > 0 && is_in_place(p, traits) && p.positions == 1;
+    if (!has_class_blocks || blocks_of_rows() == 1) return false;
     const double rows = static_cast<double>(p.batch), classes = static_cast<double>(p.classes);
     const double features = static_cast<double>(args_.layer.in_features), bytes = sizeof(T);
     const double weight = classes * features * bytes, logits = rows * classes * bytes, input = rows * features * bytes;
@@ -145,7 +145,7 @@ class LinearCrossEntropyProgram {
   // Of a block, in whole cache lines.
   int64_t logits_size() const {
     const int64_t size = classes_ ? args_.problem.batch * classes_ : rows_ * args_.logits_of_row();
-    return (size + 63) / 64 * 64;
+    return ceil_div(size, 64) * 64;
   }
 
   void append_rows(int64_t first, int64_t rows, std::vector<Entry<T>>& program) const {

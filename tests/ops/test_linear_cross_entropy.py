@@ -179,6 +179,20 @@ def test_only_what_is_wanted(wanted, reduction):
             assert tensor.grad is None
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4), (1, 3, 1)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_and_small_ones_of_what_is_ours(reduction, shape):
+    tensors, target = tensors_of(*shape)
+    options = {"softcap": 5.0, "z_loss": 0.01, "reduction": reduction}
+    tensors = [t.requires_grad_() for t in tensors]
+    bias = {"linear_bias": tensors[2]}
+    ours = head(*tensors[:2], target, **bias, **options, return_lse=True)
+    theirs = extended(*tensors[:2], target, tensors[2], **options)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    grads = [torch.autograd.grad(loss.sum(), tensors) for loss, _ in (ours, theirs)]
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_dtypes_of_what_is_ours(dtype):
     """Lse is float32."""
