@@ -40,7 +40,8 @@ _is_grad_enabled = torch.is_grad_enabled
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
 _Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
-Extension = tuple[float, float, bool]  # softcap, 0 for none, z_loss, whether lse is wanted
+# softcap, 0 for none, z_loss, whether lse is wanted; () for none of them
+Extension = tuple[float, float, bool] | tuple[()]
 
 
 def has_cuda_kernels(tensor: Tensor) -> bool:
@@ -339,7 +340,7 @@ def linear_cross_entropy(tensors: list[Any], options: _Options, extension: Exten
 
     tensors: input, linear_weight, linear_bias or None, target, weight or None.
     """
-    args = *tensors, *options, *extension
+    args = *tensors, *options, extension
     needs = [tensor is not None and tensor.requires_grad for tensor in args[:3]]
     if _is_grad_enabled() and any(needs):
         return LinearCrossEntropy.apply(*args)
@@ -349,7 +350,7 @@ def linear_cross_entropy(tensors: list[Any], options: _Options, extension: Exten
 
 def _linear_cross_entropy_with_gradients(args: Sequence[Any], needs: Sequence[bool]) -> Any:
     allow_tf32 = _may_use_tf32(args[0])
-    return _linear_cross_entropy(*args[:8], None, *needs, allow_tf32, *args[8:])
+    return _linear_cross_entropy(*args[:8], None, *needs, allow_tf32, *args[8])
 
 
 class LinearCrossEntropy(Function):
@@ -364,7 +365,7 @@ class LinearCrossEntropy(Function):
     def forward(ctx: Any, *args: Any) -> Any:
         """Form the gradients along with the loss, where that is a mean or a sum."""
         ctx.save_for_backward(*args[:5])
-        ctx.options, ctx.extension = args[5:8], args[8:]
+        ctx.options, ctx.extension = args[5:8], args[8]
         ctx.set_materialize_grads(False)
         is_formed = (
             ctx.options[2] != REDUCTIONS["none"] and not _torch_private.are_saved_tensors_hooked()
@@ -383,7 +384,7 @@ class LinearCrossEntropy(Function):
         wants = ctx.needs_input_grad[:3]
         if grad_output is None:
             if grad_lse is None:
-                return (None,) * 11
+                return (None,) * 9
             is_none = ctx.options[2] == REDUCTIONS["none"]
             grad_output = grad_lse.new_zeros(grad_lse.shape if is_none else ())
         if _is_recorded():
@@ -392,7 +393,7 @@ class LinearCrossEntropy(Function):
                 _linear_and_pytorchs_op, target, weight, ctx.options, ctx.extension
             )
             of_outputs: Any = grad_output
-            if ctx.extension[2]:
+            if ctx.extension and ctx.extension[2]:
                 shape = target.shape  # of lse: class indices at a single position
                 of_outputs = (
                     grad_output,
@@ -404,14 +405,14 @@ class LinearCrossEntropy(Function):
                 grads, ctx.grads = ctx.grads, None
             if grads is None:  # none were formed, or a backward has taken them
                 args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
-                softcap, z_loss, _ = ctx.extension
+                extension = (*ctx.extension[:2], False, grad_lse) if ctx.extension else ()
                 tf32 = _may_use_tf32(grad_output)
-                _, *grads, _ = _linear_cross_entropy(*args, tf32, softcap, z_loss, False, grad_lse)
+                _, *grads, _ = _linear_cross_entropy(*args, tf32, *extension)
             elif has_cuda_kernels(grad_output) or grad_output.item() != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(grad_output)
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 6
 
 
 def _linear_and_pytorchs_op(
@@ -424,7 +425,10 @@ def _linear_and_pytorchs_op(
     linear_bias: Tensor | None = None,
 ) -> Any:
     logits = F.linear(input, *as_one_layer(linear_weight, linear_bias))
-    logits = capped(logits.unflatten(-1, linear_weight.shape[:-1]), extension[0])
+    logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    if not extension:
+        return _of_pytorchs_op(weight, options, logits, target)
+    logits = capped(logits, extension[0])
     loss = _of_pytorchs_op(weight, options, logits, target)
     return extended(loss, logits, target, options, extension)
 
@@ -435,7 +439,11 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 
 
 def extended(
-    loss: Tensor, logits: Tensor, target: Tensor, options: _Options, extension: Extension
+    loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    options: _Options,
+    extension: tuple[float, float, bool],
 ) -> Any:
     """Return the loss of logits with its z_loss; and their log-sum-exps, if these are wanted."""
     _, z_loss, need_lse = extension

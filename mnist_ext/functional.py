@@ -263,18 +263,24 @@ def linear_cross_entropy(
     ignored = -100 if ignore_index is None else ignore_index
     extension = 0.0 if softcap is None else softcap, z_loss, return_lse
     linear_weight_rows, bias = _autograd.as_one_layer(linear_weight, linear_bias)
+    is_extended = softcap is not None or z_loss or return_lse
     against = against_linear_cross_entropy(
         input, linear_weight, bias, target, weight, ignored, label_smoothing, reduction
-    ) or against_extension(
-        linear_weight, target, weight, label_smoothing, extension, _autograd.has_cuda_kernels(input)
     )
+    if against is None and is_extended:
+        on_cuda = _autograd.has_cuda_kernels(input)
+        against = against_extension(
+            linear_weight, target, weight, label_smoothing, extension, on_cuda
+        )
     if against is None:
         dtype, numbers = input.dtype, (ignored, label_smoothing, REDUCTIONS[reduction])
         tensors: list[Any] = [input, linear_weight, linear_bias, target, weight]
         if dtype.itemsize > 2:
-            return _autograd.linear_cross_entropy(tensors, numbers, extension)
+            return _autograd.linear_cross_entropy(
+                tensors, numbers, extension if is_extended else ()
+            )
         tensors = [t.float() if t is not None and t.dtype is dtype else t for t in tensors]
-        result = _autograd.linear_cross_entropy(tensors, numbers, extension)
+        result = _autograd.linear_cross_entropy(tensors, numbers, extension if is_extended else ())
         return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
     logits = linear(input, linear_weight_rows, bias).unflatten(-1, linear_weight.shape[:-1])
     logits = _autograd.capped(logits, extension[0])
