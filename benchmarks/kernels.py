@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [linear] [autograd] [cross_entropy] [head] [sgd]
                                  [--dtype float32] [--isa avx2 avx512] [--cold] [--quick]
-                                 [--csv FILE]
+                                 [--heads NxDxC ...] [--against NAME ...] [--turns N] [--csv FILE]
 
 linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on the
 instruction sets asked for. autograd: forward + backward of a layer as a model calls it.
@@ -304,7 +304,7 @@ def head_losses() -> dict[str, Callable[..., torch.Tensor]]:
     return losses
 
 
-def head(table: Table, dtype: torch.dtype, shapes) -> None:
+def head(table: Table, dtype: torch.dtype, shapes, against: Sequence[str] | None = None) -> None:
     """Time the last layer of a classifier and its loss, forward and backward."""
     peak = matrix_peak(dtype)
     print(f"\nlinear_cross_entropy; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s")
@@ -324,10 +324,16 @@ def head(table: Table, dtype: torch.dtype, shapes) -> None:
 
         what = "linear_cross_entropy"
         implementations = {n: partial(gradients, f) for n, f in head_losses().items()}
-        implementations = only_right(what, implementations, implementations["torch"](), dtype)
+        truth = implementations["torch"]()
+        if against is not None:
+            chosen = {*against, "ours"}
+            implementations = {n: f for n, f in implementations.items() if n in chosen}
+        implementations = only_right(what, implementations, truth, dtype)
+        if against is None or "products" in against:
+            implementations["products"] = partial(products, input.detach(), weight.detach())
         compare(
             table,
-            implementations | {"products": partial(products, input.detach(), weight.detach())},
+            implementations,
             best="ours",
             work=Work(6 * rows * features * classes, peak, "GFLOP/s"),
             what=what,
@@ -384,6 +390,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="float32, float64, bfloat16, float16")
     parser.add_argument("--isa", nargs="+", default=[mnist_ext.build_info()["cpu_isa"]])
     parser.add_argument("--cold", action="store_true", help="other tensors in every call")
+    parser.add_argument("--heads", nargs="+", metavar="NxDxC", help="shapes of group head")
+    parser.add_argument("--against", nargs="+", metavar="NAME", help="peers in group head")
+    parser.add_argument("--turns", type=int, help="of each implementation")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and turns")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     args = parser.parse_args()
@@ -394,7 +403,7 @@ def main() -> None:
 
     print(describe())
     print(jax_peers.notice())
-    table = Table(COLUMNS, fields(), turns=7 if args.quick else TURNS)
+    table = Table(COLUMNS, fields(), turns=args.turns or (7 if args.quick else TURNS))
     if "linear" in chosen:
         shapes = [(64, layer) for layer in MNIST_LAYERS]
         grid = shapes if args.quick else [(rows, layer) for layer in LAYERS for rows in ROWS]
@@ -404,7 +413,8 @@ def main() -> None:
     if "cross_entropy" in chosen:
         cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS, args.cold)
     if "head" in chosen:
-        head(table, dtype, HEADS[:3] if args.quick else HEADS)
+        shapes = [tuple(map(int, shape.split("x"))) for shape in args.heads or ()]
+        head(table, dtype, shapes or (HEADS[:3] if args.quick else HEADS), args.against)
     if "sgd" in chosen:
         sgd(table)
     if args.csv:

@@ -40,9 +40,11 @@ _is_grad_enabled = torch.is_grad_enabled
 BIAS, RELU = 1, 2  # of a layer, as the ops take it
 FLAGS = {"none": 0, "relu": RELU}  # by the name of the activation
 _Options = tuple[int, float, int]  # ignore_index, label_smoothing, reduction as kernels number it
+# softcap, 0 for none, z_loss, whether lse is wanted; () for none of them
+Extension = tuple[float, float, bool] | tuple[()]
 
 
-def _has_cuda_kernels(tensor: Tensor) -> bool:
+def has_cuda_kernels(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
@@ -54,7 +56,7 @@ def _is_tf32_allowed() -> bool:
 
 def _may_use_tf32(tensor: Tensor) -> bool:
     # Asked before every product, as PyTorch does: the setting of the moment counts.
-    return _has_cuda_kernels(tensor) and _is_tf32_allowed()
+    return has_cuda_kernels(tensor) and _is_tf32_allowed()
 
 
 def _is_recorded() -> bool:
@@ -221,12 +223,15 @@ def _layer_by_layer(
 
 
 def _gradients_of(
-    function: Callable[..., Tensor],
+    function: Callable[..., Any],
     tensors: Iterable[Tensor | None],
     wants: Sequence[bool],
-    grad_output: Tensor,
+    grad_output: Tensor | tuple[Tensor, ...],
 ) -> list[Tensor | None]:
-    """Return the gradients of function(*tensors) that are wanted, recorded as the backward is."""
+    """Return the gradients of function(*tensors) that are wanted, recorded as the backward is.
+
+    grad_output: one for each tensor that function returns.
+    """
     recorded = _is_grad_enabled()
     with torch.enable_grad():
         # The hooks of the tensors themselves are called by the backward at hand. What is detached
@@ -306,7 +311,7 @@ class CrossEntropy(Function):
 
 
 def _scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor | None:
-    scale = None if _has_cuda_kernels(grad_output) else grad_output.item()
+    scale = None if has_cuda_kernels(grad_output) else grad_output.item()
     if scale is not None and not math.isfinite(scale):  # 0 for a row that is ignored, all the same
         return _cross_entropy_gradients(ctx, grad_output)[0]
     gradient, ctx.gradient = ctx.gradient, None
@@ -330,72 +335,138 @@ def _cross_entropy_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     )
 
 
-def linear_cross_entropy(tensors: list[Any], options: _Options) -> Tensor:
-    """As the op `linear_cross_entropy`: the loss.
+def linear_cross_entropy(tensors: list[Any], options: _Options, extension: Extension) -> Any:
+    """As the op `linear_cross_entropy`: the loss, or (loss, lse).
 
     tensors: input, linear_weight, linear_bias or None, target, weight or None.
     """
-    args = *tensors, *options
+    args = *tensors, *options, extension
     needs = [tensor is not None and tensor.requires_grad for tensor in args[:3]]
     if _is_grad_enabled() and any(needs):
         return LinearCrossEntropy.apply(*args)
-    return _linear_cross_entropy(*args, None, False, False, False, _may_use_tf32(args[0]))[0]
+    loss, *_, lse = _linear_cross_entropy_with_gradients(args, (False,) * 3)
+    return loss if lse is None else (loss, lse)
+
+
+def _linear_cross_entropy_with_gradients(args: Sequence[Any], needs: Sequence[bool]) -> Any:
+    allow_tf32 = _may_use_tf32(args[0])
+    return _linear_cross_entropy(*args[:8], None, *needs, allow_tf32, *args[8])
 
 
 class LinearCrossEntropy(Function):
     """`linear_cross_entropy` where a gradient is wanted.
 
     As in `CrossEntropy`, the gradients of a mean or a sum are formed in the forward: three products
-    instead of the four that forming the logits again in the backward takes.
+    instead of the four that forming the logits again in the backward takes. Where lse has one, too,
+    they are formed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Any:
         """Form the gradients along with the loss, where that is a mean or a sum."""
         ctx.save_for_backward(*args[:5])
-        ctx.options = args[5:]
+        ctx.options, ctx.extension = args[5:8], args[8]
+        ctx.set_materialize_grads(False)
         is_formed = (
             ctx.options[2] != REDUCTIONS["none"] and not _torch_private.are_saved_tensors_hooked()
         )
         needs = ctx.needs_input_grad[:3] if is_formed else (False,) * 3
-        loss, *grads = _linear_cross_entropy(*args, None, *needs, _may_use_tf32(args[0]))
+        loss, *grads, lse = _linear_cross_entropy_with_gradients(args, needs)
         ctx.grads = grads if is_formed else None
-        return loss
+        return loss if lse is None else (loss, lse)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradients of input, linear_weight and linear_bias that are wanted."""
-        grads: Sequence[Tensor | None] | None
+        grads: Sequence[Tensor | None] | None = None
         wants = ctx.needs_input_grad[:3]
+        if grad_output is None:
+            if grad_lse is None:
+                return (None,) * 9
+            is_none = ctx.options[2] == REDUCTIONS["none"]
+            grad_output = grad_lse.new_zeros(grad_lse.shape if is_none else ())
         if _is_recorded():
             *tensors, target, weight = ctx.saved_tensors
-            function = functools.partial(_linear_and_pytorchs_op, target, weight, ctx.options)
-            grads = _gradients_of(function, tensors, wants, grad_output)
+            function = functools.partial(
+                _linear_and_pytorchs_op, target, weight, ctx.options, ctx.extension
+            )
+            of_outputs: Any = grad_output
+            if ctx.extension and ctx.extension[2]:
+                shape = target.shape  # of lse: class indices at a single position
+                of_outputs = (
+                    grad_output,
+                    grad_output.new_zeros(shape) if grad_lse is None else grad_lse,
+                )
+            grads = _gradients_of(function, tensors, wants, of_outputs)
         else:
-            grads = None
-            if not is_batched(grad_output):
+            if grad_lse is None and not is_batched(grad_output):
                 grads, ctx.grads = ctx.grads, None
             if grads is None:  # none were formed, or a backward has taken them
                 args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
-                _, *grads = _linear_cross_entropy(*args, _may_use_tf32(grad_output))
-            elif _has_cuda_kernels(grad_output) or grad_output.item() != 1:
+                extension = (*ctx.extension[:2], False, grad_lse) if ctx.extension else ()
+                tf32 = _may_use_tf32(grad_output)
+                _, *grads, _ = _linear_cross_entropy(*args, tf32, *extension)
+            elif has_cuda_kernels(grad_output) or grad_output.item() != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(grad_output)
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 def _linear_and_pytorchs_op(
     target: Tensor,
     weight: Tensor | None,
     options: _Options,
+    extension: Extension,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None = None,
-) -> Tensor:
+) -> Any:
     logits = F.linear(input, *as_one_layer(linear_weight, linear_bias))
     logits = logits.unflatten(-1, linear_weight.shape[:-1])
-    return _of_pytorchs_op(weight, options, logits, target)
+    if not extension:
+        return _of_pytorchs_op(weight, options, logits, target)
+    logits = capped(logits, extension[0])
+    loss = _of_pytorchs_op(weight, options, logits, target)
+    return extended(loss, logits, target, options, extension)
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """Return logits that are at most softcap, which is 0 for none."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def extended(
+    loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    options: _Options,
+    extension: tuple[float, float, bool],
+) -> Any:
+    """Return the loss of logits with its z_loss; and their log-sum-exps, if these are wanted."""
+    _, z_loss, need_lse = extension
+    if not (z_loss or need_lse):
+        return loss
+    classes = min(1, logits.dim() - 1)
+    lse = torch.logsumexp(logits.float() if logits.dtype.itemsize == 2 else logits, classes)
+    if z_loss:
+        of_lse = _reduced_z_loss(z_loss * lse.square(), target, options)
+        loss = (loss + of_lse).to(loss.dtype)
+    return (loss, lse) if need_lse else loss
+
+
+def _reduced_z_loss(z_loss: Tensor, target: Tensor, options: _Options) -> Tensor:
+    ignore_index, _, reduction = options
+    if not target.is_floating_point():
+        z_loss = z_loss.masked_fill(target == ignore_index, 0)
+    if reduction == REDUCTIONS["none"]:
+        return z_loss
+    if reduction == REDUCTIONS["sum"]:
+        return z_loss.sum()
+    count = z_loss.numel() if target.is_floating_point() else (target != ignore_index).sum()
+    return z_loss.sum() / count
 
 
 def as_one_layer(linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

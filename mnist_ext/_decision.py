@@ -187,6 +187,29 @@ def against_linear_cross_entropy(
     )
 
 
+def against_extension(
+    linear_weight: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    extension: tuple[float, float, bool],
+    on_cuda: bool,
+) -> str | None:
+    """Return why linear_cross_entropy's softcap, z_loss and lse take a call of each op; or None."""
+    softcap, z_loss, _ = extension
+    if on_cuda:
+        return "CUDA, whose kernels have none of them"
+    if linear_weight.dim() > 2 or linear_weight.size(0) == 0:
+        return "K dimensions, or no class at all"
+    if target.is_floating_point() or label_smoothing:
+        return "a loss that kernels do not make of some classes after the others"
+    if z_loss and weight is not None:
+        return "two means, of which one counts the weights of classes"
+    if type(softcap) not in (int, float) or type(z_loss) not in (int, float):
+        return "a factor that is no number of Python's"
+    return None
+
+
 def _is_constant_per_class(weight: Tensor, input: Tensor, classes: int) -> bool:
     return (
         type(weight) in _TYPES

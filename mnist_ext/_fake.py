@@ -119,6 +119,7 @@ def _(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *args: Any
 ) -> tuple[Tensor | None, ...]:
     *_, reduction, grad_output, need_input, need_weight, need_bias = args[:8]
+    need_lse = len(args) > 11 and args[11]
     positions = (*input.shape[:-1], *linear_weight.shape[1:-1])
     loss = input.new_empty(positions if reduction == REDUCTIONS["none"] else ())
     wanted = zip(
@@ -127,6 +128,7 @@ def _(
     return (
         loss if grad_output is None else None,
         *(t.new_empty(t.shape) if t is not None and want else None for t, want in wanted),
+        input.new_empty(positions) if need_lse else None,
     )
 
 

@@ -23,6 +23,7 @@ from mnist_ext._autograd import BIAS, FLAGS, RELU, by_layer
 from mnist_ext._decision import (
     REDUCTIONS,
     against_cross_entropy,
+    against_extension,
     against_linear,
     against_linear_cross_entropy,
     against_mlp,
@@ -227,9 +228,10 @@ def linear_cross_entropy(
     some rows after the others in one native call, so that the logits are never in memory as a
     whole; the gradients of a mean or a sum are formed in the forward. In float32 and float64, and
     on the CPU in bfloat16 and float16, for which float32 copies of the arguments are made. Under
-    torch.compile and autocast, where a gradient of probabilities is wanted, for softcap, z_loss and
-    return_lse, and wherever `linear` is PyTorch's, it is one call of `linear` and one of
-    `cross_entropy`.
+    torch.compile and autocast, where a gradient of probabilities is wanted, and wherever `linear`
+    is PyTorch's, it is one call of `linear` and one of `cross_entropy`; so it is for softcap,
+    z_loss and return_lse on CUDA, with probabilities, label_smoothing or K dimensions, and for
+    z_loss with weight.
 
     input: ``[in_features]`` or ``[N, in_features]``; linear_weight ``[C, in_features]`` or
     ``[C, d1, ..., in_features]``; linear_bias ``[C]`` or ``[C, d1, ...]``; target: class indices
@@ -259,22 +261,29 @@ def linear_cross_entropy(
             f"mnist_ext.linear_cross_entropy: softcap: expected a positive number, got {softcap}"
         )
     ignored = -100 if ignore_index is None else ignore_index
-    extended = softcap is not None or z_loss != 0 or return_lse
+    extension = 0.0 if softcap is None else softcap, z_loss, return_lse
     linear_weight_rows, bias = _autograd.as_one_layer(linear_weight, linear_bias)
-    if not extended and (
-        against_linear_cross_entropy(
-            input, linear_weight, bias, target, weight, ignored, label_smoothing, reduction
+    is_extended = softcap is not None or z_loss or return_lse
+    against = against_linear_cross_entropy(
+        input, linear_weight, bias, target, weight, ignored, label_smoothing, reduction
+    )
+    if against is None and is_extended:
+        on_cuda = _autograd.has_cuda_kernels(input)
+        against = against_extension(
+            linear_weight, target, weight, label_smoothing, extension, on_cuda
         )
-        is None
-    ):
+    if against is None:
         dtype, numbers = input.dtype, (ignored, label_smoothing, REDUCTIONS[reduction])
         tensors: list[Any] = [input, linear_weight, linear_bias, target, weight]
-        if dtype.itemsize == 2:
-            tensors = [t.float() if t is not None and t.dtype is dtype else t for t in tensors]
-        return _autograd.linear_cross_entropy(tensors, numbers).to(dtype)
+        if dtype.itemsize > 2:
+            return _autograd.linear_cross_entropy(
+                tensors, numbers, extension if is_extended else ()
+            )
+        tensors = [t.float() if t is not None and t.dtype is dtype else t for t in tensors]
+        result = _autograd.linear_cross_entropy(tensors, numbers, extension if is_extended else ())
+        return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
     logits = linear(input, linear_weight_rows, bias).unflatten(-1, linear_weight.shape[:-1])
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _autograd.capped(logits, extension[0])
     loss = cross_entropy(
         logits,
         target,
@@ -283,23 +292,8 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    if not (z_loss or return_lse):
-        return loss
-    lse = torch.logsumexp(logits.float() if logits.dtype.itemsize == 2 else logits, input.dim() - 1)
-    if z_loss:
-        loss = loss + _reduced_z_loss(z_loss * lse.square(), target, ignored, reduction)
-    return (loss, lse) if return_lse else loss
-
-
-def _reduced_z_loss(z_loss: Tensor, target: Tensor, ignored: int, reduction: str) -> Tensor:
-    if not target.is_floating_point():
-        z_loss = z_loss.masked_fill(target == ignored, 0)
-    if reduction == "none":
-        return z_loss
-    if reduction == "sum":
-        return z_loss.sum()
-    count = z_loss.numel() if target.is_floating_point() else (target != ignored).sum()
-    return z_loss.sum() / count
+    options = ignored, label_smoothing, REDUCTIONS[reduction]
+    return _autograd.extended(loss, logits, target, options, extension)
 
 
 def _misfit(

@@ -58,7 +58,7 @@ def kernels() -> Iterator[None]:
     _C.register_kernels("emulated cuda", library().kernel_table_address())
     _C.set_isa("emulated cuda")
     try:
-        with mock.patch.object(_autograd, "_has_cuda_kernels", _always):  # a Mock is not compiled
+        with mock.patch.object(_autograd, "has_cuda_kernels", _always):  # a Mock is not compiled
             yield
     finally:
         _C.set_isa(before, reason)

@@ -96,6 +96,24 @@ def test_every_rung_of_the_ladders_is_right():
     assert process.stdout.count("rungs verified") == 6
 
 
+def test_every_rung_of_the_heads_ladder_is_right():
+    ladder = Path(__file__).parents[1] / "benchmarks" / "ladder" / "head.py"
+    command = [sys.executable, ladder, "8x4x12", "--turns", "2", "--markdown"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("| `") == 6
+
+
+def test_memory_of_a_head_is_printed():
+    memory = Path(__file__).parents[1] / "benchmarks" / "head_memory.py"
+    command = [sys.executable, memory, "64x16x200000", "--of", "ours", "torch"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    ours, torchs = (float(line.split()[-2]) for line in process.stdout.splitlines())
+    assert ours <= 32
+    assert torchs >= 64 * 200_000 * 4 / 2**20  # all logits
+
+
 def test_epochs_and_recipes_train(monkeypatch, capsys):
     """The commands whose figures the README shows still go with the package, on little data."""
     digits = datasets.load("digits")

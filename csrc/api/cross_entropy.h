@@ -74,6 +74,27 @@ struct CrossEntropyProblem {
   bool operator==(const CrossEntropyProblem&) const = default;
 };
 
+// On the CPU, the classes block by block: logits and grad_logits are [batch, size], of these classes. First the blocks
+// in order, for maxima, sums and with the last one the loss; then in any order for the gradient, from what was found.
+// Of class indices, a single position and no label smoothing; with position_max and position_log_sum, of ignored rows
+// too. What only blocks have: with lse = max + log_sum
+//   logits are softcap * tanh(logits / softcap), and the gradient is of what they were before
+//   the loss of a position that is not ignored is z_loss * lse^2 more, as grad_output counts it
+template <class T>
+struct ClassBlock {
+  int64_t first = 0, size = 0;  // 0: there are no blocks
+  bool is_gradient = false;
+  double* sums = nullptr;                   // [batch], of exp(x - max) so far
+  ComputeType<T>* target_logits = nullptr;  // [batch]
+  T* uncapped = nullptr;  // of a softcap, the first time: the logits, in place of which tanh(logits / softcap) is kept
+  ComputeType<T> softcap = 0, z_loss = 0;  // 0: none
+  T* lse = nullptr;                        // [batch], of all rows; null: not wanted
+  const T* grad_lse = nullptr;             // [batch] with grad_lse_stride; null: 0
+  int64_t grad_lse_stride = 0;
+
+  bool operator==(const ClassBlock&) const = default;
+};
+
 // What is null is not wanted.
 template <class T>
 struct CrossEntropyForward {
@@ -90,6 +111,7 @@ struct CrossEntropyForward {
                              // of class indices without label smoothing
   const T* grad_output = nullptr;  // what grad_logits is multiplied by: as in the backward; null: 1
   int64_t grad_output_stride = 0;
+  ClassBlock<T> block{};
   bool unless_one = false;  // do nothing at all if *grad_output is 1: grad_logits already holds the gradient of that
   T* const* loss_place = nullptr;  // CUDA: null, or in device memory, read in place of `loss` when the kernel runs
 

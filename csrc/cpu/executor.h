@@ -71,6 +71,9 @@ class Worker {
 
   // Asks scratch() for all that the entry will.
   void reserve(const Entry<T>& entry) const {
+    if (const auto* loss = std::get_if<CrossEntropyForward<T>>(&entry.work); loss && loss->block.softcap != 0) {
+      logits_scratch(loss->block);
+    }
     const auto* product = std::get_if<Product<T>>(&entry.work);
     if (!product) return;
     reserve_product<T>(kernel_of(Block<T>(*product)));

@@ -33,7 +33,7 @@ inline constexpr int64_t kLargestFusedK = 256;
 
 // Two cores' second-level caches hold about as much.
 inline constexpr BlockTraits kBlockTraits = {
-    .cached_bytes = int64_t{4} << 20, .most_bytes = int64_t{24} << 20, .in_place = true};
+    .cached_bytes = int64_t{4} << 20, .most_bytes = int64_t{24} << 20, .in_place = true, .flops_per_byte = 16};
 
 template <class T>
 BadExample train_steps(const TrainSteps<T>&, void* workspace, StepGraph*, const Launch&);

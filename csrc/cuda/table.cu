@@ -13,7 +13,8 @@ const KernelTable kernels_cuda = [] {
   KernelTable table{float32_kernels(), float64_kernels(), bfloat16_kernels(), float16_kernels()};
   table.any_strides = true;
   // Of logits and their gradient: an H100's second-level cache holds 50 MB.
-  table.blocks = {.cached_bytes = int64_t{24} << 20, .most_bytes = int64_t{256} << 20, .in_place = false};
+  table.blocks = {
+      .cached_bytes = int64_t{24} << 20, .most_bytes = int64_t{256} << 20, .in_place = false, .flops_per_byte = 0};
   table.new_step_graph = []() -> StepGraph* { return new CapturedStep; };
   table.is_capturing = [](const Launch& launch) { return is_capturing(launch.stream); };
   return table;

@@ -26,11 +26,7 @@ class Positions {
   bool is_shape_of(const Tensor& t) const { return has_sizes(t, sizes(), dims_); }
   bool is_shape_of_stats(const Tensor& t) const { return has_sizes(t, stats_sizes_, dims_ + 1); }
 
-  friend std::ostream& operator<<(std::ostream& out, const Positions& p) {
-    out << '[';
-    for (int64_t i = 0; i < p.dims_; ++i) out << (i ? ", " : "") << p.sizes()[i];
-    return out << ']';
-  }
+  friend std::ostream& operator<<(std::ostream& out, const Positions& p) { return out << Sizes{p.sizes(), p.dims()}; }
 
  private:
   int64_t dims_;
@@ -204,18 +200,8 @@ struct Operands {
     check<std::invalid_argument>(reduction != Reduction::none, op, ": reduction: expected 1 (mean) or 2 (sum), got 0");
   }
 
-  // Raises for the position that a kernel found, if it found one.
   void check_class(int64_t bad_position) const {
-    if (bad_position < 0) return;
-    int64_t rest = bad_position;
-    std::string index;
-    for (int64_t dim = indices->dim() - 1; dim >= 0; --dim) {
-      index = std::to_string(rest % indices->size(dim)) + (index.empty() ? "" : ", ") + index;
-      rest /= indices->size(dim);
-    }
-    fail<std::out_of_range>(op, ": target: expected class indices in [0, ", layout.classes,
-                            ") or ignore_index = ", ignore_index, ", got ", class_indices(*indices)[bad_position],
-                            " at [", index, "]");
+    if (indices) ops::check_class(op, *indices, bad_position, layout.classes, ignore_index);
   }
 };
 

@@ -13,26 +13,19 @@ namespace {
 
 constexpr const char* kOp = "mnist_ext.linear_cross_entropy";
 
-using Sizes = std::vector<int64_t>;
+using SizeList = std::vector<int64_t>;
 
-struct SizesInWords {  // "[64, 10]"
-  const Sizes& sizes;
-  friend std::ostream& operator<<(std::ostream& out, const SizesInWords& s) {
-    out << '[';
-    for (std::size_t i = 0; i < s.sizes.size(); ++i) out << (i ? ", " : "") << s.sizes[i];
-    return out << ']';
-  }
-};
+Sizes in_words(const SizeList& sizes) { return {sizes.data(), static_cast<int64_t>(sizes.size())}; }
 
-bool fits(const Tensor& t, const Sizes& sizes) {
+bool fits(const Tensor& t, const SizeList& sizes) {
   return has_sizes(t, sizes.data(), static_cast<int64_t>(sizes.size()));
 }
 
-Tensor empty_of(const Tensor& like, const Sizes& sizes) {
+Tensor empty_of(const Tensor& like, const SizeList& sizes) {
   return empty(like, dtype_of(like), sizes.data(), static_cast<int64_t>(sizes.size()));
 }
 
-Tensor contiguous_like(const Tensor& t) { return empty_of(t, Sizes(t.sizes().begin(), t.sizes().end())); }
+Tensor contiguous_like(const Tensor& t) { return empty_of(t, SizeList(t.sizes().begin(), t.sizes().end())); }
 
 struct Arguments {
   const Tensor &input, &linear_weight;
@@ -68,7 +61,7 @@ class Operands {
   bool has_reduction() const { return reduction() != Reduction::none; }
   int64_t batch() const { return input_.rows; }
   int64_t outputs() const { return linear_weight_.rows; }
-  const Sizes& positions_sizes() const { return positions_sizes_; }
+  const SizeList& positions_sizes() const { return positions_sizes_; }
 
   template <class T>
   Layer<T> layer() const {
@@ -108,16 +101,12 @@ class Operands {
   }
   int64_t grad_output_stride() const { return has_reduction() ? 0 : grad_output_stride_.value_or(1); }
 
-  // Raises for the position that a kernel found, if it found one.
   void check_class(int64_t bad_position) const {
-    if (bad_position < 0) return;
-    fail<std::out_of_range>(kOp, ": target: expected class indices in [0, ", classes_,
-                            ") or ignore_index = ", args_.ignore_index, ", got ", class_indices(target_)[bad_position],
-                            " at position ", bad_position);
+    ops::check_class(kOp, target_, bad_position, classes_, args_.ignore_index);
   }
 
  private:
-  static Sizes without_last(const Tensor& t) { return Sizes(t.sizes().begin(), t.sizes().end() - 1); }
+  static SizeList without_last(const Tensor& t) { return SizeList(t.sizes().begin(), t.sizes().end() - 1); }
 
   template <class T>
   static const T* pointer(const std::optional<Tensor>& t) {
@@ -139,12 +128,12 @@ class Operands {
                   "[C, in_features] or [C, d1, ..., in_features] for input ", Shape(input));
     check(linear_weight.dim() == 2 || input.dim() == 2, kOp, ": input: expected [N, in_features] for linear_weight ",
           Shape(linear_weight), ", got ", Shape(input));
-    const Sizes outputs = without_last(linear_weight);
+    const SizeList outputs = without_last(linear_weight);
     if (const std::optional<Tensor>& bias = args.linear_bias) {
-      check_operand(kOp, "linear_bias", *bias, "input", input, fits(*bias, outputs), "shape ", SizesInWords(outputs));
+      check_operand(kOp, "linear_bias", *bias, "input", input, fits(*bias, outputs), "shape ", in_words(outputs));
     }
     if (const std::optional<Tensor>& weight = args.weight) {
-      check_operand(kOp, "weight", *weight, "input", input, fits(*weight, Sizes{linear_weight.size(0)}), "shape [",
+      check_operand(kOp, "weight", *weight, "input", input, fits(*weight, SizeList{linear_weight.size(0)}), "shape [",
                     linear_weight.size(0), "], one for each class");
     }
     check(0 <= args.label_smoothing && args.label_smoothing <= 1, kOp,
@@ -156,17 +145,17 @@ class Operands {
   void check_loss() const {
     const Tensor& target = args_.target;
     if (is_floating(target)) {
-      Sizes logits = without_last(args_.input);
-      const Sizes outputs = without_last(args_.linear_weight);
+      SizeList logits = without_last(args_.input);
+      const SizeList outputs = without_last(args_.linear_weight);
       logits.insert(logits.end(), outputs.begin(), outputs.end());
       check_operand(kOp, "target", target, "input", args_.input, fits(target, logits), "probabilities of shape ",
-                    SizesInWords(logits));
+                    in_words(logits));
     } else {
       check(has_class_indices(target), kOp,
             ": target: expected class indices of dtype int64, int32 or uint8, or probabilities, got ",
             DtypeName(target));
       check_device(kOp, "target", target, "input", args_.input);
-      check(fits(target, positions_sizes_), kOp, ": target: expected shape ", SizesInWords(positions_sizes_), ", got ",
+      check(fits(target, positions_sizes_), kOp, ": target: expected shape ", in_words(positions_sizes_), ", got ",
             Shape(target));
     }
     if (const std::optional<Tensor>& grad = args_.grad_output) {
@@ -178,7 +167,7 @@ class Operands {
   Arguments args_;
   Matrix input_, linear_weight_;
   int64_t classes_;
-  Sizes positions_sizes_;
+  SizeList positions_sizes_;
   Tensor target_;
   std::optional<Tensor> linear_bias_, weight_, grad_output_;
   std::optional<int64_t> grad_output_stride_;
@@ -196,15 +185,27 @@ void run(const Operands& operands, LinearCrossEntropy<T>& args, OnDevice& device
   kernels<T>().run({entries.data(), count, kProductGrain}, workspace + bytes, device.launch());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const std::optional<Tensor>& linear_bias, const Tensor& target,
     const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing, int64_t reduction,
-    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32) {
+    const std::optional<Tensor>& grad_output, bool need_input, bool need_weight, bool need_bias, bool allow_tf32,
+    double softcap, double z_loss, bool need_lse, const std::optional<Tensor>& grad_lse) {
   const Operands operands({input, linear_weight, linear_bias, target, weight, ignore_index, label_smoothing, reduction,
                            grad_output, allow_tf32});
   check(!need_bias || linear_bias, kOp, ": need_bias: expected false without linear_bias, got true");
+  if (softcap != 0 || z_loss != 0 || need_lse || grad_lse) {
+    check(kernel_table().blocks.flops_per_byte > 0 && has_class_indices(target) && linear_weight.dim() == 2 &&
+              linear_weight.size(0) > 0 && label_smoothing == 0 && (z_loss == 0 || !weight),
+          kOp, ": softcap, z_loss, need_lse, grad_lse: expected kernels of the CPU, class indices, linear_weight [C, ",
+          "in_features], C > 0, no label_smoothing, and no weight beside z_loss");
+  }
+  if (grad_lse) {
+    check_operand(kOp, "grad_lse", *grad_lse, "input", input, fits(*grad_lse, operands.positions_sizes()), "shape ",
+                  in_words(operands.positions_sizes()));
+  }
   OnDevice device(input);
-  Tensor losses, grad_input, grad_weight, grad_bias;  // undefined where not wanted
+  Tensor losses, grad_input, grad_weight, grad_bias, lse;  // undefined where not wanted
+  if (need_lse) lse = empty_of(input, operands.positions_sizes());
   if (need_input) grad_input = contiguous_like(input);
   if (need_weight) grad_weight = contiguous_like(linear_weight);
   if (need_bias) grad_bias = contiguous_like(*linear_bias);
@@ -216,19 +217,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                                   .divisor = data_of<T>(divisor),
                                   .grad_output = operands.grad_output<T>(),
                                   .grad_output_stride = operands.grad_output_stride(),
-                                  .loss = nullptr};
+                                  .loss = nullptr,
+                                  .softcap = static_cast<T>(softcap),
+                                  .z_loss = static_cast<T>(z_loss),
+                                  .lse = data_of<T>(lse)};
+    if (grad_lse) {
+      args.grad_lse = static_cast<const T*>(grad_lse->const_data_ptr());
+      args.grad_lse_stride = grad_lse->dim() == 0 ? 0 : grad_lse->stride(0);
+    }
     args.layer.grad_input = data_of<T>(grad_input);
     args.layer.grad_weight = data_of<T>(grad_weight);
     args.layer.grad_bias = data_of<T>(grad_bias);
     if (!grad_output) {
-      const int64_t blocks = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, kNowhere).blocks();
-      losses = operands.has_reduction() ? empty(input, {blocks}) : empty_of(input, operands.positions_sizes());
+      const int64_t count = LinearCrossEntropyProgram<T>(args, kernel_table().blocks, kNowhere).losses();
+      losses = operands.has_reduction() ? empty(input, {count}) : empty_of(input, operands.positions_sizes());
       args.loss = data_of<T>(losses);
     }
     run(operands, args, device);
   });
   if (losses.defined() && operands.has_reduction()) losses = torch::stable::sum(losses, {0});
-  return {losses, grad_input, grad_weight, grad_bias};
+  return {losses, grad_input, grad_weight, grad_bias, lse};
 }
 
 }  // namespace

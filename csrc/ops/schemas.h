@@ -63,11 +63,14 @@ inline void define_ops(Library& m) {
   // linear(input, linear_weight, linear_bias), whose logits are never in memory as a whole; the others are undefined
   // (None). input [N, in] or [in], linear_weight [C, in] or [C, d1, ..., in], linear_bias [C, d1, ...], of float32 or
   // float64; target, weight and options as in `cross_entropy` of logits [N, C, d1, ...]. The gradients are those of
-  // grad_output, as the loss, without which the loss is formed and they are those of 1.
+  // grad_output, as the loss, without which the loss is formed and they are those of 1. At the end lse, [N] or [], if
+  // need_lse: the log-sum-exps of the logits. softcap (0: none), z_loss, need_lse and grad_lse as api/cross_entropy.h
+  // has them: on the CPU, of class indices, without d1 and label smoothing, and z_loss without weight.
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
       "int ignore_index, float label_smoothing, int reduction, Tensor? grad_output, bool need_input, "
-      "bool need_weight, bool need_bias, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_weight, bool need_bias, bool allow_tf32=False, float softcap=0, float z_loss=0, "
+      "bool need_lse=False, Tensor? grad_lse=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // One step of torch.optim.SGD over all params, whose momentum buffers (one each, or none at all) hold nothing yet if
   // first_step. Returns -1, or, having changed nothing, an index at which the tensors are none that the kernels take:

@@ -39,13 +39,21 @@ void check(bool condition, const Parts&... parts) {
 }
 
 // Parts of messages that are put into words only when a message is written: every call passes them to check().
-struct Shape {  // "[64, 10]"
+struct Sizes {  // "[64, 10]"
+  const int64_t* sizes;
+  int64_t dims;
+  friend std::ostream& operator<<(std::ostream& out, const Sizes& s) {
+    out << '[';
+    for (int64_t i = 0; i < s.dims; ++i) out << (i ? ", " : "") << s.sizes[i];
+    return out << ']';
+  }
+};
+
+struct Shape {
   const Tensor& tensor;
   explicit Shape(const Tensor& t) : tensor(t) {}
   friend std::ostream& operator<<(std::ostream& out, const Shape& s) {
-    out << '[';
-    for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "") << s.tensor.size(i);
-    return out << ']';
+    return out << Sizes{s.tensor.sizes().data(), s.tensor.dim()};
   }
 };
 
@@ -95,6 +103,19 @@ inline ClassIndices class_indices(const Tensor& t) {
   return {t.const_data_ptr(), dtype == ScalarType::Long  ? ClassIndices::Type::int64
                               : dtype == ScalarType::Int ? ClassIndices::Type::int32
                                                          : ClassIndices::Type::uint8};
+}
+
+// Raises for the position of a target that a kernel found, if it found one (it is not -1).
+inline void check_class(const char* op, const Tensor& target, int64_t bad_position, int64_t classes,
+                        int64_t ignore_index) {
+  if (bad_position < 0) return;
+  int64_t index[kMaxDims], rest = bad_position;
+  for (int64_t dim = target.dim() - 1; dim >= 0; --dim) {
+    index[dim] = rest % target.size(dim);
+    rest /= target.size(dim);
+  }
+  fail<std::out_of_range>(op, ": target: expected class indices in [0, ", classes, ") or ignore_index = ", ignore_index,
+                          ", got ", class_indices(target)[bad_position], " at ", Sizes{index, target.dim()});
 }
 
 inline bool on_same_device(const Tensor& a, const Tensor& b) {

@@ -1,12 +1,19 @@
 // A linear layer and the softmax cross-entropy of what it gives, with their gradients, as a program: some rows of the
-// batch after the others, so that their logits and the gradient of these stay in a cache and the whole of them is never
-// in memory.
+// batch after the others, or some classes after the others, so that the whole of the logits and of their gradient is
+// never in memory beyond that of the results.
 //
 //   logits = input * weight^T + bias;  loss = cross_entropy(logits, target)
 //
+// Rows: the three products of a layer for each block. All of the weight is read, and its gradient added to, once more
+// for each of them, which counts where a row of logits is so long that few fit into a block.
+// Classes: a softmax needs all of them, so that they are passed twice, for the sums and for the gradient. The logits
+// are kept in between where the gradient of the weight will lie, which has room for as many rows as there are features;
+// of more rows they are formed again, the fourth product. Each element of the weight is read twice, three times then,
+// and its gradient is written once.
+//
 // What a product computes, in which precision, is product.h's, the loss cross_entropy.h's; of a single block the
-// results are the bits of the ops called one after the other. The gradients of weight and bias are accumulated over
-// the blocks in T, one addition for each.
+// results are the bits of the ops called one after the other. Gradients are accumulated over the blocks in T, one
+// addition for each.
 #pragma once
 
 #include <algorithm>
@@ -24,16 +31,23 @@ struct LinearCrossEntropy {
   const T* grad_output;            // as in CrossEntropyForward; null: 1
   int64_t grad_output_stride;
   T* loss;  // none: [batch, positions]. mean or sum: [blocks], to be added up. Null: not wanted
+  // As in ClassBlock, of class indices at a single position, of one class at least, without label smoothing.
+  T softcap = 0, z_loss = 0;
+  T* lse = nullptr;
+  const T* grad_lse = nullptr;
+  int64_t grad_lse_stride = 0;
 
+  bool needs_class_blocks() const { return softcap != 0 || z_loss != 0 || lse || grad_lse; }
   bool has_gradient() const { return layer.grad_input || layer.grad_weight || layer.grad_bias; }
   int64_t logits_of_row() const { return problem.classes * problem.positions; }
 };
 
 // How a device wants its blocks made.
 struct BlockTraits {
-  int64_t cached_bytes;  // of logits, that stay in a cache from product to product
-  int64_t most_bytes;    // of logits, in memory
-  bool in_place;         // the gradient of logits may take their place, where class indices are not smoothed
+  int64_t cached_bytes;   // of logits, that stay in a cache from product to product
+  int64_t most_bytes;     // of logits, in memory
+  bool in_place;          // the gradient of logits may take their place, where class indices are not smoothed
+  double flops_per_byte;  // that a product of cached operands makes while a byte comes from memory; 0: no ClassBlocks
 };
 
 template <class T>
@@ -43,27 +57,45 @@ class LinearCrossEntropyProgram {
       : args_(args),
         matrices_(is_in_place(args.problem, traits) ? 1 : 2),
         rows_(rows_of_block(traits)),
+        classes_(is_by_classes(traits) ? classes_of_block(traits) : 0),
         logits_(static_cast<T*>(workspace)),
-        grad_logits_(logits_ + (matrices_ - 1) * logits_size()) {}
+        grad_logits_(logits_ + (matrices_ - 1) * logits_size()),
+        sums_(reinterpret_cast<double*>(logits_ + matrices_ * logits_size())),
+        position_max_(reinterpret_cast<ComputeType<T>*>(sums_ + args.problem.batch)),
+        position_log_sum_(position_max_ + args.problem.batch),
+        target_logits_(position_log_sum_ + args.problem.batch) {}
 
-  int64_t blocks() const { return rows_ == 0 ? 1 : (args_.problem.batch + rows_ - 1) / rows_; }
+  // So many losses a mean or a sum has.
+  int64_t losses() const { return classes_ ? 1 : blocks_of_rows(); }
 
-  int64_t workspace_bytes() const { return matrices_ * logits_size() * static_cast<int64_t>(sizeof(T)); }
+  int64_t workspace_bytes() const {
+    constexpr int64_t of_row = sizeof(double) + 3 * sizeof(ComputeType<T>);
+    const int64_t of_rows = classes_ ? ceil_div(args_.problem.batch * of_row, 64) * 64 : 0;
+    return matrices_ * logits_size() * static_cast<int64_t>(sizeof(T)) + of_rows;
+  }
 
   std::vector<Entry<T>> entries() const {
     std::vector<Entry<T>> program;
+    if (classes_) {
+      append_classes(program);
+      return program;
+    }
     int64_t first = 0;
     do {  // once for no rows too: the loss and the gradients of nothing
-      append(first, std::min(rows_, args_.problem.batch - first), program);
+      append_rows(first, std::min(rows_, args_.problem.batch - first), program);
       first += rows_;
     } while (first < args_.problem.batch);
     return program;
   }
 
  private:
+  static int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
   static bool is_in_place(const CrossEntropyProblem<T>& p, BlockTraits traits) {
     return traits.in_place && p.kind == TargetKind::indices && p.label_smoothing == 0;
   }
+
+  int64_t blocks_of_rows() const { return rows_ == 0 ? 1 : ceil_div(args_.problem.batch, rows_); }
 
   // Of each element of the weight a block reads three copies and its gradient, and writes that; of each logit as much
   // is read and written where they stay in no cache. So few rows that they do, or as many as there is memory for.
@@ -76,24 +108,81 @@ class LinearCrossEntropyProgram {
     const double of_cached = in_features / static_cast<double>(cached);
     const double of_most = in_features / static_cast<double>(most) + 1;
     const int64_t rows = of_most < of_cached ? most : cached;
-    const int64_t blocks = std::max<int64_t>(1, (batch + rows - 1) / rows);
-    return (batch + blocks - 1) / blocks;  // all blocks of nearly the same size
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(batch, rows));
+    return ceil_div(batch, blocks);  // all blocks of nearly the same size
+  }
+
+  // Whose logits stay in a cache; but the gradient of the input is read and written once for each block.
+  int64_t classes_of_block(BlockTraits traits) const {
+    constexpr int64_t fewest = 2048;
+    const int64_t class_bytes = std::max<int64_t>(1, args_.problem.batch) * static_cast<int64_t>(sizeof(T));
+    const int64_t classes = std::max(fewest, traits.cached_bytes / class_bytes);
+    return std::max<int64_t>(1, std::min({classes, traits.most_bytes / class_bytes, args_.problem.classes}));
+  }
+
+  bool forms_logits_again() const { return !keeps_logits() && classes_ < args_.problem.classes; }
+  bool keeps_logits() const { return args_.layer.grad_weight && fits_grad_weight(); }
+  bool fits_grad_weight() const { return args_.problem.batch <= args_.layer.in_features; }
+
+  // Which of both ways moves less, a product that is made again counted as what memory would move meanwhile. Of all
+  // gradients, wanted or not, so that the loss is the same with and without.
+  bool is_by_classes(BlockTraits traits) const {
+    const CrossEntropyProblem<T>& p = args_.problem;
+    if (args_.needs_class_blocks()) return true;
+    const bool has_class_blocks = traits.flops_per_byte > 0 && is_in_place(p, traits) && p.positions == 1;
+    if (!has_class_blocks || blocks_of_rows() == 1) return false;
+    const double rows = static_cast<double>(p.batch), classes = static_cast<double>(p.classes);
+    const double features = static_cast<double>(args_.layer.in_features), bytes = sizeof(T);
+    const double weight = classes * features * bytes, logits = rows * classes * bytes, input = rows * features * bytes;
+    const double again = fits_grad_weight() ? 2 * logits : 2 * rows * classes * features / traits.flops_per_byte;
+    // Weight and its gradient; input and its gradient.
+    const double by_rows = 4 * weight * static_cast<double>(blocks_of_rows());
+    const double by_classes =
+        3 * weight + 4 * input * static_cast<double>(ceil_div(p.classes, classes_of_block(traits))) + again;
+    return by_classes < by_rows;
   }
 
   // Of a block, in whole cache lines.
-  int64_t logits_size() const { return (rows_ * args_.logits_of_row() + 63) / 64 * 64; }
+  int64_t logits_size() const {
+    const int64_t size = classes_ ? args_.problem.batch * classes_ : rows_ * args_.logits_of_row();
+    return ceil_div(size, 64) * 64;
+  }
 
-  void append(int64_t first, int64_t rows, std::vector<Entry<T>>& program) const {
-    const Layer<T> layer = layer_of(first, rows);
+  void append_rows(int64_t first, int64_t rows, std::vector<Entry<T>>& program) const {
+    const Layer<T> layer = layer_of_rows(first, rows);
     program.push_back({forward_product(layer), first > 0});
-    program.push_back({loss_of(first, rows), true});
-    if (layer.grad_input) program.push_back({grad_input_product(layer), true});
-    Product<T> grad_weight = grad_weight_product(layer);
-    grad_weight.accumulate = first > 0;
+    program.push_back({loss_of_rows(first, rows), true});
+    append_gradients(layer, first > 0, false, program);
+  }
+
+  void append_classes(std::vector<Entry<T>>& program) const {
+    const int64_t classes = args_.problem.classes;
+    for (int64_t first = 0; first < classes; first += classes_) {
+      const int64_t size = std::min(classes_, classes - first);
+      program.push_back({forward_product(layer_of_classes(first, size)), !keeps_logits() && first > 0});
+      program.push_back({loss_of_classes(first, size, false), true});
+    }
+    if (!args_.has_gradient()) return;
+    for (int64_t first = 0; first < classes; first += classes_) {
+      const int64_t size = std::min(classes_, classes - first);
+      const Layer<T> layer = layer_of_classes(first, size);
+      if (forms_logits_again()) program.push_back({forward_product(layer), true});
+      program.push_back({loss_of_classes(first, size, true), true});
+      append_gradients(layer, false, first > 0, program);
+    }
+  }
+
+  // accumulate: to what the blocks before have left there.
+  void append_gradients(const Layer<T>& layer, bool accumulate_weight, bool accumulate_input,
+                        std::vector<Entry<T>>& program) const {
+    Product<T> grad_input = grad_input_product(layer), grad_weight = grad_weight_product(layer);
+    grad_input.accumulate = accumulate_input;
+    grad_weight.accumulate = accumulate_weight;
+    if (layer.grad_input) program.push_back({grad_input, true});
     if (grad_weight.forms_c() || grad_weight.forms_row_sums()) program.push_back({grad_weight, !layer.grad_input});
   }
 
-  Layer<T> layer_of(int64_t first, int64_t rows) const {
+  Layer<T> layer_of_rows(int64_t first, int64_t rows) const {
     Layer<T> layer = args_.layer;
     layer.batch = rows;
     layer.input.data += first * layer.input.row_stride;
@@ -103,7 +192,19 @@ class LinearCrossEntropyProgram {
     return layer;
   }
 
-  CrossEntropyForward<T> loss_of(int64_t first, int64_t rows) const {
+  Layer<T> layer_of_classes(int64_t first, int64_t classes) const {
+    Layer<T> layer = args_.layer;
+    layer.out_features = classes;
+    layer.weight.data += first * layer.weight.row_stride;
+    if (layer.bias) layer.bias += first;
+    if (layer.grad_weight) layer.grad_weight += first * layer.in_features;
+    if (layer.grad_bias) layer.grad_bias += first;
+    layer.out = keeps_logits() ? layer.grad_weight : logits_;
+    layer.grad_output = {logits_, classes, 1};
+    return layer;
+  }
+
+  CrossEntropyForward<T> loss_of_rows(int64_t first, int64_t rows) const {
     CrossEntropyProblem<T> problem = args_.problem;
     const bool none = problem.reduction == Reduction::none;
     const int64_t position = first * problem.positions;
@@ -117,18 +218,51 @@ class LinearCrossEntropyProgram {
     }
     T* loss = args_.loss ? args_.loss + (none ? position : first / std::max<int64_t>(1, rows_)) : nullptr;
     return {.problem = problem,
-            .divisor = problem.reduction == Reduction::mean ? args_.divisor : nullptr,
+            .divisor = divisor(),
             .loss = loss,
             .grad_logits = args_.has_gradient() ? grad_logits_ : nullptr,
             .grad_output = args_.grad_output ? args_.grad_output + position * args_.grad_output_stride : nullptr,
             .grad_output_stride = args_.grad_output_stride};
   }
 
+  CrossEntropyForward<T> loss_of_classes(int64_t first, int64_t classes, bool is_gradient) const {
+    CrossEntropyProblem<T> problem = args_.problem;
+    problem.logits = {layer_of_classes(first, classes).out, classes, 1};
+    const bool last = first + classes == problem.classes;
+    T* uncapped = nullptr;
+    if (args_.softcap != 0 && (!is_gradient || forms_logits_again())) uncapped = layer_of_classes(first, classes).out;
+    return {.problem = problem,
+            .position_max = position_max_,
+            .position_log_sum = position_log_sum_,
+            .divisor = divisor(),
+            .loss = last && !is_gradient ? args_.loss : nullptr,
+            .grad_logits = is_gradient ? logits_ : nullptr,
+            .grad_output = args_.grad_output,
+            .grad_output_stride = args_.grad_output_stride,
+            .block = {.first = first,
+                      .size = classes,
+                      .is_gradient = is_gradient,
+                      .sums = sums_,
+                      .target_logits = target_logits_,
+                      .uncapped = uncapped,
+                      .softcap = args_.softcap,
+                      .z_loss = args_.z_loss,
+                      .lse = args_.lse,
+                      .grad_lse = args_.grad_lse,
+                      .grad_lse_stride = args_.grad_lse_stride}};
+  }
+
+  const ComputeType<T>* divisor() const { return args_.problem.reduction == Reduction::mean ? args_.divisor : nullptr; }
+
   const LinearCrossEntropy<T>& args_;
   int64_t matrices_;  // in memory: of logits, and of their gradient, wanted or not: the same blocks, and loss
   int64_t rows_;      // of a block
+  int64_t classes_;   // of a block; 0: blocks of rows
   T* logits_;
   T* grad_logits_;
+  // Of all rows, for blocks of classes.
+  double* sums_;
+  ComputeType<T>*position_max_, *position_log_sum_, *target_logits_;
 };
 
 }  // namespace mnist_ext

@@ -81,7 +81,7 @@ def test_compiled_again_where_the_tf32_setting_changes(monkeypatch, allow_tf32):
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
 
-    monkeypatch.setattr(_autograd, "_has_cuda_kernels", lambda _: True)
+    monkeypatch.setattr(_autograd, "has_cuda_kernels", lambda _: True)
     ran, graphs = [], []
 
     def recording(graph, _):

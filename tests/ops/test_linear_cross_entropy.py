@@ -21,6 +21,12 @@ def two_ops(input, linear_weight, target, *, linear_bias=None, **options):
     return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
 
 
+def relative_errors(tensors, truth):
+    return [
+        (t.double() - true).norm() / true.norm() for t, true in zip(tensors, truth, strict=True)
+    ]
+
+
 def value_and_gradients(op, tensors, target, **options):
     """Of (input, linear_weight, linear_bias)."""
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -56,9 +62,68 @@ def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
     torchs = value_and_gradients(two_ops, tensors, target, **options)
     true_target = target.double() if kind == "probabilities" else target
     truth = value_and_gradients(two_ops, [t.double() for t in tensors], true_target, **options)
-    for our, their, true in zip(ours, torchs, truth, strict=True):
-        error, torchs_error = ((t.double() - true).norm() / true.norm() for t in (our, their))
+    errors = [relative_errors(result, truth) for result in (ours, torchs)]
+    for error, torchs_error in zip(*errors, strict=True):
         assert error <= max(1.1 * torchs_error, 2e-7)
+
+
+# 64 rows are two or more blocks of rows, and cheaper by classes. As many features as rows, whose
+# logits are kept in the gradient of the weight; and fewer.
+BY_CLASSES = [(64, 64, 120_000), (64, 16, 200_000)]
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("shape", BY_CLASSES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_error_of_blocks_of_classes(reduction, shape):
+    """On average PyTorch's and a tenth; targets in the first class, in the last, and ignored."""
+    tensors, target = tensors_of(*shape)
+    target[:3] = torch.tensor([0, shape[2] - 1, -100])
+    weight = torch.rand(shape[2])
+    results = [
+        value_and_gradients(op, ts, target, reduction=reduction, weight=weight.to(ts[0].dtype))
+        for op, ts in (
+            (head, tensors),
+            (two_ops, tensors),
+            (two_ops, [t.double() for t in tensors]),
+        )
+    ]
+    errors = [relative_errors(result, results[2]) for result in results[:2]]
+    for error, torchs_error in zip(*errors, strict=True):
+        assert error <= max(1.1 * torchs_error, 2e-7)
+    with torch.no_grad():
+        bias = {"linear_bias": tensors[2], "weight": weight}
+        loss = head(*tensors[:2], target, reduction=reduction, **bias)
+    assert torch.equal(loss, results[0][0])
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("shape", BY_CLASSES)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
+def test_blocks_of_classes_form_what_is_wanted(wanted, shape):
+    tensors, target = tensors_of(*shape)
+    truth = value_and_gradients(two_ops, tensors, target)
+    for i in wanted:
+        tensors[i].requires_grad_()
+    torch.manual_seed(1)
+    head(*tensors[:2], target, linear_bias=tensors[2]).backward(torch.randn(()))
+    for i, (tensor, true) in enumerate(zip(tensors, truth[1:], strict=True)):
+        if i in wanted:
+            assert (tensor.grad - true).norm() <= 2e-6 * true.norm()
+        else:
+            assert tensor.grad is None
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan"), -1e30, 1e30])
+def test_blocks_of_classes_of_extreme_logits(value):
+    """Of one block whole, of another one logit: what PyTorch makes of them."""
+    tensors, target = tensors_of(*BY_CLASSES[1])
+    target %= 1000
+    tensors[2][50_000:60_000] = tensors[2][70_000] = value
+    ours, torchs = (value_and_gradients(op, tensors, target) for op in (head, two_ops))
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.cpu_only("too many rows for the emulator")
@@ -85,6 +150,33 @@ def test_one_block_is_the_bits_of_both_ops(rows):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4), (1, 3, 1)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_and_small_ones_of_what_is_ours(reduction, shape):
+    tensors, target = tensors_of(*shape)
+    options = {"softcap": 5.0, "z_loss": 0.01, "reduction": reduction}
+    tensors = [t.requires_grad_() for t in tensors]
+    bias = {"linear_bias": tensors[2]}
+    ours = head(*tensors[:2], target, **bias, **options, return_lse=True)
+    theirs = extended(*tensors[:2], target, tensors[2], **options)
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    grads = [torch.autograd.grad(loss.sum(), tensors) for loss, _ in (ours, theirs)]
+    torch.testing.assert_close(*grads, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_dtypes_of_what_is_ours(dtype):
+    """Lse is float32."""
+    tensors, target = tensors_of(33, 8, 20, dtype)
+    options = {"softcap": 5.0, "z_loss": 0.01, "reduction": "mean"}
+    bias = {"linear_bias": tensors[2]}
+    loss, lse = head(*tensors[:2], target, **bias, **options, return_lse=True)
+    truth = extended(*[t.float() for t in tensors[:2]], target, tensors[2].float(), **options)
+    assert (loss.dtype, lse.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(loss.float(), truth[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse, truth[1], rtol=2e-2, atol=2e-2)
+
+
 def test_weight_shared_with_an_embedding():
     weight = torch.randn(20, 8, requires_grad=True)
     tokens, target = torch.randint(0, 20, (33,)), torch.randint(0, 20, (33,))
@@ -93,6 +185,15 @@ def test_weight_shared_with_an_embedding():
         for op in (head, two_ops)
     ]
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.cpu_only("CUDA ends the kernel, as in cross_entropy")
+def test_a_class_out_of_range():
+    tensors, target = tensors_of(33, 8, 20)
+    target[17] = 20
+    message = r"linear_cross_entropy: target: .* \[0, 20\) or ignore_index = -100, got 20 at \[17\]"
+    with pytest.raises(IndexError, match=message):
+        head(*tensors[:2], target)
 
 
 def extended(input, linear_weight, target, linear_bias, softcap, z_loss, reduction, ignored=-100):
@@ -124,7 +225,51 @@ def test_softcap_z_loss_and_return_lse(softcap, z_loss, reduction):
     torch.testing.assert_close(
         head(*tensors[:2], target, linear_bias=tensors[2], **options), expected[0]
     )
-    assert torch.autograd.gradcheck(ours, [t.requires_grad_() for t in tensors])
+    leaves = [t.requires_grad_() for t in tensors]
+    # A second backward forms the gradients again, with another order of rounding.
+    assert torch.autograd.gradcheck(ours, leaves, nondet_tol=1e-14)
+    assert torch.autograd.gradgradcheck(ours, leaves, nondet_tol=1e-14)
+
+
+@pytest.mark.cpu_only("the CPU's kernels alone have them")
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        *[((33, 8, 20), scale) for scale in (1e-3, 1.0, 20.0)],
+        *[(shape, 3.0) for shape in BY_CLASSES],
+    ],
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_error_of_softcap_z_loss_and_lse(reduction, shape, scale):
+    """On average half as much again as PyTorch's ops; with and without a gradient of lse."""
+    tensors, target = tensors_of(*shape)
+    tensors = [scale * t for t in tensors]
+    target[::7] = -100
+    options = {"softcap": 5.0, "z_loss": 0.01, "reduction": reduction}
+
+    def results(op, tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        loss, lse = op(*leaves)
+        torch.manual_seed(1)
+        of_loss, of_lse = (torch.randn(t.shape).to(t.dtype) for t in (loss, lse))
+        return [
+            loss.detach(),
+            lse.detach(),
+            *torch.autograd.grad(loss, leaves, of_loss, retain_graph=True),
+            *torch.autograd.grad((loss, lse), leaves, (of_loss, of_lse)),
+            *torch.autograd.grad(op(*leaves)[1], leaves, of_lse),
+        ]
+
+    def ours(x, w, b):
+        return head(x, w, target, linear_bias=b, **options, return_lse=True)
+
+    def torchs(x, w, b):
+        return extended(x, w, target, b, **options)
+
+    truth = results(torchs, [t.double() for t in tensors])
+    errors = [relative_errors(results(op, tensors), truth) for op in (ours, torchs)]
+    for error, torchs_error in zip(*errors, strict=True):
+        assert error <= max(1.5 * torchs_error, 2.5e-7)
 
 
 def test_module_is_pytorchs(device):

@@ -41,30 +41,45 @@ def test_large_results_ask_for_huge_pages():
 
 
 PEAK = """
-import resource, torch
+import resource, sys, torch
 from mnist_ext import functional
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 torch.set_num_threads(2)
-input, weight = (torch.randn(n, 16, requires_grad=True) for n in (4096, 128256))
+rows, features, classes = map(int, sys.argv[1:4])
+options = {"softcap": 30.0, "z_loss": 1e-4} if "extended" in sys.argv else {}
+input, weight = (torch.randn(n, features, requires_grad=True) for n in (rows, classes))
 input.grad, weight.grad = torch.ones_like(input), torch.ones_like(weight)  # what remains
-target = torch.randint(0, 128256, (4096,))
+target = torch.randint(0, classes, (rows,))
 functional.linear_cross_entropy(input[:1], weight[:9], target[:1] % 9).backward()
 input.grad = weight.grad = None
 spare = torch.ones_like(weight), torch.ones_like(input)
 before = peak()
 del spare
-functional.linear_cross_entropy(input, weight, target).backward()
+functional.linear_cross_entropy(input, weight, target, **options).backward()
 print((peak() - before) >> 20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for the peak in KiB")
-def test_logits_are_never_in_memory():
-    """Of 2.1 GB, and as much for their gradient, at most 32 MiB."""
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (4096, 16, 128256),
+        (8192, 64, 16000),
+        (256, 256, 128256),
+        (4096, 16, 128256, "extended"),
+    ],
+)
+def test_logits_are_never_in_memory(shape):
+    """Of 2.1 GB at most, and as much for their gradient, at most 32 MiB.
+
+    All but the second by blocks of classes; benchmarks/head_memory.py prints larger shapes.
+    """
+    command = [sys.executable, "-c", PEAK, *map(str, shape)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(run.stdout) <= 32
 
 
@@ -72,9 +87,11 @@ OUT_OF_MEMORY = """
 import resource, sys, torch, mnist_ext
 op = torch.ops.mnist_ext
 x, weights = torch.randn(140, 200), [torch.randn(100, 200), torch.randn(9, 100)]
+head = x, torch.randn(5000, 200), torch.zeros(140, dtype=torch.int64)  # 2.8 MB of logits
 call = {
     "linear": lambda: op.linear(x, weights[0], None, False),  # outer products, which pack
     "mlp": lambda: op.mlp(x, weights, [], [2, 0], True),
+    "linear_cross_entropy": lambda: mnist_ext.functional.linear_cross_entropy(*head),
 }[sys.argv[1]]
 torch.set_num_threads(2)
 op.linear(torch.randn(64, 2000), torch.randn(1000, 2000), None, False)  # starts the threads
@@ -92,7 +109,7 @@ except (MemoryError, RuntimeError) as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
-@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("op", ["linear", "mlp", "linear_cross_entropy"])
 def test_running_out_of_memory_in_a_parallel_region_is_a_memory_error(op):
     # Not in the checkout, whose mnist_ext would come before the installed one.
     command = [sys.executable, "-c", OUT_OF_MEMORY, op]

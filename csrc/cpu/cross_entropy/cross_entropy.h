@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../../api/backend.h"
+#include "class_blocks.h"
 #include "columns.h"
-#include "rows.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -61,8 +61,15 @@ class ForwardPass {
   ForwardPass& operator=(const ForwardPass&) = delete;
 
   void share(int thread, int count) const {
-    cross_entropy_share<T>({args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_}, thread,
-                           count);
+    const CrossEntropyWork<T> work = {args_.problem, q_, &results_, args_.grad_logits ? &backward_ : nullptr, scales_};
+    if constexpr (!is_half<T>) {
+      if (args_.block.size > 0) {
+        const Range rows = split(args_.problem.batch, 1, thread, count);
+        for (int64_t row = rows.begin; row < rows.end; ++row) do_block_of_row(work, args_.block, row);
+        return;
+      }
+    }
+    cross_entropy_share(work, thread, count);
   }
 
   // When all have done their share.

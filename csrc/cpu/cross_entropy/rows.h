@@ -18,13 +18,22 @@ struct RowSum {
   A inverse_sum;  // 1 / sum(exp(x - max))
 };
 
+// Of the part of a row that was seen so far: the maximum, and the sum of exp(x - max).
+template <class A>
+struct RunningSum {
+  A max = -std::numeric_limits<A>::infinity();
+  double sum = 0;
+
+  RowSum<A> result() const { return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)}; }
+};
+
+// The same with the next n numbers of the row.
 template <class T>
-RowSum<ComputeType<T>> row_log_sum_exp(const T* row, int64_t n) {
+RunningSum<ComputeType<T>> add_to_sum(RunningSum<ComputeType<T>> so_far, const T* row, int64_t n) {
   using V = Register<T>;
   using A = ComputeType<T>;
   constexpr A lowest = -std::numeric_limits<A>::infinity();
-  A max = lowest;
-  double sum = 0;
+  auto [max, sum] = so_far;
   for (int64_t begin = 0; begin < n; begin += kRowBlock) {
     const int64_t size = n - begin < kRowBlock ? n - begin : kRowBlock;
     const T* block = row + begin;
@@ -54,7 +63,12 @@ RowSum<ComputeType<T>> row_log_sum_exp(const T* row, int64_t n) {
     });
     sum += static_cast<double>(reduce_add(block_sum));
   }
-  return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)};
+  return {max, sum};
+}
+
+template <class T>
+RowSum<ComputeType<T>> row_log_sum_exp(const T* row, int64_t n) {
+  return add_to_sum<T>({}, row, n).result();
 }
 
 // The sum of f(class, lanes) over the classes: a block at a time in vectors, then in double.

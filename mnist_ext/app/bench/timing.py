@@ -56,8 +56,10 @@ def take_turns(
     calls = {}
     for name, function in implementations.items():
         function()  # warm: code, caches, memory
-        function()
-        calls[name] = max(1, round(seconds_per_turn / max(seconds(function, 3), 1e-9)))
+        one = seconds(function, 1)
+        calls[name] = 1
+        if one < seconds_per_turn:
+            calls[name] = max(1, round(seconds_per_turn / max(seconds(function, 3), 1e-9)))
     results: dict[str, list[float]] = {name: [] for name in implementations}
     order = list(implementations)
     for turn in range(turns):
