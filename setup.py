@@ -11,7 +11,6 @@ architectures: "9.0" or "8.0;9.0".
 """
 
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ if missing := build_requirements.missing_packages(setuptools.__version__):
     sys.exit(missing)
 
 import cuda_toolkit
+import instruction_sets
 import pybind11
 import torch
 from setuptools import Extension, setup
@@ -42,18 +42,12 @@ if TOOLKIT:
 
 from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
+# Compiled for each instruction set, with flags for it alone: code for one set must not leak into
+# another's.
 ISA_SOURCE = "csrc/cpu/kernels.cpp"
 
 # The oldest torch that the binary runs on: 2.10, as major << 56 | minor << 48.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-
-# What ISA_SOURCE is compiled for, and with which flags for it alone: code for one instruction set
-# must not leak into another's.
-ISA_FLAGS = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16", "-DMNIST_EXT_AMX"]
 
 GPUS = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version, GPUS) if TOOLKIT else []
@@ -155,14 +149,14 @@ class BuildWithIsaFlags(BuildExtension):
             cuda = f"not built: {NO_CUDA_REASON}"
         print(
             f"mnist_ext: building against torch {torch.__version__}; CPU kernels: "
-            f"{', '.join(ISA_FLAGS)}; CUDA kernels: {cuda}",
+            f"{', '.join(instruction_sets.FLAGS)}; CUDA kernels: {cuda}",
             file=sys.stderr,
         )
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "mnist_ext._C":
-            for isa, flags in ISA_FLAGS.items():
+            for isa, flags in instruction_sets.FLAGS.items():
                 flags = [*flags, f"-DMNIST_EXT_ISA={isa}"]
                 ext.extra_objects += self.objects([ISA_SOURCE], flags, ext.depends, isa)
         else:

@@ -90,7 +90,7 @@ def test_numbers_that_bfloat16_planes_do_not_hold(special, scale):
     (input, weight, bias, _), _ = operands(160, 300, 160)
     input[3] = special
     input[70, 280] = special
-    weight *= scale
+    weight = weight.abs() * scale  # so that no order of summation adds inf to -inf
     ours = linear(input, weight, bias, activation="relu")
     torchs = F.linear(input, weight, bias).relu()
     exact = F.linear(input.double(), weight.double(), bias.double()).relu()

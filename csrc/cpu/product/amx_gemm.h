@@ -1,8 +1,8 @@
 // C = A * B^T (+ bias, ReLU) on the matrix unit: operands split into planes (planes.h), C in blocks of 32 by 32, four
 // tiles, over 256 steps of K. Numbers that planes do not hold go by fused multiply-add.
 //
-// A block takes 6 KB of A and 8 KB of B for each 24 multiplications of 16 cycles: B's 32 columns by 256 steps are packed
-// just before all rows pass by, A's rows stay in the second-level cache.
+// A block takes 6 KB of A and 8 KB of B for each 24 multiplications of 16 cycles: B's 32 columns by 256 steps are
+// packed just before all rows pass by, A's rows stay in the second-level cache.
 #pragma once
 
 #include "gemm.h"

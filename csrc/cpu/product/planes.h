@@ -1,7 +1,7 @@
-// Floats as sums of bfloat16, for the tiles of amx.h: x = x0 + x1 + x2, each the next 8 bits, rounded to nearest, so that
-// the sum is x. A product of floats is the sum of the products of their planes, of which those of the lowest order, below
-// 2^-26 of the whole, are left out. (Henry, Tang and Heinecke, Leveraging the bfloat16 artificial intelligence datatype
-// for higher-precision computations, 2019.)
+// Floats as sums of bfloat16, for the tiles of amx.h: x = x0 + x1 + x2, each the next 8 bits, rounded to nearest, so
+// that the sum is x. A product of floats is the sum of the products of their planes, of which those of the lowest
+// order, below 2^-26 of the whole, are left out. (Henry, Tang and Heinecke, Leveraging the bfloat16 artificial
+// intelligence datatype for higher-precision computations, 2019.)
 //
 // Packed: for each 16 rows of A, or columns of B, each 32 steps of K: a tile for each plane. The pairs along K that a
 // tile holds are k and k + 16, of A and of B, so that no number changes its lane on the way.
@@ -38,8 +38,8 @@ struct Magnitudes {
   }
 };
 
-// Whether a product by tiles is as exact as in float32: no number is inf or NaN, nor does one become so in a plane or in
-// a sum, and what counts as 0 because it is subnormal is below the last bit of the largest product in its row of C.
+// Whether a product by tiles is as exact as in float32: no number is inf or NaN, nor does one become so in a plane or
+// in a sum, and what counts as 0 because it is subnormal is below the last bit of the largest product in its row of C.
 inline bool tiles_are_exact(const Magnitudes& a, const Magnitudes& b) {
   const auto exponent = [](int32_t bits) { return (bits >> 23) - 127; };
   return exponent(a.largest) < 127 && exponent(b.largest) < 127 && exponent(a.largest) + exponent(b.largest) < 100 &&

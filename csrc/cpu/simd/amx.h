@@ -1,8 +1,8 @@
 // The matrix unit of a CPU (AMX): eight tiles of 16 rows of 64 bytes, and an instruction that multiplies two of them.
 //
 // TDPBF16PS in volume 2 of Intel's Software Developer's Manual. Tiles of bfloat16 hold pairs along K: A is
-// [16 rows][16 pairs], B is [16 pairs][16 columns]. Products are added up in float32, rounded to nearest even; subnormal
-// factors and sums count as 0.
+// [16 rows][16 pairs], B is [16 pairs][16 columns]. Products are added up in float32, rounded to nearest even;
+// subnormal factors and sums count as 0.
 #pragma once
 
 #include <cstdint>

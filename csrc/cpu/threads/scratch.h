@@ -7,7 +7,18 @@ namespace mnist_ext {
 
 // At least `bytes` of memory aligned to 64 bytes, kept by the calling thread until it ends or asks for more (a fresh
 // allocation of this size would cost its page faults on each call). Each slot is a buffer of its own.
-enum class Scratch { a_tile, b_block, piece, packed_a, packed_rows, packed_columns, logits_tile, exponentials, workspace, count };
+enum class Scratch {
+  a_tile,
+  b_block,
+  piece,
+  packed_a,
+  packed_rows,
+  packed_columns,
+  logits_tile,
+  exponentials,
+  workspace,
+  count
+};
 // Throws std::bad_alloc.
 void* scratch(Scratch slot, std::size_t bytes);
 
