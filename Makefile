@@ -56,6 +56,12 @@ bench: install  ## time training, ours against PyTorch
 bench-kernels: install  ## time each kernel, ours against PyTorch
 	$(BIN)/python benchmarks/kernels.py $(ARGS)
 
+tune: install  ## time our matrix products against PyTorch's sgemm, and show which one is chosen
+	$(BIN)/python benchmarks/products.py $(ARGS)
+
+bench-amx: ARGS += --isa amx
+bench-amx: tune  ## the same, on the matrix unit of a CPU
+
 # With the Python at hand instead of .venv, so that it works on a GPU machine without a network; that Python has torch,
 # torchvision, setuptools, ninja, pybind11, numpy, pytest, safetensors and tqdm.
 SANITIZER := build/sanitizer

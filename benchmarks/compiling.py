@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +24,10 @@ def compiler_version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
 
 
-def compile_cpp(source: Path, binary: Path, isa: str, optimize: str = "-O3") -> None:
+def compile_cpp(
+    source: Path, binary: Path, isa: str, optimize: str = "-O3", link: Sequence[str] = ()
+) -> None:
     """Compile one file, with what the kernels need besides their headers."""
     sources = [source, ROOT / "csrc/cpu/threads/scratch.cpp"]
     flags = [optimize, *FLAGS, *instruction_sets.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
-    subprocess.run([compiler(), *flags, *sources, "-o", binary], check=True)
+    subprocess.run([compiler(), *flags, *sources, "-o", binary, *link], check=True)

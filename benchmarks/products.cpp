@@ -1,10 +1,17 @@
-// The two matrix products of the linear layer's forward against each other: dot products (dot_gemm.h) and packed outer
-// products (gemm.h). Built and run by products.py; the choice between them is in csrc/cpu/product/plan.h.
+// The products of a linear layer by each of our kernels, against sgemm of the library that PyTorch uses. Built and run
+// by products.py; the choice between the kernels is in csrc/cpu/product/plan.h.
+#include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "../csrc/cpu/product/plan.h"
@@ -14,20 +21,22 @@ using namespace mnist_ext::MNIST_EXT_ISA;
 
 namespace {
 
+using Sgemm = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                       const int*, const float*, const int*, const float*, float*, const int*);
+
 // Random numbers, aligned as PyTorch's tensors are.
-struct Floats {
+struct Numbers {
   int64_t size;
   float* data;
 
-  explicit Floats(int64_t n) : size(n), data(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {
+  explicit Numbers(int64_t n) : size(n), data(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {
     for (int64_t i = 0; i < n; ++i) data[i] = static_cast<float>(std::rand()) / RAND_MAX - 0.5f;
   }
-  ~Floats() { std::free(data); }
-  Floats(const Floats&) = delete;
+  ~Numbers() { std::free(data); }
+  Numbers(const Numbers&) = delete;
 };
 
-template <class Body>
-double microseconds(const Body& body, int calls) {
+double microseconds(const std::function<void()>& body, int calls) {
   const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < calls; ++i) body();
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count() / calls;
@@ -38,52 +47,92 @@ double median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-void compare(int64_t M, int64_t N, int64_t K, int threads) {
-  const Floats a(M * K), b(N * K), bias(N), by_dot(M * N), by_outer(M * N);
-  const auto product = [&](float* c) {
-    return Block<float>::whole(
-        {.M = M, .N = N, .K = K, .a = {a.data, K, 1}, .b = {b.data, K, 1}, .bias = bias.data, .relu = true, .c = c});
-  };
-  const auto run = [&](const Block<float>& block, bool dots) {
-    parallel(threads, [&](int thread, int count) { product_share(block, dots, thread, count); });
-  };
-  const auto dot = [&] { run(product(by_dot.data), true); };
-  const auto outer = [&] { run(product(by_outer.data), false); };
-  dot();
-  outer();
-  for (int64_t i = 0; i < by_dot.size; ++i) {
-    if (std::abs(by_dot.data[i] - by_outer.data[i]) > 1e-3f) {
-      std::printf("the products differ\n");
+void check(const Numbers& ours, const Numbers& expected, int64_t size, const std::string& kernel) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (!(std::abs(ours.data[i] - expected.data[i]) < 2e-3f)) {
+      std::printf("%s differs from sgemm\n", kernel.c_str());
       std::exit(1);
     }
   }
-  const int calls = std::max(1, static_cast<int>(20e3 / microseconds(outer, 3)));
-  std::vector<double> times[2], ratios;
-  for (int turn = 0; turn < 11; ++turn) {
-    times[0].push_back(microseconds(dot, calls));
-    times[1].push_back(microseconds(outer, calls));
-    ratios.push_back(times[1].back() / times[0].back());
+}
+
+void compare(const char* what, const Product<float>& product, const std::function<void(float*)>& sgemm, int threads,
+             int turns) {
+  const Block<float> block(product);
+  const Numbers expected(product.M * product.N), c(product.M * product.N);
+  std::map<std::string, std::function<void()>> kernels;
+  const auto add = [&](const std::string& name, Kernel kernel) {
+    kernels[name] = [&, kernel] {
+      Block<float> g = block;
+      g.c = c.data;
+      parallel(threads, [&](int thread, int count) { product_share(g, kernel, thread, count); });
+    };
+  };
+  add("outer", Kernel::outer_products);
+  if (product.b.k_stride == 1) add("dot", Kernel::dot_products);
+  if (kHasAmx) add("amx", Kernel::amx);
+  const auto baseline = [&] { sgemm(expected.data); };
+  baseline();
+  for (const auto& [name, run] : kernels) {
+    run();
+    check(c, expected, product.M * product.N, name);
   }
-  const bool chosen = use_dot_products<float>(M, N, K);
-  std::printf("%5ld x %4ld x %4ld  %10.1f  %10.1f  %5.2f  %s\n", static_cast<long>(M), static_cast<long>(K),
-              static_cast<long>(N), median(times[0]), median(times[1]), median(ratios), chosen ? "dot" : "outer");
+
+  const int calls = std::max(1, static_cast<int>(10e3 / microseconds(baseline, 3)));
+  std::vector<double> times;
+  std::map<std::string, std::vector<double>> ratios;
+  for (int turn = 0; turn < turns; ++turn) {
+    times.push_back(microseconds(baseline, calls));
+    for (const auto& [name, run] : kernels) ratios[name].push_back(times.back() / microseconds(run, calls));
+  }
+  const double flops =
+      2 * static_cast<double>(product.M) * static_cast<double>(product.N) * static_cast<double>(product.K);
+  std::printf("%-11s %5ld x %5ld x %5ld %10.1f %8.0f", what, static_cast<long>(product.M), static_cast<long>(product.N),
+              static_cast<long>(product.K), median(times), flops / median(times) / 1e3);
+  for (const char* name : {"outer", "dot", "amx"}) {
+    ratios.contains(name) ? std::printf("  %5.2f", median(ratios[name])) : std::printf("  %5s", "-");
+  }
+  const Kernel chosen = kernel_of(block);
+  std::printf("  %s\n", chosen == Kernel::amx ? "amx" : chosen == Kernel::dot_products ? "dot" : "outer");
+  std::fflush(stdout);
+}
+
+// The three products of a layer, row-major: batch by in by out.
+void compare_layer(Sgemm sgemm, int batch, int in, int out, int threads, int turns) {
+  const Numbers x(int64_t{batch} * in), w(int64_t{out} * in), dy(int64_t{batch} * out);
+  const float one = 1, zero = 0;
+  compare(
+      "forward", {.M = batch, .N = out, .K = in, .a = {x.data, in, 1}, .b = {w.data, in, 1}},
+      [&](float* c) { sgemm("T", "N", &out, &batch, &in, &one, w.data, &in, x.data, &in, &zero, c, &out); }, threads,
+      turns);
+  compare(
+      "grad_input", {.M = batch, .N = in, .K = out, .a = {dy.data, out, 1}, .b = {w.data, 1, in}},
+      [&](float* c) { sgemm("N", "N", &in, &batch, &out, &one, w.data, &in, dy.data, &out, &zero, c, &in); }, threads,
+      turns);
+  compare(
+      "grad_weight", {.M = out, .N = in, .K = batch, .a = {dy.data, 1, out}, .b = {x.data, 1, in}},
+      [&](float* c) { sgemm("N", "T", &in, &out, &batch, &one, x.data, &in, dy.data, &out, &zero, c, &in); }, threads,
+      turns);
 }
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
-  std::printf("%-19s  %10s  %10s  %5s  %s\n", "M x K x N", "dot us", "outer us", "ratio", "chosen");
-  for (const int64_t M : {8, 64, 128, 256, 1024, 4096}) {
-    for (const auto& [K, N] : {std::pair<int64_t, int64_t>{784, 128},
-                               {128, 64},
-                               {64, 10},
-                               {256, 256},
-                               {512, 512},
-                               {1024, 1024},
-                               {789, 333},
-                               {4096, 1024}}) {
-      compare(M, N, K, threads);
-    }
+// LIBRARY THREADS TURNS (BATCH IN OUT)...
+int main(int count, char** arguments) {
+  void* library = dlopen(arguments[1], RTLD_NOW | RTLD_GLOBAL);
+  if (!library) return std::printf("%s\n", dlerror()), 1;
+  const auto sgemm = reinterpret_cast<Sgemm>(dlsym(library, "sgemm_"));
+  if (!sgemm) return std::printf("%s has no sgemm_\n", arguments[1]), 1;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  if (kHasAmx && syscall(SYS_arch_prctl, request_permission, tile_data) != 0) {
+    return std::printf("the system gives no permission to use AMX\n"), 1;
+  }
+  const int threads = std::atoi(arguments[2]), turns = std::atoi(arguments[3]);
+  omp_set_num_threads(threads);
+  std::printf("%-11s %-21s %10s %8s  %5s  %5s  %5s  chosen\n", "product", "    M x     N x     K", "sgemm us",
+              "GFLOP/s", "outer", "dot", "amx");
+  for (int i = 4; i + 2 < count; i += 3) {
+    compare_layer(sgemm, std::atoi(arguments[i]), std::atoi(arguments[i + 1]), std::atoi(arguments[i + 2]), threads,
+                  turns);
   }
 }

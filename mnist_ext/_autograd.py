@@ -50,13 +50,13 @@ def has_cuda_kernels(tensor: Tensor) -> bool:
 
 # The compiler takes the answer as a constant: what it compiled is guarded by this very setting.
 @_torch_private.constant_when_compiled
-def _is_tf32_allowed() -> bool:
-    return _torch_private.fp32_precision("cuda", "matmul") == "tf32"
+def _is_less_than_float32_allowed(backend: str) -> bool:
+    return _torch_private.fp32_precision(backend, "matmul") in ("tf32", "bf16")
 
 
 def _may_use_tf32(tensor: Tensor) -> bool:
     # Asked before every product, as PyTorch does: the setting of the moment counts.
-    return has_cuda_kernels(tensor) and _is_tf32_allowed()
+    return _is_less_than_float32_allowed("cuda" if has_cuda_kernels(tensor) else "mkldnn")
 
 
 def _is_recorded() -> bool:

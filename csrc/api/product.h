@@ -10,13 +10,15 @@
 //   CPU:  by fused multiply-add where the instruction set has it, in vector lanes and in blocks of K, of a large K in
 //         pieces of blocks: no chain of additions is longer than 512, or than some square root of a 256th of K. Row
 //         sums: over 8 steps of K in ComputeType<T>, and these added up in double.
+//         By a matrix unit (AMX): float32 split into three parts of 8 bits, six of the nine products of these summed in
+//         float32. Where a factor is inf, NaN, huge or tiny, by fused multiply-add.
 //   CUDA: row sums in double, or by tensor cores in float32 with what is rounded away summed beside.
 //   accumulate: one more addition in T. For float and double only.
 // Layout: operands are read at any strides on CUDA; on the CPU one stride of each is 1, and A's outer stride where row
 // sums are wanted. C is row-major and contiguous. A stride of 0 (an expanded tensor) is allowed.
 // Aliasing: what is written overlaps nothing else. Any size may be 0; a sum over nothing is 0.
 // The order of summation depends on the sizes, the strides, T and the instruction set or device, not on the number of
-// threads.
+// threads; but which part of a product leaves the matrix unit for such factors does.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +56,10 @@ struct Product {
   Operand<T> b{};           // [N, K]
   const T* bias = nullptr;  // [N], or null
   bool relu = false;
-  bool accumulate = false;    // C and the row sums are added to what is there; without bias, ReLU, mask and update
-  bool allow_tf32 = false;    // float32 on CUDA: the factors may be rounded to TF32, never what row_sums adds up
+  bool accumulate = false;  // C and the row sums are added to what is there; without bias, ReLU, mask and update
+  // Of float32: the factors may be rounded to TF32 on CUDA, to 16 bits on a CPU's matrix unit; never what row_sums adds
+  // up.
+  bool allow_tf32 = false;
   const T* c_mask = nullptr;  // [M, N], contiguous, ReLU's output: where it is <= 0, C is 0; or null
   T* c = nullptr;             // [M, N]; null: not kept
   T* row_sums = nullptr;      // [M], sums over K of A behind its mask; null: not kept

@@ -18,18 +18,27 @@ struct Isa {
   bool is_registered = false;
 };
 
+enum class Tiles { none, refused, granted };
+
+// Linux gives a process the matrix unit's tiles when it asks for them: they are 8 KB of each signal's frame. It refuses
+// where an alternate signal stack is too small for that; some sandboxes do not know the call.
+Tiles ask_for_tiles() {
 #if defined(__x86_64__)
-// Linux gives a process tiles only when it asks: their registers are 8 KB of each signal's frame. It refuses where an
-// alternate signal stack is too small for that, sandboxes where they do not know the call.
-bool may_use_tiles() {
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   unsigned a, b, c, features = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &features);
-  if ((features & amx_bf16) == 0 || (features & amx_tile) == 0) return false;
+  if ((features & amx_bf16) == 0 || (features & amx_tile) == 0) return Tiles::none;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-}
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? Tiles::granted : Tiles::refused;
+#else
+  return Tiles::none;
 #endif
+}
+
+Tiles tiles() {
+  static const Tiles answer = ask_for_tiles();
+  return answer;
+}
 
 std::vector<Isa> detect() {
   std::vector<Isa> isas = {{"baseline", &baseline::kTable}};
@@ -40,7 +49,7 @@ std::vector<Isa> detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
       isas.push_back({"avx512", &avx512::kTable});
-      if (may_use_tiles()) isas.push_back({"amx", &amx::kTable});
+      if (tiles() == Tiles::granted) isas.push_back({"amx", &amx::kTable});
     }
   }
 #endif
@@ -55,7 +64,8 @@ std::vector<Isa>& isas() {
 
 struct Active {
   Isa isa = isas().back();
-  std::string reason = "the best this CPU supports";
+  std::string reason = tiles() == Tiles::refused ? "the best this CPU supports but AMX, which the system refuses"
+                                                 : "the best this CPU supports";
 };
 
 Active& active() {

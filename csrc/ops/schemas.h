@@ -9,8 +9,8 @@ namespace mnist_ext::ops {
 using Library = torch::stable::detail::StableLibrary;
 
 inline void define_ops(Library& m) {
-  // relu(input @ weight.T + bias), or without relu. allow_tf32: products of float32 on CUDA may round their factors to
-  // TF32; the CPU has no such thing.
+  // relu(input @ weight.T + bias), or without relu. allow_tf32: products of float32 may round their factors, as
+  // api/product.h says.
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool relu, bool allow_tf32=False) -> Tensor");
 
   // (grad_input if weight is given, grad_weight if input is given, grad_bias if need_bias); the others are undefined

@@ -71,6 +71,21 @@ def test_at_least_as_accurate_as_pytorch(batch, inputs, outputs, transposed, act
     assert_as_accurate(ours, torchs, exact, factor=1.0, floor=2.0)
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_less_than_float32_where_it_is_allowed(precision):
+    """Three products instead of six: 16 bits of each factor."""
+    made, truth = operands(200, 300, 160)
+    exact = forward_and_gradients(F.linear, *truth)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours = forward_and_gradients(linear, *made)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for got, true in zip(ours[:3], exact, strict=False):
+        error = (got - true).abs().max() / true.abs().max()
+        assert 2**-22 < error < 2**-17
+
+
 def test_the_unit_is_used():
     """Else the other tests here would show nothing: its sums differ from those of AVX-512."""
     input, weight = torch.randn(200, 300), torch.randn(200, 300)
