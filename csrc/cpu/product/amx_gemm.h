@@ -12,6 +12,7 @@ namespace mnist_ext::MNIST_EXT_ISA {
 
 inline constexpr int64_t kAmxSide = 2 * kAmxRows;  // of a block of C
 inline constexpr int64_t kAmxPackedRows = 512;     // of A, packed together: 768 KB
+inline constexpr int64_t kAmxColumns = 512;        // of C, by as many rows: 1 MB that stays in a cache while K runs
 
 inline constexpr bool kHasAmx =
 #if defined(MNIST_EXT_AMX)
@@ -95,9 +96,26 @@ inline void reserve_amx() {
   packed_columns_scratch();
 }
 
-inline Range next_piece(Range all, int64_t begin, int64_t size) {
-  return {begin, all.end - begin < size ? all.end : begin + size};
-}
+// A range piece by piece: for (const Range piece : Pieces(all, size)).
+class Pieces {
+ public:
+  struct Iterator {
+    Range rest;
+    int64_t size;
+
+    Range operator*() const { return {rest.begin, rest.size() < size ? rest.end : rest.begin + size}; }
+    void operator++() { rest.begin = (**this).end; }
+    bool operator!=(const Iterator& other) const { return rest.begin != other.rest.begin; }
+  };
+
+  Pieces(Range all, int64_t size) : all_(all), size_(size) {}
+  Iterator begin() const { return {all_, size_}; }
+  Iterator end() const { return {{all_.end, all_.end}, size_}; }
+
+ private:
+  Range all_;
+  int64_t size_;
+};
 
 // For each block of that part of C, and each block of K: store(sums, rows, columns, k), or otherwise(rows, columns, k)
 // for some blocks at once whose factors are not for tiles.
@@ -106,30 +124,28 @@ void for_each_amx_block(const Block<float>& g, Range m, Range n, const Store& st
   AmxTiles tiles;
   char *a = packed_rows_scratch(), *b = packed_columns_scratch();
   alignas(64) float sums[kAmxSide][kAmxSide];
-  for (int64_t first_row = m.begin; first_row < m.end; first_row += kAmxPackedRows) {
-    const Range packed_rows = next_piece(m, first_row, kAmxPackedRows);
-    for (int64_t p = 0; p < g.K; p += kBlockK) {
-      const Range k = next_piece({0, g.K}, p, kBlockK);
-      const int64_t bytes = packed_bytes(k.size());
-      Magnitudes of_a;
-      pack_planes<Side::a>(g.a, g.relu_mask, packed_rows, k, a, of_a);
-      for (int64_t column = n.begin; column < n.end; column += kAmxSide) {
-        const Range columns = next_piece(n, column, kAmxSide);
-        Magnitudes of_b;
-        pack_planes<Side::b>(g.b, {}, columns, k, b, of_b);
-        if (!tiles_are_exact(of_a, of_b)) {
-          otherwise(packed_rows, columns, k);
-          continue;
-        }
-        for (int64_t row = first_row; row < packed_rows.end; row += kAmxSide) {
-          const Range rows = next_piece(packed_rows, row, kAmxSide);
-          const char* of_rows = a + (row - first_row) / kAmxRows * bytes;
-          if (g.allow_tf32) {
-            sum_block<kRoundedPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
-          } else {
-            sum_block<kExactPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
+  for (const Range block : Pieces(n, g.K > kBlockK ? kAmxColumns : n.size())) {
+    for (const Range packed_rows : Pieces(m, kAmxPackedRows)) {
+      for (const Range k : Pieces({0, g.K}, kBlockK)) {
+        const int64_t bytes = packed_bytes(k.size());
+        Magnitudes of_a;
+        pack_planes<Side::a>(g.a, g.relu_mask, packed_rows, k, a, of_a);
+        for (const Range columns : Pieces(block, kAmxSide)) {
+          Magnitudes of_b;
+          pack_planes<Side::b>(g.b, {}, columns, k, b, of_b);
+          if (!tiles_are_exact(of_a, of_b)) {
+            otherwise(packed_rows, columns, k);
+            continue;
           }
-          store(sums, rows, columns, k);
+          for (const Range rows : Pieces(packed_rows, kAmxSide)) {
+            const char* of_rows = a + (rows.begin - packed_rows.begin) / kAmxRows * bytes;
+            if (g.allow_tf32) {
+              sum_block<kRoundedPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
+            } else {
+              sum_block<kExactPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
+            }
+            store(sums, rows, columns, k);
+          }
         }
       }
     }
