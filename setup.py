@@ -12,6 +12,7 @@ architectures: "9.0" or "8.0;9.0".
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -156,9 +157,14 @@ class BuildWithIsaFlags(BuildExtension):
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "mnist_ext._C":
-            for isa, flags in instruction_sets.FLAGS.items():
-                flags = [*flags, f"-DMNIST_EXT_ISA={isa}"]
-                ext.extra_objects += self.objects([ISA_SOURCE], flags, ext.depends, isa)
+            # One file each, with flags of its own, which ninja takes for a whole call only.
+            def kernels(isa: str) -> list[str]:
+                flags = [*instruction_sets.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
+                return self.objects([ISA_SOURCE], flags, ext.depends, isa)
+
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+                for objects in pool.map(kernels, instruction_sets.FLAGS):
+                    ext.extra_objects += objects
         else:
             ext.extra_objects += self.compiler.compile(
                 TENSOR_CORE_SOURCES,
