@@ -12,7 +12,6 @@ namespace mnist_ext::MNIST_EXT_ISA {
 
 inline constexpr int64_t kAmxSide = 2 * kAmxRows;  // of a block of C
 inline constexpr int64_t kAmxPackedRows = 512;     // of A, packed together: 768 KB
-inline constexpr int64_t kAmxColumns = 512;        // of C, by as many rows: 1 MB that stays in a cache while K runs
 
 inline constexpr bool kHasAmx =
 #if defined(MNIST_EXT_AMX)
@@ -124,28 +123,26 @@ void for_each_amx_block(const Block<float>& g, Range m, Range n, const Store& st
   AmxTiles tiles;
   char *a = packed_rows_scratch(), *b = packed_columns_scratch();
   alignas(64) float sums[kAmxSide][kAmxSide];
-  for (const Range block : Pieces(n, g.K > kBlockK ? kAmxColumns : n.size())) {
-    for (const Range packed_rows : Pieces(m, kAmxPackedRows)) {
-      for (const Range k : Pieces({0, g.K}, kBlockK)) {
-        const int64_t bytes = packed_bytes(k.size());
-        Magnitudes of_a;
-        pack_planes<Side::a>(g.a, g.relu_mask, packed_rows, k, a, of_a);
-        for (const Range columns : Pieces(block, kAmxSide)) {
-          Magnitudes of_b;
-          pack_planes<Side::b>(g.b, {}, columns, k, b, of_b);
-          if (!tiles_are_exact(of_a, of_b)) {
-            otherwise(packed_rows, columns, k);
-            continue;
+  for (const Range packed_rows : Pieces(m, kAmxPackedRows)) {
+    for (const Range k : Pieces({0, g.K}, kBlockK)) {
+      const int64_t bytes = packed_bytes(k.size());
+      Magnitudes of_a;
+      pack_planes<Side::a>(g.a, g.relu_mask, packed_rows, k, a, of_a);
+      for (const Range columns : Pieces(n, kAmxSide)) {
+        Magnitudes of_b;
+        pack_planes<Side::b>(g.b, {}, columns, k, b, of_b);
+        if (!tiles_are_exact(of_a, of_b)) {
+          otherwise(packed_rows, columns, k);
+          continue;
+        }
+        for (const Range rows : Pieces(packed_rows, kAmxSide)) {
+          const char* of_rows = a + (rows.begin - packed_rows.begin) / kAmxRows * bytes;
+          if (g.allow_tf32) {
+            sum_block<kRoundedPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
+          } else {
+            sum_block<kExactPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
           }
-          for (const Range rows : Pieces(packed_rows, kAmxSide)) {
-            const char* of_rows = a + (rows.begin - packed_rows.begin) / kAmxRows * bytes;
-            if (g.allow_tf32) {
-              sum_block<kRoundedPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
-            } else {
-              sum_block<kExactPairs>(tiles, of_rows, b, bytes, rows.size(), columns.size(), sums);
-            }
-            store(sums, rows, columns, k);
-          }
+          store(sums, rows, columns, k);
         }
       }
     }
