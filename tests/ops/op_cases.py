@@ -309,6 +309,6 @@ FEW = [
     _linear_case((2, 3, 3), True, "none", True),
     *MLP[:3],
     *HEADS[1:49:7],
-    *HEADS[50:96:10],
+    *HEADS[74:96:10],
     *CROSS_ENTROPY[::29],
 ]

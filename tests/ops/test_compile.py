@@ -142,13 +142,14 @@ def calls_of_ops(case, dtype):
 
     tensors = case.tensors(dtype)
     present = tuple(i for i in case.differentiable if tensors[i] is not None)
-    # Of an mlp one op makes the gradients of all parameters, with or without that of the input.
-    of_mlp = [(), present[1:], present]
+    # One op makes the gradients of all parameters, with or without that of the input: always of an
+    # mlp; of a head, whose op takes each by itself, to save time.
+    few = [(), present[1:], present]
     with pytest.MonkeyPatch.context() as patch:
         for name, op in list(vars(_autograd).items()):
             if isinstance(op, torch._ops.OpOverload):
                 patch.setattr(_autograd, name, recorded(op))
-        for subset in of_mlp if case.op == "mlp" else subsets(present):
+        for subset in few if case.op in ("mlp", "linear_cross_entropy") else subsets(present):
             leaves, wanted = with_gradients(tensors, subset)
             value = case.ours(*leaves)
             for _ in range(2 if subset else 0):  # the second backward of a loss has an op to call
