@@ -97,7 +97,7 @@ def test_the_unit_is_used():
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
 @pytest.mark.parametrize(
     "special",
-    [float("inf"), float("-inf"), float("nan"), 3.4e38, 1e20, 1e-30, 1e-42, 0.0],
+    [float("inf"), float("-inf"), float("nan"), 3.4e38, 1e37, 1e20, 1e-30, 1e-42, 0.0],
     ids=str,
 )
 def test_numbers_that_bfloat16_planes_do_not_hold(special, scale):

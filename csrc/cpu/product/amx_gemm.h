@@ -179,8 +179,7 @@ inline void amx_gemm(const Block<float>& g) {
       },
       [&](Range rows, Range columns, Range k) {
         Block<float> part = g.part(rows, columns, k);
-        part.accumulate = !is_first(k);
-        if (part.accumulate) part.bias = nullptr;
+        part.accumulate = !is_first(k);  // then without bias
         part.relu = g.relu && is_last(k);
         gemm(part);
       });
