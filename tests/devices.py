@@ -37,8 +37,8 @@ def use(name: str) -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = _C.available_isas()
-    if "amx" in names:  # the same kernels, but for large products: tests/cpu
-        names.remove("avx512")
+    if "amx" in names:  # the kernels of AVX-512, but for large products: tests/cpu
+        names.remove("amx")
     each = "device" in inspect.signature(metafunc.function).parameters
     if not each or metafunc.config.getoption("best_isa"):
         names = names[-1:]

@@ -48,8 +48,9 @@ std::vector<Isa> detect() {
     isas.push_back({"avx2", &avx2::kTable});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
-      isas.push_back({"avx512", &avx512::kTable});
+      // Before the default: where other guests of a host use the same cores, it is the slower one (docs/ladder.md).
       if (tiles() == Tiles::granted) isas.push_back({"amx", &amx::kTable});
+      isas.push_back({"avx512", &avx512::kTable});
     }
   }
 #endif
@@ -63,8 +64,8 @@ std::vector<Isa>& isas() {
 }
 
 struct Active {
-  Isa isa = isas().back();
-  std::string reason = tiles() == Tiles::refused ? "the best this CPU supports but AMX, which the system refuses"
+  Isa isa = detect().back();
+  std::string reason = tiles() == Tiles::refused ? "the best this CPU supports (amx: the system refuses it)"
                                                  : "the best this CPU supports";
 };
 

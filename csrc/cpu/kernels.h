@@ -41,7 +41,7 @@ template <class T>
 int64_t train_steps_workspace_bytes(const TrainSteps<T>&);
 }  // namespace cpu
 
-// Names of the instruction sets this binary holds and this CPU can run, from the plainest to the best.
+// Names of the instruction sets this binary holds and this CPU can run, from the plainest to the default.
 std::vector<std::string> available_isas();
 
 // The one in use, and why.
