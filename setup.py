@@ -24,7 +24,7 @@ if missing := build_requirements.missing_packages(setuptools.__version__):
     sys.exit(missing)
 
 import cuda_toolkit
-import instruction_sets
+import isa_flags
 import pybind11
 import torch
 from setuptools import Extension, setup
@@ -150,7 +150,7 @@ class BuildWithIsaFlags(BuildExtension):
             cuda = f"not built: {NO_CUDA_REASON}"
         print(
             f"mnist_ext: building against torch {torch.__version__}; CPU kernels: "
-            f"{', '.join(instruction_sets.FLAGS)}; CUDA kernels: {cuda}",
+            f"{', '.join(isa_flags.FLAGS)}; CUDA kernels: {cuda}",
             file=sys.stderr,
         )
         super().build_extensions()
@@ -159,11 +159,11 @@ class BuildWithIsaFlags(BuildExtension):
         if ext.name == "mnist_ext._C":
             # One file each, with flags of its own, which ninja takes for a whole call only.
             def kernels(isa: str) -> list[str]:
-                flags = [*instruction_sets.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
+                flags = [*isa_flags.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
                 return self.objects([ISA_SOURCE], flags, ext.depends, isa)
 
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-                for objects in pool.map(kernels, instruction_sets.FLAGS):
+                for objects in pool.map(kernels, isa_flags.FLAGS):
                     ext.extra_objects += objects
         else:
             ext.extra_objects += self.compiler.compile(

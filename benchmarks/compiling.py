@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import instruction_sets  # noqa: E402
+import isa_flags  # noqa: E402
 
-ISAS = list(instruction_sets.FLAGS)
+ISAS = list(isa_flags.FLAGS)
 FLAGS = ["-std=c++20", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
@@ -29,5 +29,5 @@ def compile_cpp(
 ) -> None:
     """Compile one file, with what the kernels need besides their headers."""
     sources = [source, ROOT / "csrc/cpu/threads/scratch.cpp"]
-    flags = [optimize, *FLAGS, *instruction_sets.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
+    flags = [optimize, *FLAGS, *isa_flags.FLAGS[isa], f"-DMNIST_EXT_ISA={isa}"]
     subprocess.run([compiler(), *flags, *sources, "-o", binary, *link], check=True)

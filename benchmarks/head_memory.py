@@ -3,8 +3,7 @@
     python benchmarks/head_memory.py [NxDxC] [--of ours torch torch.compile chunked]
 
 Forward and backward in float32, each in a process of its own; the peak is its resident set's, and
-what is taken off is its peak with inputs and gradients alone. At the default shape PyTorch's ops
-take 4.2 GB.
+what is taken off is its peak with inputs and gradients alone.
 """
 
 import argparse

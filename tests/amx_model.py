@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +11,10 @@ from torch.utils import cpp_extension
 from mnist_ext import _C
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import isa_flags  # noqa: E402
+
 NAME = "model of amx"
 
 
@@ -18,7 +23,6 @@ def register() -> str:
     """Build, where something changed, and return what `_C.set_isa` calls it."""
     folder = ROOT / "build" / "amx_model" / torch.__version__
     folder.mkdir(parents=True, exist_ok=True)
-    isa = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
     path = cpp_extension.load(
         "mnist_ext_amx_model",
         [
@@ -35,7 +39,7 @@ def register() -> str:
             "-ffp-contract=fast",
             "-DMNIST_EXT_ISA=amx_model",
             "-DMNIST_EXT_AMX",
-            *isa,
+            *isa_flags.FLAGS["avx512"],
         ],
         build_directory=str(folder),
         with_cuda=False,

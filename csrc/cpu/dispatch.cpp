@@ -1,4 +1,6 @@
 // Which instruction set the kernels use.
+#include <cerrno>
+#include <cstring>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -18,26 +20,30 @@ struct Isa {
   bool is_registered = false;
 };
 
-enum class Tiles { none, refused, granted };
-
-// Linux gives a process the matrix unit's tiles when it asks for them: they are 8 KB of each signal's frame. It refuses
-// where an alternate signal stack is too small for that; some sandboxes do not know the call.
-Tiles ask_for_tiles() {
 #if defined(__x86_64__)
+constexpr long kTileData = 18;  // XFEATURE_XTILE_DATA
+
+bool has_amx() {
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   unsigned a, b, c, features = 0;
   __get_cpuid_count(7, 0, &a, &b, &c, &features);
-  if ((features & amx_bf16) == 0 || (features & amx_tile) == 0) return Tiles::none;
-  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? Tiles::granted : Tiles::refused;
-#else
-  return Tiles::none;
-#endif
+  constexpr long get_supported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  uint64_t supported = 0;
+  return (features & amx_bf16) && (features & amx_tile) && syscall(SYS_arch_prctl, get_supported, &supported) == 0 &&
+         (supported >> kTileData & 1);
 }
+#endif
 
-Tiles tiles() {
-  static const Tiles answer = ask_for_tiles();
-  return answer;
+// A process has to ask for tiles, and not before it uses them: from then on they are 8 KB of each signal's frame, for
+// which an alternate signal stack may be too small.
+void ask_for_tiles() {
+#if defined(__x86_64__)
+  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  if (syscall(SYS_arch_prctl, request_permission, kTileData) != 0) {
+    throw std::invalid_argument(std::string("instruction set 'amx': the system refuses its tiles: ") +
+                                std::strerror(errno));
+  }
+#endif
 }
 
 std::vector<Isa> detect() {
@@ -49,7 +55,7 @@ std::vector<Isa> detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
       // Before the default: where other guests of a host use the same cores, it is the slower one (docs/ladder.md).
-      if (tiles() == Tiles::granted) isas.push_back({"amx", &amx::kTable});
+      if (has_amx()) isas.push_back({"amx", &amx::kTable});
       isas.push_back({"avx512", &avx512::kTable});
     }
   }
@@ -65,8 +71,7 @@ std::vector<Isa>& isas() {
 
 struct Active {
   Isa isa = detect().back();
-  std::string reason = tiles() == Tiles::refused ? "the best this CPU supports (amx: the system refuses it)"
-                                                 : "the best this CPU supports";
+  std::string reason = "the best this CPU supports";
 };
 
 Active& active() {
@@ -92,6 +97,7 @@ void set_isa(const std::string& name, const std::string& reason) {
   std::string choices;
   for (const Isa& isa : isas()) {
     if (name == isa.name) {
+      if (name == "amx") ask_for_tiles();
       active() = {isa, reason};
       return;
     }

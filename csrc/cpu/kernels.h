@@ -49,7 +49,7 @@ std::string active_isa();
 std::string active_isa_reason();
 
 // Use the named one from now on; not to be called while kernels run. Throws std::invalid_argument, naming the choices,
-// for a name that is unknown or that this CPU cannot run.
+// for a name that is unknown or that this CPU cannot run; and for amx where the system refuses its tiles.
 void set_isa(const std::string& name, const std::string& reason);
 
 // Adds kernels for CPU tensors under a name that set_isa() takes; in place of those of that name. For tests: the CUDA

@@ -11,7 +11,7 @@ from accuracy import assert_as_accurate
 from torch.nn import functional as F
 
 import mnist_ext
-from mnist_ext import _C
+from mnist_ext import _C, _autograd
 from mnist_ext.functional import linear
 
 
@@ -72,10 +72,11 @@ def test_at_least_as_accurate_as_pytorch(batch, inputs, outputs, transposed, act
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_less_than_float32_where_it_is_allowed(precision):
+def test_less_than_float32_where_it_is_allowed(precision, monkeypatch):
     """Three products instead of six: 16 bits of each factor."""
     made, truth = operands(200, 300, 160)
     exact = forward_and_gradients(F.linear, *truth)
+    monkeypatch.setattr(_autograd, "_USES_AMX", True)  # as with MNIST_EXT_ISA=amx
     torch.set_float32_matmul_precision(precision)
     try:
         ours = forward_and_gradients(linear, *made)

@@ -13,13 +13,6 @@ namespace mnist_ext::MNIST_EXT_ISA {
 inline constexpr int64_t kAmxSide = 2 * kAmxRows;  // of a block of C
 inline constexpr int64_t kAmxPackedRows = 512;     // of A, packed together: 768 KB
 
-inline constexpr bool kHasAmx =
-#if defined(MNIST_EXT_AMX)
-    true;
-#else
-    false;
-#endif
-
 // Where the matrix unit is faster: where splitting M + N numbers for each K is less than it saves of M * N
 // multiply-adds, and K is worth a pass over C.
 template <class T>

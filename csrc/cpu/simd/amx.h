@@ -11,6 +11,13 @@
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
+inline constexpr bool kHasAmx =
+#if defined(MNIST_EXT_AMX)
+    true;
+#else
+    false;
+#endif
+
 inline constexpr int kAmxRows = 16;     // of a tile; columns of one of float32
 inline constexpr int kAmxK = 32;        // steps of K that one instruction takes
 inline constexpr int kAmxBytes = 1024;  // of a tile
