@@ -160,7 +160,7 @@ def _problems(report: dict[str, Any]) -> list[str]:
 
 def _hints(report: dict[str, Any]) -> list[str]:
     hints = []
-    if report["cpu_isa"] != report["cpu_isa_available"][-1]:
+    if report["cpu_isa"] not in ("amx", report["cpu_isa_available"][-1]):
         hints.append(f"this CPU has {report['cpu_isa_available'][-1]}: unset MNIST_EXT_ISA")
     if report["openmp_threads"] > report["cpus"]:
         hints.append(
