@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "../csrc/api/program.h"
 #include "../csrc/cpu/product/plan.h"
 
 using namespace mnist_ext;
@@ -65,7 +66,8 @@ void compare(const char* what, const Product<float>& product, const std::functio
     kernels[name] = [&, kernel] {
       Block<float> g = block;
       g.c = c.data;
-      parallel(threads, [&](int thread, int count) { product_share(g, kernel, thread, count); });
+      const int worth = threads_for(multiply_adds(product), kProductGrain, threads);
+      parallel(worth, [&](int thread, int count) { product_share(g, kernel, thread, count); });
     };
   };
   add("outer", Kernel::outer_products);

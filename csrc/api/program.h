@@ -69,6 +69,8 @@ struct Entry {
 // their alignment.
 inline void* const kNowhere = reinterpret_cast<void*>(uintptr_t{256});
 
+inline constexpr double kProductGrain = 250e3;  // of products alone
+
 template <class T>
 struct Program {
   const Entry<T>* entries;

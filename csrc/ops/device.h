@@ -34,8 +34,6 @@ class OnDevice {
   std::unique_ptr<State> state_;
 };
 
-inline constexpr double kProductGrain = 250e3;  // multiply-adds that are worth a thread of their own
-
 // From here on glibc's malloc maps an allocation by itself (its mmap threshold never grows beyond) unless so much is
 // free in one piece, so that as a rule the advice is about nothing else and ends with the tensor.
 inline constexpr std::size_t kHugePagesFrom = std::size_t{32} << 20;

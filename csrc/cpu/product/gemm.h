@@ -10,7 +10,7 @@
 namespace mnist_ext::MNIST_EXT_ISA {
 
 // Pack B when each of its elements is read by at least this many row tiles.
-inline constexpr int64_t kPackFromTiles = 16;
+inline constexpr int64_t kPackFromTiles = 11;
 
 // The product for K = 1, without bias or ReLU: one row of C after the other, which is all that there is to it.
 template <class T>

@@ -27,23 +27,33 @@ void pack_transposed(const T* from, int64_t stride, const T* mask, int64_t mask_
 }
 
 // Those steps of K of B into panels of kTileColumns columns: panel after panel, each [k][columns], the last one filled
-// up with 0.
+// up with 0. Contiguous columns are read row by row, which the processor's prefetcher follows.
 template <class T>
 void pack_b(const Block<T>& g, Range k, Range columns, T* packed) {
+  using V = Vec<T>;
   constexpr int64_t panel = kTileColumns<T>;
-  for (int64_t c = columns.begin; c < columns.end; c += panel) {
-    const int64_t n = columns.end - c < panel ? columns.end - c : panel;
-    if (g.b.outer_stride == 1) {
-      for (int64_t p = k.begin; p < k.end; ++p, packed += panel) {
-        std::memcpy(packed, g.b.data + p * g.b.k_stride + c, n * sizeof(T));
-        if (n < panel) std::memset(packed + n, 0, (panel - n) * sizeof(T));
+  const int64_t panel_size = k.size() * panel;
+  if (g.b.outer_stride == 1) {
+    for (int64_t p = k.begin; p < k.end; ++p, packed += panel) {
+      const T* row = g.b.data + p * g.b.k_stride;
+      T* to = packed;
+      int64_t c = columns.begin;
+      for (; columns.end - c >= panel; c += panel, to += panel_size) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kTileVectors; ++v) V::load(row + c + v * V::width).store(to + v * V::width);
       }
-    } else {
-      for (int64_t j = 0; j < panel; j += Vec<T>::width) {
-        pack_transposed<T>(g.b.data + (c + j) * g.b.outer_stride + k.begin, g.b.outer_stride, nullptr, 0, n - j,
-                           k.size(), packed + j, panel);
+      if (c == columns.end) continue;
+      for (int v = 0; v < kTileVectors; ++v, c += V::width) {
+        const int64_t lanes = columns.end - c < V::width ? columns.end - c : V::width;
+        (lanes > 0 ? load(row + c, static_cast<int>(lanes)) : V{}).store(to + v * V::width);
       }
-      packed += k.size() * panel;
+    }
+    return;
+  }
+  for (int64_t c = columns.begin; c < columns.end; c += panel, packed += panel_size) {
+    for (int64_t j = 0; j < panel; j += V::width) {
+      pack_transposed<T>(g.b.data + (c + j) * g.b.outer_stride + k.begin, g.b.outer_stride, nullptr, 0,
+                         columns.end - c - j, k.size(), packed + j, panel);
     }
   }
 }
@@ -70,24 +80,43 @@ void pack_a_rows(const Block<T>& g, Range rows, Range k, T* packed, int64_t stri
   }
 }
 
-// A behind its mask for a tile, if it is transposed: [k][kTileRows]. Stores whole vectors, what lies beyond
-// the tile's rows to be overwritten by the next step.
+// A behind its mask for a tile, if it is transposed: [k][kTileRows]. Stores whole vectors, what lies beyond the tile's
+// rows to be overwritten by the next step. Loads some steps before it stores them: a load waits for an earlier store to
+// the same place of another page.
 template <class T>
 void pack_a_columns(const Block<T>& g, int64_t row, int rows, Range k, T* packed) {
   using V = Vec<T>;
-  constexpr int vectors = (kTileRows + V::width - 1) / V::width;
-  for (int64_t p = k.begin; p < k.end; ++p, packed += kTileRows) {
+  constexpr int vectors = (kTileRows + V::width - 1) / V::width, together = 8 / vectors;
+  const auto pack = [&]<int steps>(int64_t p, Constant<steps>) __attribute__((always_inline)) {
+    const T* a = g.a.data + row + p * g.a.k_stride;
+    const T* mask = g.relu_mask.data ? g.relu_mask.data + row + p * g.relu_mask.k_stride : nullptr;
+    V block[steps][vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < steps; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int lanes = rows - v * V::width < V::width ? rows - v * V::width : V::width;
-      if (lanes <= 0) break;
-      V x = V::load_partial(g.a.data + row + v * V::width + p * g.a.k_stride, lanes);
-      if (g.relu_mask.data) {
-        x = where_positive(V::load_partial(g.relu_mask.data + row + v * V::width + p * g.relu_mask.k_stride, lanes), x);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t first = v * V::width;
+        const int lanes = rows - first < V::width ? rows - first : V::width;
+        if (lanes <= 0) break;
+        block[i][v] = V::load_partial(a + i * g.a.k_stride + first, lanes);
+        if (mask) {
+          const V m = V::load_partial(mask + i * g.relu_mask.k_stride + first, lanes);
+          block[i][v] = where_positive(m, block[i][v]);
+        }
       }
-      x.store(packed + v * V::width);
     }
-  }
+#pragma GCC unroll 8
+    for (int i = 0; i < steps; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        if (rows > v * V::width) block[i][v].store(packed + i * kTileRows + v * V::width);
+      }
+    }
+    packed += steps * kTileRows;
+  };
+  int64_t p = k.begin;
+  for (; k.end - p >= together; p += together) pack(p, Constant<together>{});
+  for (; p < k.end; ++p) pack(p, Constant<1>{});
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

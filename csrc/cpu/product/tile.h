@@ -64,6 +64,11 @@ MNIST_EXT_INLINE void accumulate_tile(const Tile<T>& t, Vec<T> (&acc)[R][N]) {
 template <class T, int R, int N, bool partial>
 void compute_tile(const Tile<T>& t) {
   using V = Vec<T>;
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {  // C comes from far while the sums are made
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) __builtin_prefetch(t.c + r * t.ldc + v * V::width);
+  }
   V acc[R][N] = {};
   accumulate_tile<T, R, N, partial>(t, acc);
 #pragma GCC unroll 8
