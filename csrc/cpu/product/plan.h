@@ -94,28 +94,29 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
-// cache lines, and each reads all of B; where that fits into no second-level cache, it costs as much as one more tile
-// of rows, and from memory as eight. On the matrix unit each thread splits its rows and its columns into planes, 32 of
-// which cost as much as 1.6 blocks of C. Otherwise where the busiest thread has a tenth less to do.
+// cache lines. Otherwise where the busiest thread has a twentieth less to do, counted in tiles of one vector: to read,
+// pack or split a tile of rows of A, or a vector of columns of B, costs as much as so many of them. B costs nothing
+// while it fits into a part of the second-level cache, and most from memory.
 template <class T>
 int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;
-  constexpr int64_t large = int64_t{2} << 20, huge = int64_t{32} << 20;  // bytes
+  constexpr int64_t small = int64_t{1} << 19, huge = int64_t{32} << 20;  // bytes
   const bool dots = kernel == Kernel::dot_products, amx = kernel == Kernel::amx;
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t row_tiles = tiles(g.M, amx ? kAmxSide : dots ? kDotRows : kTileRows);
   const int64_t column_tiles = tiles(g.N, column_unit<T>(kernel));
   const int64_t b_bytes = g.K * g.N * static_cast<int64_t>(sizeof(T));
-  const int64_t reading = kernel != Kernel::outer_products || b_bytes <= large ? 0 : b_bytes <= huge ? 1 : 8;
+  const double of_rows = amx ? 1.6 : dots ? 0 : 1;
+  const double of_columns = amx ? 1.6 : dots || b_bytes <= small ? 0 : b_bytes <= huge ? 3 : 8;
   int best = 0;
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
     if (threads % divisor != 0) continue;
     const int by_row = dots && !g.packs_a() ? divisor : threads / divisor;
-    const auto rows = static_cast<double>(tiles(row_tiles, by_row) + reading);
+    const auto rows = static_cast<double>(tiles(row_tiles, by_row));
     const auto columns = static_cast<double>(tiles(column_tiles, threads / by_row));
-    const double cost = rows * columns + (amx ? 1.6 * (rows + columns) : 0);
-    if (divisor == 1 || cost < 0.9 * best_cost) {
+    const double cost = rows * columns + of_rows * rows + of_columns * columns;
+    if (divisor == 1 || cost < 0.95 * best_cost) {
       best = by_row;
       best_cost = cost;
     }
