@@ -18,7 +18,7 @@ bool use_dot_products(int64_t M, int64_t N, int64_t K) {
   if (kVectorBytes == 16 || N <= kDotColumns) return true;
   if (N < 2 * Vec<T>::width) return M <= 512 || K > 128;
   if (K <= 16 * Vec<T>::width) return M < (large_tiles ? 128 : 64);
-  return M <= (K * N * static_cast<int64_t>(sizeof(T)) < large_weight ? 256 : 96);
+  return M <= (K * N * static_cast<int64_t>(sizeof(T)) < large_weight ? 192 : 96);
 }
 
 enum class Kernel { outer_products, dot_products, amx };
@@ -94,9 +94,9 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
-// cache lines. Otherwise where the busiest thread has a twentieth less to do, counted in tiles of one vector: to read,
-// pack or split a tile of rows of A, or a vector of columns of B, costs as much as so many of them. B costs nothing
-// while it fits into a part of the second-level cache, and most from memory.
+// cache lines. Otherwise where the busiest thread has a twentieth less to do, counted in tiles of one vector: to read
+// and pack (or split) a tile of rows of A, or a vector of columns of B, costs as much as so many of them. To read B
+// costs nothing while it fits into a part of the second-level cache, and most from memory.
 template <class T>
 int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;
