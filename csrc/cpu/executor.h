@@ -98,8 +98,10 @@ class Worker {
   Share share(const Product<T>& p, Sharing sharing) const {
     if (sharing == Sharing::examples) return {examples(p.M), {0, p.N}};
     if (!p.update.param) return {{0, p.M}, neurons(p.N)};
-    if (p.M >= 2 * kTileRows * count_) return {neurons(p.M), {0, p.N}};
-    return {{0, p.M}, split(p.N, Vec<T>::width, thread_, count_)};  // too few neurons
+    const Block<T> gradient(p);  // of a large batch the weight's way between the cores is the shorter one
+    const bool by_row = !p.c || row_threads(gradient, kernel_of(gradient), count_) == count_;
+    if (by_row && p.M >= 2 * kTileRows * count_) return {neurons(p.M), {0, p.N}};
+    return {{0, p.M}, split(p.N, Vec<T>::width, thread_, count_)};
   }
 
   // A few sums are one thread's: they are on the same cache line.
