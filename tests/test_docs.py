@@ -1,5 +1,6 @@
 """What the documentation points to exists."""
 
+import csv
 import os
 import re
 import shutil
@@ -8,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+
+import mnist_ext
 
 ROOT = Path(__file__).parents[1]
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text()
@@ -43,19 +47,79 @@ def test_every_behaviour_names_a_test():
     }
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *("README.md", "CONTRIBUTING.md", "csrc/README.md", "csrc/cpu/README.md"),
-        *("csrc/cuda/README.md", "docs/semantics.md", "docs/ladder.md", "docs/adding-an-op.md"),
-    ],
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "csrc/README.md", "csrc/cpu/README.md"]
+PAGES += ["csrc/cuda/README.md", "benchmarks/results/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", PAGES)
 def test_links_between_files_lead_somewhere(file):
     text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert links
-    for link in links:
-        assert ((ROOT / file).parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            target = (ROOT / file).parent / path if path else ROOT / file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("file", PAGES)
+def test_make_commands_exist(file):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", (ROOT / file).read_text(), re.M):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_first_lines_of_the_readme_train():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    before = model[2].bias.detach().clone()
+    names = {
+        "mnist_ext": mnist_ext,
+        "model": model,
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1.0),
+        "batches": [(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))] * 2,
+    }
+    exec(code, names)
+    assert type(model) is mnist_ext.nn.Sequential
+    assert type(names["criterion"]) is mnist_ext.nn.CrossEntropyLoss
+    assert len(code.splitlines()) == 6
+    assert not torch.equal(model[2].bias, before)
+
+
+STEP = {"batch": "64", "activation": "relu", "part": "step"}
+LARGE = {"what": "cross_entropy forward + backward", "shape": "2048x32000"}
+
+
+def test_the_figures_of_the_readme_are_rows():
+    """PyTorch's time, ours and their ratio, line by line of its table of figures."""
+    figures = [
+        ("2026-11-25-cpu-training", STEP, "ours", "ratio"),
+        ("2026-11-30-cpu-training-intel", STEP, "ours", "ratio"),
+        ("2026-11-25-cpu-training", STEP, "ours TrainStep", "to_one_call"),
+        ("2026-11-30-cpu-training-intel", STEP, "ours TrainStep", "to_one_call"),
+        ("2026-11-25-cpu-kernels", LARGE, "ours", "ratio"),
+    ]
+    lines = re.findall(r"\| (\d+) (µs|ms) \| (\d+) \2 \| \*\*([\d.]+)x\*\*", README)
+    for (torchs, unit, ours, ratio), figure in zip(lines, figures, strict=True):
+        file, of, implementation, column = figure
+        with (ROOT / "benchmarks" / "results" / f"{file}.csv").open() as opened:
+            rows = [row for row in csv.DictReader(opened) if of.items() <= row.items()]
+        rows = {row["implementation"]: row for row in rows}
+        scale = {"µs": 1, "ms": 1000}[unit]
+        assert torchs == f"{float(rows['torch']['us']) / scale:.0f}"
+        assert ours == f"{float(rows[implementation]['us']) / scale:.0f}"
+        assert ratio == f"{float(rows['torch'][column]):.1f}"
 
 
 def test_the_ladders_are_described_rung_by_rung():
