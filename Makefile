@@ -7,7 +7,7 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu lint format clean
+.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu docs lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,13 @@ gpu:  ## on a machine with a GPU: build, test, look for memory errors and races,
 		done; \
 	else echo "compute-sanitizer is not here: kernels alone"; $(SANITIZER)/kernels; fi
 	$(PYTHON) benchmarks/gpu.py --csv $(RESULTS).csv | tee $(RESULTS).txt
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --no-build-isolation -e '.[dev,docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## build the site, build/site/index.html; fails on a link that leads nowhere
+	$(BIN)/mkdocs build --strict
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .

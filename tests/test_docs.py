@@ -109,6 +109,7 @@ def test_the_figures_of_the_readme_are_rows():
         ("2026-11-25-cpu-training", STEP, "ours TrainStep", "to_one_call"),
         ("2026-11-30-cpu-training-intel", STEP, "ours TrainStep", "to_one_call"),
         ("2026-11-25-cpu-kernels", LARGE, "ours", "ratio"),
+        ("2026-11-30-cpu-cross-entropy-intel", LARGE, "ours", "ratio"),
     ]
     lines = re.findall(r"\| (\d+) (µs|ms) \| (\d+) \2 \| \*\*([\d.]+)x\*\*", README)
     for (torchs, unit, ours, ratio), figure in zip(lines, figures, strict=True):
