@@ -13,7 +13,10 @@ from mnist_ext.app.bench.machine import cpu_model
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git, as on a machine that got the files alone
+        return "unknown"
     return process.stdout.strip() or "unknown"
 
 

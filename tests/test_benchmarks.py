@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import provenance
 from table import Table
 
 from mnist_ext.app.bench import timing
@@ -40,6 +41,11 @@ def test_implementations_take_turns():
     times = timing.take_turns(implementations, turns=1, seconds_per_turn=0, untimed=2)
     assert called[-9:] == list("aaabbbccc")
     assert all(len(turns) == 1 for turns in times.turns.values())
+
+
+def test_a_machine_may_have_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.commit() == "unknown"
 
 
 def test_table_prints_and_writes_every_row(tmp_path, capsys):
