@@ -72,7 +72,7 @@ Targets check_targets(const CrossEntropyProblem<T>& p, const Index* target) {
   int64_t counted = 0, bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     counted += counts(i);
-    bad += counts(i) & !is_class(i);
+    bad += int{counts(i)} & !is_class(i);
   }
   if (bad > 0) {
     int64_t first = 0;
