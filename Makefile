@@ -8,6 +8,7 @@ CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu docs wheel tune bench-amx \
+	kernels aarch64
 	lint format clean
 
 help:  ## what there is
@@ -104,12 +105,8 @@ gpu:  ## on a machine with a GPU: build, test, look for memory errors and races,
 	else echo "compute-sanitizer is not here: kernels alone"; $(SANITIZER)/kernels; fi
 	$(PYTHON) benchmarks/gpu.py --csv $(RESULTS).csv | tee $(RESULTS).txt
 
-$(VENV)/docs: $(VENV)/installed
-	$(BIN)/pip install --no-build-isolation -e '.[dev,docs]'
-	touch $@
-
-docs: $(VENV)/docs  ## build the site, build/site/index.html; fails on a link that leads nowhere
-	$(BIN)/mkdocs build --strict
+.PHONY: $(VENV)/docs: $(VENV)/installed $(BIN)/pip install --no-build-isolation -e '.[dev,docs]' touch $@ docs: \
+	$(VENV)/docs ## build the site, build/site/index.html; fails on a link that leads nowhere $(BIN)/mkdocs --strict kernels: CPU's kernels without torch, each instruction set: make CXX=clang++ $(PYTHON) tools/check_kernels.py $(CXX) # Debian: g++-aarch64-linux-gnu qemu-user aarch64: same for AArch64, compiled here and run by qemu aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .
