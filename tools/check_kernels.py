@@ -45,7 +45,10 @@ def main() -> int:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
     program = folder / "kernels"
     subprocess.run([*compiler, "-fopenmp", *objects, "-o", program], check=True)
-    return subprocess.run([*runner, program]).returncode
+    # Threads that wait by spinning would take the cores from those that they wait for.
+    return subprocess.run(
+        [*runner, program], env={**os.environ, "OMP_WAIT_POLICY": "passive"}
+    ).returncode
 
 
 if __name__ == "__main__":

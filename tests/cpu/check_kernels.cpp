@@ -1,8 +1,6 @@
 // The CPU's kernels without Python and torch, against plain loops in double: for a processor that torch is not at hand
 // for (make aarch64), and for another compiler. Every instruction set that the processor has, every dtype, all tails of
 // vectors; the bits on several threads are those on one. The tests in Python try far more cases, on x86-64.
-#include "../../csrc/cpu/kernels.h"
-
 #include <omp.h>
 
 #include <algorithm>
@@ -15,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/simd/elements.h"
 #include "../../csrc/cpu/simd/tanh.h"
 
@@ -105,13 +104,14 @@ void expect_near(const std::string& what, const char* part, double got, double t
   expect(std::fabs(got - truth) <= allowed, what, part, got, truth);
 }
 
-// Calls run(threads) with 1, 2 and 3 of them, from the same start; the results are to be the same bits.
+// Calls run(threads) with 1 and 3 of them, from the same start; the results are to be the same bits. (Not with 2 as
+// well: a smaller team ends threads, and qemu 7.2 keeps some memory of each.)
 template <class T>
 void on_threads(const std::string& what, const std::vector<std::vector<T>*>& results,
                 const std::function<void(int)>& run) {
   std::vector<std::vector<T>> before, first;
   for (const auto* result : results) before.push_back(*result);
-  for (const int threads : {1, 2, 3}) {
+  for (const int threads : {1, 3}) {
     for (std::size_t i = 0; i < results.size(); ++i) *results[i] = before[i];
     run(threads);
     if (threads == 1) {
@@ -622,6 +622,7 @@ void check_all() {
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // so that what failed is seen at once
   for (const std::string& isa : available_isas()) {
     set_isa(isa, "");
     const int64_t before = checks;
