@@ -90,7 +90,7 @@ void pack_a_columns(const Block<T>& g, int64_t row, int rows, Range k, T* packed
   const auto pack = [&]<int steps>(int64_t p, Constant<steps>) __attribute__((always_inline)) {
     const T* a = g.a.data + row + p * g.a.k_stride;
     const T* mask = g.relu_mask.data ? g.relu_mask.data + row + p * g.relu_mask.k_stride : nullptr;
-    V block[steps][vectors];
+    V block[steps][vectors] = {};  // GCC does not see that what is stored was loaded
 #pragma GCC unroll 8
     for (int i = 0; i < steps; ++i) {
 #pragma GCC unroll 4
