@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(MNIST_EXT_ISA)
@@ -95,9 +97,19 @@ struct Vec {
 };
 
 // a * b + c, one rounding where the instruction set has a fused multiply-add (the build sets -ffp-contract=fast).
+// NEON's by name: behind the branches of its load_partial GCC leaves a multiplication in one block and the addition in
+// another.
 template <class T>
 MNIST_EXT_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__aarch64__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {vfmaq_f32(c.raw, a.raw, b.raw)};
+  } else {
+    return {vfmaq_f64(c.raw, a.raw, b.raw)};
+  }
+#else
   return {a.raw * b.raw + c.raw};
+#endif
 }
 
 // x, as far as the compiler knows changed: a product is rounded before it is added to anything.
