@@ -255,7 +255,8 @@ void check_cross_entropy(const CrossEntropyCase<T>& one) {
                   .target = {indices.data(), one.index_bytes == 8   ? Type::int64
                                              : one.index_bytes == 4 ? Type::int32
                                                                     : Type::uint8},
-                  .probabilities = {probabilities.get(), scores.batch_stride, scores.class_stride},
+                  .probabilities = {one.probabilities ? probabilities.get() : nullptr, scores.batch_stride,
+                                    scores.class_stride},
                   .weight = one.weighted ? weight.get() : nullptr,
                   .ignore_index = ignored,
                   .label_smoothing = one.smoothing,
