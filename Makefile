@@ -91,11 +91,11 @@ gpu: SHELL := /bin/bash
 gpu: .SHELLFLAGS := -o pipefail -c  # tee would hide that the benchmark failed
 gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
 	$(PYTHON) setup.py -q build_ext --inplace egg_info  # not installed: the version is in the metadata
+	$(PYTHON) -m pytest -m gpu $(ARGS)
 	mkdir -p $(SANITIZER)
 	nvcc -std=c++20 -arch=$$($(PYTHON) -c 'import torch; gpu = torch.cuda.is_available(); \
 		c = "%d%d" % (torch.cuda.get_device_capability() if gpu else (9, 0)); \
 		print("sm_" + c.replace("90", "90a"))') -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels
-	$(PYTHON) -m pytest -m gpu $(ARGS)
 	@# Without a GPU: all that needs none was done above, and the benchmark loads its modules and says that there is none.
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(PYTHON) benchmarks/gpu.py
 	@if command -v compute-sanitizer >/dev/null; then \
