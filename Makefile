@@ -104,8 +104,19 @@ gpu:  ## on a machine with a GPU: build, test, look for memory errors and races,
 	else echo "compute-sanitizer is not here: kernels alone"; $(SANITIZER)/kernels; fi
 	$(PYTHON) benchmarks/gpu.py --csv $(RESULTS).csv | tee $(RESULTS).txt
 
-.PHONY: $(VENV)/docs: $(VENV)/installed $(BIN)/pip install --no-build-isolation -e '.[dev,docs]' touch $@ docs: \
-	$(VENV)/docs ## build the site, build/site/index.html; fails on a link that leads nowhere $(BIN)/mkdocs --strict kernels: CPU's kernels without torch, each instruction set: make CXX=clang++ $(PYTHON) tools/check_kernels.py $(CXX) # Debian: g++-aarch64-linux-gnu qemu-user aarch64: same for AArch64, compiled here and run by qemu aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --no-build-isolation -e '.[dev,docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## build the site, build/site/index.html; fails on a link that leads nowhere
+	$(BIN)/mkdocs build --strict
+
+kernels:  ## the CPU's kernels without torch, each instruction set: make kernels CXX=clang++
+	$(PYTHON) tools/check_kernels.py $(CXX)
+
+# Debian: g++-aarch64-linux-gnu qemu-user
+aarch64:  ## the same for AArch64, compiled here and run by qemu
+	$(PYTHON) tools/check_kernels.py aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .
