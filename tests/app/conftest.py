@@ -16,7 +16,7 @@ from mnist_ext.app.cli.main import main
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interruptible) -> Iterator[None]:
     """Work in an empty folder, without the machine's own data, cache, network and colours."""
-    for name in ("MNIST_EXT_DATA", "NO_COLOR"):
+    for name in ("MNIST_EXT_DATA", "NO_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

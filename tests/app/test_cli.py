@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from run_folders import assert_one_line, config_of, names_in, rows_of
 
 from mnist_ext.app.cli.commands import train_run
+from mnist_ext.app.cli.commands.train_output import Lines
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.training.settings import TrainConfig
 from mnist_ext.app.training.trainer import EpochMetrics, Trainer
@@ -47,10 +49,10 @@ class TestTrain:
         for epoch, (line, row) in enumerate(zip(lines[4:6], rows, strict=True), start=1):
             assert row["epoch"] == str(epoch)
             assert line == (
-                f"epoch {epoch}/2  train loss {float(row['train_loss']):.4f}"
-                f"  test loss {float(row['test_loss']):.4f}"
-                f"  test accuracy {float(row['test_accuracy']):.2f} %"
-                f"  {float(row['samples_per_second']):,.0f} images/s"
+                f"epoch {epoch}/2  loss {float(row['train_loss']):.4f}"
+                f", test {float(row['test_loss']):.4f}"
+                f"  accuracy {float(row['test_accuracy']):6.2f} %"
+                f"  {float(row['samples_per_second']):7,.0f} images/s"
             )
         assert lines[6] == f"written to {the_run()}"
 
@@ -60,6 +62,30 @@ class TestTrain:
         for part in ("epoch 1/2   0%", "loss ", "accuracy ", " images/s, 00:00 left"):
             assert part in err
         assert "%|" not in out
+
+    @pytest.mark.parametrize("width", [80, 40])
+    def test_nothing_wraps(self, ran, monkeypatch, width):
+        """What does not fit continues below its text; in the bar, text gives way."""
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        out, err = ran(*DIGITS, "--recipe", "best", "--epochs", "10", "--name", "run")
+        lines = out.splitlines()
+        assert max(map(len, lines)) <= width
+        assert sum(line.startswith(" " * 11) for line in lines) >= 1  # under the facts
+        epochs = [line for line in lines if line.startswith("epoch ")]
+        assert [line[6:11] for line in epochs] == [f"{epoch:2}/10" for epoch in range(1, 11)]
+        assert all(line.endswith(" images/s") for line in epochs) == (width == 80)
+        bars = [text for text in err.split("\r") if "%|" in text]
+        assert max(map(len, bars)) <= width
+        assert all(re.search(r"^epoch [ \d]+/10 .*%\|.{10,}\| .* left$", bar) for bar in bars)
+
+    def test_a_loss_that_runs_away_is_short(self, capsys):
+        metrics = EpochMetrics(1, 1.5e25, 2e24, 9.8, 1_234_567, 1, 0.1)
+        Lines(10, 100, 0).epoch(metrics)
+        expected = (
+            "epoch  1/10  loss 1.50e+25, test 2.00e+24  accuracy   9.80 %  1,234,567 images/s\n"
+        )
+        assert capsys.readouterr().out == expected
 
     @pytest.mark.parametrize(
         ("number", "options", "code"),

@@ -258,6 +258,22 @@ class TestPredict:
         assert out.count(" %") == 11
         assert max(map(len, out.splitlines())) < 80
 
+    @pytest.mark.parametrize(("columns", "shown"), [(40, 3), (64, 3), (65, 10)])
+    def test_where_the_bars_do_not_fit_beside_the_picture(
+        self, ran, digits_run, seven, monkeypatch, columns, shown
+    ):
+        """The picture is above, and the likeliest three classes are below it."""
+        monkeypatch.setenv("COLUMNS", str(columns))
+        (result,) = ran("predict", digits_run, seven, "--json").objects
+        lines = ran("predict", digits_run, seven).out.splitlines()
+        assert max(map(len, lines)) <= columns
+        bars = [line for line in lines if line.endswith(" %")]
+        assert len(bars) == shown
+        if shown == 3:
+            assert lines[-3:] == bars
+            assert bars[0].startswith(f"{result['name']}  █")
+            assert f"{100 * result['probability']:.1f} %" in bars[0]
+
     def test_bad_files_are_named_and_the_others_done(self, ran, digits_run, seven):
         Path("text.png").write_text("no image")
         argv = ["predict", digits_run, "none.png", seven, "text.png", ".", "--json"]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -21,10 +22,12 @@ class Terminal:
     Attributes:
         color: it obeys escape sequences.
         blocks: it has the block characters of Unicode; else plain ASCII is written.
+        columns: how wide it is; None where that is nobody's concern, as in a file.
     """
 
     color: bool
     blocks: bool
+    columns: int | None = None
 
     @classmethod
     def of(cls, stream: TextIO) -> "Terminal":
@@ -40,9 +43,14 @@ class Terminal:
         )
         try:
             (_HALVES + _EIGHTHS).encode(stream.encoding or "ascii")
+            blocks = True
         except (UnicodeEncodeError, LookupError):
-            return cls(color, blocks=False)
-        return cls(color, blocks=True)
+            blocks = False
+        return cls(color, blocks, columns(stream))
+
+    def fits(self, width: int) -> bool:
+        """Return whether a line of ``width`` characters does not wrap."""
+        return self.columns is None or width <= self.columns
 
     def bold(self, text: str) -> str:
         """Return ``text`` in bold, where the terminal can."""
@@ -70,6 +78,15 @@ class Terminal:
         if self.blocks:
             line = _colored_line if self.color else _halved_line
         return [line(upper, lower) for upper, lower in pairs]
+
+
+def columns(stream: TextIO) -> int | None:
+    """Return the width of a terminal, or ``COLUMNS`` where that is set; None for other streams."""
+    with suppress(KeyError, ValueError):
+        return int(os.environ["COLUMNS"]) or None
+    with suppress(OSError):
+        return os.get_terminal_size(stream.fileno()).columns or None
+    return None
 
 
 def _shaded_line(upper: Sequence[int], lower: Sequence[int]) -> str:

@@ -1,15 +1,18 @@
-"""Line charts as SVG for an HTML page, whose style sheet says the colours."""
+"""Line charts as SVG for an HTML page, whose style sheet says colours and sizes of text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
-_WIDTH, _HEIGHT = 480, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 468, 64, 248
+_WIDTH, _HEIGHT = 480, 300
+# Room for text of 17 units, with which the style sheet keeps it legible on a phone.
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 386, 64, 248
+_LINE = 19
 _MOST_POINTS = 200
+_MOST_MARKED = 30
 
 
 def thinned(values: Sequence[_T], most: int = _MOST_POINTS) -> list[_T]:
@@ -42,15 +45,19 @@ def line_chart(
     x: Sequence[int],
     series: Mapping[str, Sequence[float]],
     from_zero: bool = False,
+    along: str = "epoch",
+    text: Callable[[float], str] = "{:.4g}".format,
 ) -> str:
-    """Draw lines over epochs.
+    """Draw lines over epochs or steps, with the last value at the end of each.
 
     Args:
         title: stands above the chart and is read out in its place.
-        x: the epochs, ascending.
+        x: the epochs or steps, ascending.
         series: for each line its name, which is also its class in the style sheet, and its values.
             Values that are not finite are left out.
         from_zero: the vertical axis starts at 0.
+        along: what ``x`` counts.
+        text: writes a value.
 
     Returns:
         An ``svg`` element.
@@ -58,47 +65,55 @@ def line_chart(
     finite = [v for values in series.values() for v in values if math.isfinite(v)]
     marks = ticks(0.0 if from_zero else min(finite, default=0), max(finite, default=1))
     low, high = marks[0], marks[-1]
-    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
     span = max(x[-1] - x[0], 1)
 
-    def at(epoch: float, value: float) -> tuple[float, float]:
-        across = (epoch - x[0]) / span if len(x) > 1 else 0.5
+    def at(place: float, value: float) -> tuple[float, float]:
+        across = (place - x[0]) / span if len(x) > 1 else 0.5
         up = (value - low) / (high - low)
         return _LEFT + across * (_RIGHT - _LEFT), _BOTTOM - up * (_BOTTOM - _TOP)
 
-    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    parts = [f'<text class="title" x="0" y="18">{escape(title)}</text>']
     for mark in marks:
         y = at(x[0], mark)[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(
-            f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:.{digits}f}</text>'
+            f'<text x="{_LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{_mark(mark, marks)}</text>'
         )
-    for epoch in _epoch_marks(x):
-        across = at(epoch, low)[0]
+    for place in _marks_along(x):
+        across = at(place, low)[0]
         parts.append(
-            f'<text x="{across:.1f}" y="{_BOTTOM + 20}" text-anchor="middle">{epoch}</text>'
+            f'<text x="{across:.1f}" y="{_BOTTOM + 22}" text-anchor="middle">{place:,}</text>'
         )
     parts.append(
-        f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">epoch</text>'
+        f'<text x="{(_LEFT + _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{along}</text>'
     )
-    described = []
+    described, ends = [], []
     for i, (name, values) in enumerate(series.items()):
         points = [(e, v) for e, v in zip(x, values, strict=True) if math.isfinite(v)]
-        text = escape(name)
-        legend = _LEFT + 130 * i
-        parts.append(f'<line class="{text}" x1="{legend}" x2="{legend + 32}" y1="40" y2="40"/>')
-        parts.append(f'<text x="{legend + 40}" y="44">{text}</text>')
+        kind = escape(name)
+        if len(series) > 1:
+            legend = _LEFT + 140 * i
+            parts.append(f'<line class="{kind}" x1="{legend}" x2="{legend + 32}" y1="42" y2="42"/>')
+            parts.append(f'<text x="{legend + 40}" y="47">{kind}</text>')
         if not points:
             continue
-        path = " ".join("{:.1f},{:.1f}".format(*at(*point)) for point in thinned(points))
-        if len(points) == 1:  # a line of one point would not be seen
-            across, y = at(*points[0])
-            path = f"{across - 6:.1f},{y:.1f} {across + 6:.1f},{y:.1f}"
-        parts.append(f'<polyline class="{text}" points="{path}"/>')
+        places = [at(*point) for point in thinned(points)]
+        path = " ".join(f"{across:.1f},{y:.1f}" for across, y in places)
+        parts.append(f'<polyline class="{kind}" points="{path}"/>')
+        if len(points) <= _MOST_MARKED:
+            parts += [
+                f'<circle class="{kind}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places
+            ]
+        end = text(values[-1]) if math.isfinite(values[-1]) else "diverged"
+        ends.append((places[-1][1], kind, end))
         described.append(
-            f"{text} from {points[0][1]:.4g} in epoch {points[0][0]} to {points[-1][1]:.4g} in "
-            f"epoch {points[-1][0]}"
+            f"{kind} from {text(points[0][1])} in {along} {points[0][0]} to {text(points[-1][1])} "
+            f"in {along} {points[-1][0]}"
         )
+    y = math.inf
+    for height, kind, end in sorted(ends, reverse=True):
+        y = min(height, y - _LINE)  # so that one does not cover the other
+        parts.append(f'<text class="{kind}" x="{_RIGHT + 8}" y="{y + 5:.1f}">{end}</text>')
     label = f"{escape(title)}: {'; '.join(described)}"
     return (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">\n'
@@ -107,10 +122,21 @@ def line_chart(
     )
 
 
-def _epoch_marks(x: Sequence[int]) -> list[int]:
-    """Return whole epochs to name on the axis: the first one, and round ones."""
+def _mark(mark: float, marks: Sequence[float]) -> str:
+    """Return a number of the vertical axis, with as many decimals as their distance asks for."""
+    decimals = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
+    if decimals > 4 or max(map(abs, marks)) >= 1e5:
+        return f"{mark:.3g}"
+    return f"{mark:.{decimals}f}"
+
+
+def _marks_along(x: Sequence[int]) -> list[int]:
+    """Return whole numbers at even distances to name on the horizontal axis."""
     if len(x) == 1:
         return list(x)
-    marks = {round(mark) for mark in ticks(x[0], x[-1], most=8)}
-    apart = (x[-1] - x[0]) / 12  # so that two numbers do not touch
-    return [x[0], *sorted(mark for mark in marks if x[0] + apart < mark <= x[-1])]
+    step, most = 1, 10
+    while (x[-1] // step) - (x[0] - 1) // step > most:
+        power = 10 ** (len(str(step)) - 1)
+        step = {1: 2, 2: 5, 5: 10}[step // power] * power
+        most = 6 if x[-1] > 999 else 8
+    return [n for n in range(-(-x[0] // step) * step, x[-1] + 1, step)]

@@ -17,7 +17,7 @@ from mnist_ext.app import UserError
 from mnist_ext.app.runs import checkpoint
 from mnist_ext.app.training.models import mlp
 from mnist_ext.app.training.settings import ACTIVATIONS
-from mnist_ext.app.training.trainer import EpochMetrics
+from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics
 from mnist_ext.nn import swap
 
 _MODEL = "model.safetensors"
@@ -59,10 +59,12 @@ class Record:
         config: the content of ``config.json``: ``started``, ``settings``, ``dataset`` and
             ``environment``.
         epochs: the rows of ``metrics.csv``.
+        steps: the rows of ``steps.csv``; none where no step was logged.
     """
 
     config: dict[str, Any]
     epochs: list[EpochMetrics]
+    steps: list[StepMetrics]
 
 
 def load(run: str | Path) -> Trained:
@@ -146,7 +148,7 @@ def load_record(run: str | Path) -> Record:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or not of 'mnist-ext train': restore it") from error
     path = _file(folder, "metrics.csv")
-    return Record(config, parse_epochs(path, _read(path)))
+    return Record(config, parse_epochs(path, _read(path)), _steps(folder / "steps.csv"))
 
 
 def parse_epochs(path: Path, text: str) -> list[EpochMetrics]:
@@ -172,6 +174,19 @@ def parse_epochs(path: Path, text: str) -> list[EpochMetrics]:
                 "two processes had written it; restore it, or train again"
             )
     return epochs
+
+
+def _steps(path: Path) -> list[StepMetrics]:
+    if not path.exists():
+        return []
+    whole = _read(path).rpartition("\n")[0]  # a process that is killed may leave part of a row
+    try:
+        return [
+            StepMetrics(int(row["epoch"]), int(row["step"]), float(row["loss"]), float(row["lr"]))
+            for row in csv.DictReader(whole.splitlines())
+        ]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged, or not of 'mnist-ext train': restore it") from error
 
 
 def _epoch(row: Mapping[str, str]) -> EpochMetrics:

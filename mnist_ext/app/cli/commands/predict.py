@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mnist_ext.app.runs.trained import Trained
 
 _BAR_WIDTH = 24
+# Classes named where there is no room for the bars beside the picture.
+_FEW = 3
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -111,20 +113,44 @@ def _lines(result: dict[str, Any], prepared: "Prepared", terminal: "Terminal") -
     from mnist_ext.app.report.scores import sure
 
     file = "standard input" if result["file"] == "-" else streams.printable(result["file"])
-    title = terminal.bold(f"{file}: {result['name']}")
-    title += f", {sure(result['probability'])} sure"
+    name, shares = result["name"], result["probabilities"]
+    surely = f", {sure(result['probability'])} sure"
     about = f"{result['width']}x{result['height']} {result['mode']}, {result['seen_as']}"
+    lines = [f"{terminal.bold(f'{file}: {name}')}{surely}", terminal.faint(about)]
+    if terminal.fits(len(f"{file}: {name}{surely}  {about}")):
+        lines = ["  ".join(lines)]
     picture = terminal.picture(prepared.pixels)
-    width = max(map(len, result["probabilities"]))
-    bars = []
-    for name, share in result["probabilities"].items():
-        text = f"{name:<{width}}  {terminal.bar(share, _BAR_WIDTH)} {100 * share:5.1f} %"
-        bars.append(terminal.bold(text) if name == result["name"] else text)
+    if terminal.fits(prepared.pixels.shape[1] + 2 + _width(shares, _BAR_WIDTH)):
+        return lines + _beside(picture, _bars(shares, terminal))
+    likeliest = sorted(shares, key=shares.__getitem__, reverse=True)[:_FEW]
+    return [*lines, *picture, *_bars({name: shares[name] for name in likeliest}, terminal)]
+
+
+def _width(shares: dict[str, float], bar: int) -> int:
+    """Return how long the lines of ``_bars`` are."""
+    return max(map(len, shares)) + len("   100.0 %") + bar
+
+
+def _bars(shares: dict[str, float], terminal: "Terminal") -> list[str]:
+    """Return a line for each class, the likeliest in bold."""
+    name_width = max(map(len, shares))
+    bar_width = _BAR_WIDTH
+    while bar_width > 1 and not terminal.fits(_width(shares, bar_width)):
+        bar_width -= 1
+    lines = []
+    for name, share in shares.items():
+        text = f"{name:<{name_width}}  {terminal.bar(share, bar_width)} {100 * share:5.1f} %"
+        lines.append(terminal.bold(text) if share == max(shares.values()) else text)
+    return lines
+
+
+def _beside(picture: list[str], bars: list[str]) -> list[str]:
+    """Return both side by side, without the blank lines above and below."""
     first = (len(picture) - len(bars)) // 2
-    beside = ["", *[""] * (first - 1), *bars, *[""] * len(picture)]
+    beside = [*[""] * first, *bars, *[""] * len(picture)]
     lines = [f"{a}  {b}".rstrip() for a, b in zip(picture, beside, strict=False)]
     while not lines[0]:
         del lines[0]
     while not lines[-1]:
         del lines[-1]
-    return [f"{title}  {terminal.faint(about)}", *lines]
+    return lines

@@ -14,7 +14,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "report",
         help="write a run as one HTML page",
         description="Write settings, curves, confusion matrix, mistakes and environment of a run\n"
-        "as one HTML page that needs no other file and no network.",
+        "as one HTML page that needs no other file and no network,\n"
+        "with a square to draw a digit in.",
         epilog="example: mnist-ext report runs/20261123-222716-mnist-ext\n\n"
         "exit codes: 0 done, 2 wrong use or bad input",
     )

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist_ext.app.cli.streams import print_message, printable
+from mnist_ext.app.cli.terminal import columns
+from mnist_ext.app.report.texts import loss_text
 from mnist_ext.app.training.trainer import EpochMetrics, StepMetrics
 
 # Seconds between two looks at the loss for the bar: each makes a GPU wait.
 _BAR_INTERVAL = 0.1
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left"
+_BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left"
+_BAR_WITH_RATE = "{desc} {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left"
+# What a narrow bar keeps: " 100%|", ten characters of bar, "| 00:00 left".
+_LEAST_BAR = 28
+_RATE = len("99.9k images/s, ")
 
 
 class Output:
@@ -67,6 +74,7 @@ class Lines(Output):
 
     def __init__(self, epochs: int, images_per_epoch: int, images_done: int) -> None:
         self._epochs, self._images_per_epoch = epochs, images_per_epoch
+        self._epoch_width = len(str(epochs))
         self._accuracy, self._loss = "", ""
         self._pending, self._looked = 0, 0.0
         self._images_done = images_done
@@ -81,8 +89,7 @@ class Lines(Output):
                 unit=" images",
                 unit_scale=True,
                 leave=False,
-                dynamic_ncols=True,
-                bar_format=_BAR,
+                delay=1e-9,  # not before it has its text
             )
             self._move()
         return self
@@ -94,7 +101,8 @@ class Lines(Output):
 
     def start(self, facts: dict[str, str], details: dict[str, Any]) -> None:
         """Print a line for each fact."""
-        self._print(*(f"{name:<10} {fact}" for name, fact in facts.items()))
+        lines = (printable(f"{name:<10} {fact}") for name, fact in facts.items())
+        self._print("\n".join(self._wrapped(line, indent=11) for line in lines))
 
     def steps(self, images: int, loss: Tensor, rows: list[StepMetrics]) -> None:
         """Move the bar."""
@@ -103,29 +111,33 @@ class Lines(Output):
         if self._bar is None or now - self._looked < _BAR_INTERVAL:
             return
         self._looked = now
-        self._loss = f"  loss {loss.item():.4f}"
+        self._loss = f"loss {loss_text(loss.item())}"
         self._move()
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print a line."""
-        self._accuracy = f"  accuracy {metrics.test_accuracy:.2f} %"
+        self._accuracy = f"accuracy {metrics.test_accuracy:.2f} %"
         if self._bar is not None:
             self._move()
-        self._print(
-            f"epoch {metrics.epoch}/{self._epochs}"
-            f"  train loss {metrics.train_loss:.4f}"
-            f"  test loss {metrics.test_loss:.4f}"
-            f"  test accuracy {metrics.test_accuracy:.2f} %"
-            f"  {metrics.samples_per_second:,.0f} images/s"
+        parts = (
+            f"loss {loss_text(metrics.train_loss)}, test {loss_text(metrics.test_loss)}",
+            f"accuracy {metrics.test_accuracy:6.2f} %",
+            f"{metrics.samples_per_second:7,.0f} images/s",
         )
+        start = f"epoch {metrics.epoch:{self._epoch_width}}/{self._epochs}"
+        # A part stays whole where the line wraps.
+        line = "  ".join([start, *(part.replace(" ", "\0") for part in parts)])
+        self._print(self._wrapped(line, indent=len(start) + 2).replace("\0", " "))
 
     def end(self, metrics: EpochMetrics, path: Path | None) -> None:
         """Say where the run is."""
-        self._print("dry run: nothing is written" if path is None else f"written to {path}")
+        self._print(
+            "dry run: nothing is written" if path is None else f"written to {printable(str(path))}"
+        )
 
     def finished(self, text: str) -> None:
         """Print it."""
-        self._print(text)
+        self._print(printable(text))
 
     def print_message(self, text: str) -> None:
         """Print it, not on the bar's line."""
@@ -136,13 +148,33 @@ class Lines(Output):
         self._bar.n += self._pending
         self._pending = 0
         epoch = min(self._bar.n // self._images_per_epoch + 1, self._epochs)
-        text = f"epoch {epoch}/{self._epochs}{self._loss}{self._accuracy}"
+        # Where it is narrow, text gives way before the bar, its percentage and the time left.
+        self._bar.ncols = columns(sys.stderr)
+        room = (self._bar.ncols or sys.maxsize) - _LEAST_BAR
+        text = f"epoch {epoch:{self._epoch_width}}/{self._epochs}"
+        for part in (self._loss, self._accuracy):
+            if part and len(f"{text}  {part}") <= room:
+                text += f"  {part}"
+        self._bar.bar_format = _BAR_WITH_RATE if len(text) + _RATE <= room else _BAR
         self._bar.set_description_str(text)
 
-    def _print(self, *lines: str) -> None:
+    def _wrapped(self, line: str, indent: int) -> str:
+        """Return a line as lines that fit the terminal, the others indented."""
+        width = columns(sys.stdout)
+        if width is None or len(line) <= width:
+            return line
+        return textwrap.fill(
+            line,
+            max(width, indent + 1),
+            subsequent_indent=" " * indent,
+            break_long_words=False,  # a path
+            break_on_hyphens=False,
+        )
+
+    def _print(self, text: str) -> None:
         # The bar is on the same terminal, as a rule.
         with self._without_bar():
-            print("\n".join(map(printable, lines)), flush=True)
+            print(text, flush=True)
 
     @contextmanager
     def _without_bar(self) -> Iterator[None]:

@@ -105,7 +105,7 @@ def _run(request: Request, processes: Processes) -> int:
         stack.enter_context(output)
         facts = _facts(config, dataset, model, processes)
         if trainer.epoch or trainer.step:
-            facts["resumed"] = f"{request.resume}, epoch {trainer.epoch + 1}, step {trainer.step}"
+            facts["resumed"] = f"{request.resume}, {_progress(trainer)}"
         output.start(facts, _details(config, dataset, run, trainer, processes))
         if trainer.epoch >= config.epochs:
             output.finished(_finished(request.resume, config, processes))
@@ -243,7 +243,7 @@ class _Session:
 
     def _stopped(self, fault: str | None) -> int:
         assert self.stop.signal is not None
-        epoch, step = self.trainer.epoch + 1, self.trainer.step
+        epoch = self.trainer.epoch + 1
         path = command = None
         if self.run is not None and fault is None:
             path = self.run.path
@@ -251,7 +251,7 @@ class _Session:
                 command = resume_command(path, self.processes)
         self.output.stopped(epoch, path, command)
         if self.processes.rank == 0:
-            text = f"after step {step} of epoch {epoch}" if step else f"after epoch {epoch - 1}"
+            text = _progress(self.trainer)
             if command is not None:
                 text += f"; continue with: {command}"
             elif fault is not None:
@@ -261,6 +261,12 @@ class _Session:
                 text += f", the last one; written to {path}"
             self.output.print_message(f"interrupted {text}")
         return 128 + self.stop.signal
+
+
+def _progress(trainer: Trainer) -> str:
+    if trainer.step:
+        return f"after step {trainer.step} of epoch {trainer.epoch + 1}"
+    return f"after epoch {trainer.epoch}"
 
 
 def resume_command(path: Path, processes: Processes) -> str:
