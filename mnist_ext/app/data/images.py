@@ -24,6 +24,7 @@ from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from mnist_ext.app import UserError
+from mnist_ext.app.data import photo
 
 _SIDE = 28
 _DIGIT_BOX = 20
@@ -107,7 +108,12 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
             orientation = _orientation(decoded.image)
             turn = _TURNS.get(orientation)
             upright = decoded.image if turn is None else decoded.image.transpose(turn)
-            ink, inverted = _ink(_colors(upright))
+            colors = _colors(upright)
+            if dataset == "fashion-mnist":
+                ink, inverted = _ink(colors)
+                digits = [photo.Digit(ink, (0, 0, *ink.shape[::-1]))]
+            else:
+                digits, inverted = _digits(colors)
         except UserError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -118,10 +124,10 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"is a damaged image ({reason})") from error
-    if dataset != "fashion-mnist" and _evenness(ink) > _MOST_EVEN:
-        raise UserError("shows nothing: no digit, only a pattern that is the same all over")
+    if not digits:
+        raise UserError("shows nothing: no digit found")
     box = _SIDE if dataset == "fashion-mnist" else _DIGIT_BOX
-    placed = _place(ink, box, by_mass=dataset == "mnist")
+    placed = np.stack([_place(digit.ink, box, by_mass=dataset == "mnist") for digit in digits])
     size = decoded.size[::-1] if orientation in _LYING else decoded.size
     notice = "its end is missing, but all pixels are there" if decoded.cut else None
     return Prepared(torch.from_numpy(placed), size, decoded.image.mode, inverted, notice)
@@ -250,6 +256,15 @@ def _reduced(image: Image.Image) -> Image.Image:
     if max(image.size) > _LARGEST_SIDE:
         image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.BOX)
     return image
+
+
+def _digits(colors: NDArray[np.floating]) -> tuple[list[photo.Digit], bool]:
+    light = colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0]
+    page = photo.without_desk(light)
+    if page is not None:
+        light = page
+    inverted = photo.is_dark_on_light(light, _darker(light)[0] + light)
+    return photo.find_digits(light if inverted else 1 - light), inverted
 
 
 def _ink(colors: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:

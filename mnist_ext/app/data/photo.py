@@ -1,0 +1,217 @@
+"""Find the ink in a photograph of paper, and in the ink the digits, from left to right.
+
+Paper is never evenly lit: the background at a pixel is what the paper around it looks like (a
+morphological closing), and ink is the share of the background's light that is missing. What is no
+digit is taken out: the desk around the page, the rulings of the paper, specks, soft shadows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Plane = NDArray[np.floating]  # [height, width]
+Mask = NDArray[np.bool_]
+
+# A page is brighter than the desk around it, a rectangle nearly, and this share of the picture.
+_LEAST_PAGE, _LEAST_RECTANGULAR = 0.2, 0.86
+_DARKEST_DESK = 0.65
+# The side of the closing, of the longer side: wider than strokes, narrower than shadows.
+_CLOSING = 0.25
+# Ink takes so much of the light at least, and so many times what paper and noise vary by.
+_LEAST_INK, _LEAST_NOISES = 0.1, 6.0
+# Ink is what has this share of the darkest ink.
+_INK = 0.45
+# Parts of less than this share of the largest part's area are dirt.
+_SPECK = 0.05
+# Digits beside each other are at least this share of the highest one, and of the picture.
+_LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
+# What touches the edge is a digit that was cropped closely if it has this share of a side.
+_FILLS = 0.8
+# Rulings are thinner than this, in pictures larger than this.
+_THICKEST_RULING, _LEAST_RULED = 6, 100
+# The standard deviation, of the longer side, that noise is smoothed with.
+_SMOOTHING = 0.002
+_EIGHT = np.ones((3, 3), dtype=bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Digit:
+    """What was drawn, cut out.
+
+    Attributes:
+        ink: [height, width], 0 to 1.
+        box: left, top, right, bottom, in pixels of the plane that it was found in.
+    """
+
+    ink: Plane
+    box: tuple[int, int, int, int]
+
+
+def without_desk(light: Plane) -> Plane | None:
+    """Return the picture with the desk around the page painted over, or None: there is no desk.
+
+    The desk takes the brightness of the nearest pixel of the page.
+    """
+    bright = ndimage.gaussian_filter(light, 2) > otsu(light)
+    labels, number = ndimage.label(bright)
+    if number == 0:
+        return None
+    page = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+    page = ndimage.binary_fill_holes(page)
+    edge = np.ones_like(page)
+    edge[1:-1, 1:-1] = False
+    outside = edge & ~page
+    if page.mean() < _LEAST_PAGE or outside.sum() < 0.4 * edge.sum():
+        return None
+    if np.median(light[~page]) > _DARKEST_DESK * np.median(light[page]):
+        return None
+    if _rectangularity(page) < _LEAST_RECTANGULAR:
+        return None
+    rim = max(2, round(0.012 * max(light.shape)))
+    page = ndimage.binary_erosion(page, iterations=rim, border_value=1)
+    nearest = ndimage.distance_transform_edt(~page, return_distances=False, return_indices=True)
+    return np.asarray(light[tuple(nearest)])
+
+
+def otsu(values: Plane) -> float:
+    """Return the threshold that separates two classes best (Otsu 1979)."""
+    counts, edges = np.histogram(values, 256)
+    middles = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts).clip(1, None)
+    above = (below[-1] - below).clip(1, None)
+    sums = np.cumsum(counts * middles)
+    between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
+    return float(edges[1:][np.argmax(between)])
+
+
+def _rectangularity(mask: Mask) -> float:
+    """Return the share of its smallest enclosing rectangle, turned by up to 45 degrees."""
+    at = np.argwhere(mask ^ ndimage.binary_erosion(mask)) @ np.array([1, 1j])
+    turned = at[:, None] * np.exp(1j * np.deg2rad(np.arange(-45, 45)))
+    areas = (np.ptp(turned.real, axis=0) + 1) * (np.ptp(turned.imag, axis=0) + 1)
+    return float(mask.sum() / areas.min())
+
+
+def is_dark_on_light(light: Plane, background: Plane) -> bool:
+    """Say whether what has sharp edges is darker than the background."""
+    slope = ndimage.gaussian_gradient_magnitude(light, 1)
+    edges = slope >= 0.5 * np.percentile(slope, 99.8)
+    middle = ndimage.maximum_filter(light, 5) + ndimage.minimum_filter(light, 5)
+    return bool(np.median(2 * background[edges] - middle[edges]) > 0)
+
+
+def reflectance_ink(light: Plane) -> Plane:
+    """Return the share of the paper's light that is missing, -1 to 1."""
+    side = max(3, round(_CLOSING * max(light.shape)))
+    smooth = ndimage.gaussian_filter(light, max(light.shape) / 400)
+    background = ndimage.grey_closing(smooth, side, mode="reflect")
+    return np.asarray(1 - light / np.maximum(background, 0.02))
+
+
+def without_rulings(ink: Plane, level: float) -> Plane:
+    """Return the ink without thin straight lines that run far across or down, if there are any.
+
+    An opening across a line takes it out where no stroke, which is thicker, crosses it.
+    """
+    if min(ink.shape) < _LEAST_RULED:
+        return ink
+    for axis in (0, 1):
+        for side in range(2, _THICKEST_RULING + 1):
+            if not _is_ruled(ink > level, axis):
+                break
+            ink = ndimage.grey_opening(ink, (side, 1) if axis else (1, side))
+    return ink
+
+
+def _is_ruled(mask: Mask, axis: int) -> bool:
+    """Say whether thin lines along an axis are as long, together, as the picture."""
+    across = [_THICKEST_RULING + 1, 1] if axis else [1, _THICKEST_RULING + 1]
+    thin = mask & ~ndimage.binary_opening(mask, np.ones(across))
+    # A line that is not quite level stays within three pixels for long enough.
+    thin = ndimage.binary_dilation(thin, np.ones((3, 1) if axis else (1, 3)))
+    run = mask.shape[axis] // 6
+    lines = ndimage.binary_opening(thin, np.ones((1, run) if axis else (run, 1)))
+    return bool(lines.sum() >= 3 * mask.shape[axis])
+
+
+def find_digits(light: Plane) -> list[Digit]:
+    """Find dark digits on lighter paper.
+
+    Args:
+        light: brightness, 0 to 1.
+
+    Returns:
+        The digits from left to right; none where nothing looks like one.
+    """
+    ink = reflectance_ink(light)
+    if min(ink.shape) >= _LEAST_RULED:
+        ink = ndimage.gaussian_filter(ink, _SMOOTHING * max(ink.shape))
+    paper, noise, level = _levels(ink)
+    if level >= max(_LEAST_INK, _LEAST_NOISES * noise):
+        ink = without_rulings(ink, paper + _INK * level)
+        paper, noise, level = _levels(ink)
+    if level < max(_LEAST_INK, _LEAST_NOISES * noise):
+        return []
+    ink = ink - paper
+    return [Digit(*cut) for cut in _groups(ink, ink > _INK * level)]
+
+
+def _levels(ink: Plane) -> tuple[float, float, float]:
+    """Return the ink of blank paper, what that varies by, and how far above it the darkest is."""
+    blank = ink[ink <= otsu(ink)]
+    paper = float(np.median(blank))
+    noise = 1.4826 * float(np.median(np.abs(blank - paper)))
+    return paper, noise, float(np.percentile(ink, 99.9)) - paper
+
+
+def _is_cut(box: tuple[slice, slice], shape: tuple[int, int]) -> bool:
+    """Say whether a part touches the picture's edge without filling the picture, as digits do."""
+    touches = any(s.start == 0 or s.stop == n for s, n in zip(box, shape, strict=True))
+    fills = any(s.stop - s.start >= _FILLS * n for s, n in zip(box, shape, strict=True))
+    return touches and not fills
+
+
+def _groups(ink: Plane, mask: Mask) -> list[tuple[Plane, tuple[int, int, int, int]]]:
+    labels, _ = ndimage.label(mask, _EIGHT)
+    areas = np.bincount(labels.ravel())[1:]
+    boxes = ndimage.find_objects(labels)
+    if not boxes:
+        return []
+    inside = [i for i, box in enumerate(boxes) if not _is_cut(box, mask.shape)]
+    largest = max((areas[i] for i in inside), default=0)
+    kept = [i for i in inside if areas[i] >= _SPECK * largest]
+    groups: list[list[int]] = []
+    for i in sorted(kept, key=lambda i: boxes[i][1].start):
+        for group in groups:
+            start = min(boxes[j][1].start for j in group)
+            stop = max(boxes[j][1].stop for j in group)
+            x = boxes[i][1]
+            overlap = min(stop, x.stop) - max(start, x.start)
+            if overlap > 0.5 * min(stop - start, x.stop - x.start):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    spans = [
+        (
+            min(boxes[j][1].start for j in g),
+            min(boxes[j][0].start for j in g),
+            max(boxes[j][1].stop for j in g),
+            max(boxes[j][0].stop for j in g),
+        )
+        for g in groups
+    ]
+    highest = max((b - t for _, t, _, b in spans), default=0)
+    found = []
+    for group, (left, top, right, bottom) in zip(groups, spans, strict=True):
+        if bottom - top < max(_LEAST_HEIGHT * highest, _LEAST_OF_PICTURE * max(ink.shape)):
+            continue
+        part = ndimage.binary_dilation(np.isin(labels, np.array(group) + 1), _EIGHT, iterations=2)
+        rows = slice(max(top - 2, 0), bottom + 2)
+        columns = slice(max(left - 2, 0), right + 2)
+        cut = np.where(part, ink, 0)[rows, columns]
+        level = float(np.percentile(ink[part & mask], 95))
+        found.append((np.clip(cut / level, 0, 1), (left, top, right, bottom)))
+    return found
