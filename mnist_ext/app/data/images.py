@@ -264,7 +264,7 @@ def _digits(colors: NDArray[np.floating]) -> tuple[list[photo.Digit], bool]:
     if page is not None:
         light = page
     inverted = photo.is_dark_on_light(light, _darker(light)[0] + light)
-    return photo.find_digits(light if inverted else 1 - light), inverted
+    return photo.find_digits(light, inverted), inverted
 
 
 def _ink(colors: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:

@@ -16,7 +16,9 @@ Mask = NDArray[np.bool_]
 
 # A page is brighter than the desk around it, a rectangle nearly, and this share of the picture.
 _LEAST_PAGE, _LEAST_RECTANGULAR = 0.2, 0.86
-_DARKEST_DESK = 0.65
+_DARKEST_DESK, _LEAST_AROUND = 0.65, 0.7
+# The surroundings of an edge, of the longer side.
+_AROUND = 0.12
 # The side of the closing, of the longer side: wider than strokes, narrower than shadows.
 _CLOSING = 0.25
 # Ink takes so much of the light at least, and so many times what paper and noise vary by.
@@ -29,6 +31,8 @@ _SPECK = 0.05
 _LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
 # What touches the edge is a digit that was cropped closely if it has this share of a side.
 _FILLS = 0.8
+# Of a stroke's pixels that are ink, this share is nearly as dark as its darkest.
+_SHARP = 0.5
 # Rulings are thinner than this, in pictures larger than this.
 _THICKEST_RULING, _LEAST_RULED = 6, 100
 # The standard deviation, of the longer side, that noise is smoothed with.
@@ -63,7 +67,7 @@ def without_desk(light: Plane) -> Plane | None:
     edge = np.ones_like(page)
     edge[1:-1, 1:-1] = False
     outside = edge & ~page
-    if page.mean() < _LEAST_PAGE or outside.sum() < 0.4 * edge.sum():
+    if page.mean() < _LEAST_PAGE or outside.sum() < _LEAST_AROUND * edge.sum():
         return None
     if np.median(light[~page]) > _DARKEST_DESK * np.median(light[page]):
         return None
@@ -94,18 +98,27 @@ def _rectangularity(mask: Mask) -> float:
     return float(mask.sum() / areas.min())
 
 
-def is_dark_on_light(light: Plane, background: Plane) -> bool:
-    """Say whether what has sharp edges is darker than the background."""
+def is_dark_on_light(light: Plane, border: Plane) -> bool:
+    """Say whether what has sharp edges is darker than what is around it and than the border.
+
+    Args:
+        light: brightness.
+        border: at each pixel, the brightness that the picture's border leads to expect.
+    """
     slope = ndimage.gaussian_gradient_magnitude(light, 1)
     edges = slope >= 0.5 * np.percentile(slope, 99.8)
-    middle = ndimage.maximum_filter(light, 5) + ndimage.minimum_filter(light, 5)
-    return bool(np.median(2 * background[edges] - middle[edges]) > 0)
+    middle = (ndimage.maximum_filter(light, 5) + ndimage.minimum_filter(light, 5)) / 2
+    around = ndimage.uniform_filter(light, round(_AROUND * max(light.shape)))
+    votes = np.sign(around - middle) + np.sign(border - middle)
+    return bool(votes[edges].sum() >= 0)
 
 
-def reflectance_ink(light: Plane) -> Plane:
-    """Return the share of the paper's light that is missing, -1 to 1."""
+def ink_of(light: Plane, dark_on_light: bool) -> Plane:
+    """Return the ink: the share of the paper's light that is missing, or the light added."""
     side = max(3, round(_CLOSING * max(light.shape)))
     smooth = ndimage.gaussian_filter(light, max(light.shape) / 400)
+    if not dark_on_light:
+        return np.asarray(light - ndimage.grey_opening(smooth, side, mode="reflect"))
     background = ndimage.grey_closing(smooth, side, mode="reflect")
     return np.asarray(1 - light / np.maximum(background, 0.02))
 
@@ -118,9 +131,10 @@ def without_rulings(ink: Plane, level: float) -> Plane:
     if min(ink.shape) < _LEAST_RULED:
         return ink
     for axis in (0, 1):
-        for side in range(2, _THICKEST_RULING + 1):
-            if not _is_ruled(ink > level, axis):
-                break
+        ruled, side = _is_ruled(ink > level, axis), 2
+        while ruled and side <= _THICKEST_RULING:
+            # One pixel more than what breaks the lines, of which the edges are fainter.
+            ruled, side = _is_ruled(ink > level, axis), side + 1
             ink = ndimage.grey_opening(ink, (side, 1) if axis else (1, side))
     return ink
 
@@ -136,16 +150,17 @@ def _is_ruled(mask: Mask, axis: int) -> bool:
     return bool(lines.sum() >= 3 * mask.shape[axis])
 
 
-def find_digits(light: Plane) -> list[Digit]:
-    """Find dark digits on lighter paper.
+def find_digits(light: Plane, dark_on_light: bool) -> list[Digit]:
+    """Find the digits on a page.
 
     Args:
         light: brightness, 0 to 1.
+        dark_on_light: which of the two the digits are.
 
     Returns:
         The digits from left to right; none where nothing looks like one.
     """
-    ink = reflectance_ink(light)
+    ink = ink_of(light, dark_on_light)
     if min(ink.shape) >= _LEAST_RULED:
         ink = ndimage.gaussian_filter(ink, _SMOOTHING * max(ink.shape))
     paper, noise, level = _levels(ink)
@@ -173,13 +188,23 @@ def _is_cut(box: tuple[slice, slice], shape: tuple[int, int]) -> bool:
     return touches and not fills
 
 
+def _is_sharp(ink: Plane) -> bool:
+    """Say whether a part is of one darkness nearly, as strokes are; shadows and glare fade."""
+    ink = ink / np.percentile(ink[ink > 0], 95)
+    return bool((ink > 0.75).sum() >= _SHARP * (ink > 0).sum())
+
+
 def _groups(ink: Plane, mask: Mask) -> list[tuple[Plane, tuple[int, int, int, int]]]:
     labels, _ = ndimage.label(mask, _EIGHT)
     areas = np.bincount(labels.ravel())[1:]
     boxes = ndimage.find_objects(labels)
     if not boxes:
         return []
-    inside = [i for i, box in enumerate(boxes) if not _is_cut(box, mask.shape)]
+    inside = [
+        i
+        for i, box in enumerate(boxes)
+        if not _is_cut(box, mask.shape) and _is_sharp(ink[box] * (labels[box] == i + 1))
+    ]
     largest = max((areas[i] for i in inside), default=0)
     kept = [i for i in inside if areas[i] >= _SPECK * largest]
     groups: list[list[int]] = []
