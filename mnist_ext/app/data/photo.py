@@ -35,6 +35,7 @@ _FILLS = 0.8
 _SHARP = 0.5
 # Rulings are thinner than this, in pictures larger than this.
 _THICKEST_RULING, _LEAST_RULED = 6, 100
+_LEAST_LEFT = 0.75
 # The standard deviation, of the longer side, that noise is smoothed with.
 _SMOOTHING = 0.002
 _EIGHT = np.ones((3, 3), dtype=bool)
@@ -141,12 +142,15 @@ def without_rulings(ink: Plane, level: float) -> Plane:
 
 def _is_ruled(mask: Mask, axis: int) -> bool:
     """Say whether thin lines along an axis are as long, together, as the picture."""
-    across = [_THICKEST_RULING + 1, 1] if axis else [1, _THICKEST_RULING + 1]
-    thin = mask & ~ndimage.binary_opening(mask, np.ones(across))
+    # Of bytes, filters of a size are separable: fast. Each shape is across the line, along it.
+    def shaped(across: int, along: int) -> tuple[int, int]:
+        return (across, along) if axis else (along, across)
+
+    ink = mask.astype(np.uint8)
+    thin = ink - ndimage.grey_opening(ink, shaped(_THICKEST_RULING + 1, 1))
     # A line that is not quite level stays within three pixels for long enough.
-    thin = ndimage.binary_dilation(thin, np.ones((3, 1) if axis else (1, 3)))
-    run = mask.shape[axis] // 6
-    lines = ndimage.binary_opening(thin, np.ones((1, run) if axis else (run, 1)))
+    thin = ndimage.maximum_filter(thin, shaped(3, 1))
+    lines = ndimage.grey_opening(thin, shaped(1, mask.shape[axis] // 6))
     return bool(lines.sum() >= 3 * mask.shape[axis])
 
 
@@ -165,8 +169,12 @@ def find_digits(light: Plane, dark_on_light: bool) -> list[Digit]:
         ink = ndimage.gaussian_filter(ink, _SMOOTHING * max(ink.shape))
     paper, noise, level = _levels(ink)
     if level >= max(_LEAST_INK, _LEAST_NOISES * noise):
+        darkest = level
         ink = without_rulings(ink, paper + _INK * level)
         paper, noise, level = _levels(ink)
+        # Paler than the rulings: what is left of them.
+        if level < _LEAST_LEFT * darkest:
+            return []
     if level < max(_LEAST_INK, _LEAST_NOISES * noise):
         return []
     ink = ink - paper
