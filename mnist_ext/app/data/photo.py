@@ -20,9 +20,9 @@ _DARKEST_DESK, _LEAST_AROUND = 0.65, 0.7
 # The surroundings of an edge, of the longer side.
 _AROUND = 0.12
 # The side of the closing, of the longer side: wider than strokes, narrower than shadows.
-_CLOSING = 0.25
+_CLOSING = 0.33
 # Ink takes so much of the light at least, and so many times what paper and noise vary by.
-_LEAST_INK, _LEAST_NOISES = 0.1, 6.0
+_LEAST_INK, _LEAST_NOISES = 0.15, 6.0
 # Ink is what has this share of the darkest ink.
 _INK = 0.45
 # Parts of less than this share of the largest part's area are dirt.
@@ -31,8 +31,9 @@ _SPECK = 0.05
 _LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
 # What touches the edge is a digit that was cropped closely if it has this share of a side.
 _FILLS = 0.8
-# Of a stroke's pixels that are ink, this share is nearly as dark as its darkest.
-_SHARP = 0.5
+# At a stroke's outline the ink changes by this share of its darkest; or it was enlarged from few
+# pixels, and this share of it is nearly as dark as its darkest.
+_ABRUPT, _SHARP = 0.5, 0.65
 # Rulings are thinner than this, in pictures larger than this.
 _THICKEST_RULING, _LEAST_RULED = 6, 100
 _LEAST_LEFT = 0.75
@@ -196,10 +197,20 @@ def _is_cut(box: tuple[slice, slice], shape: tuple[int, int]) -> bool:
     return touches and not fills
 
 
-def _is_sharp(ink: Plane) -> bool:
-    """Say whether a part is of one darkness nearly, as strokes are; shadows and glare fade."""
-    ink = ink / np.percentile(ink[ink > 0], 95)
-    return bool((ink > 0.75).sum() >= _SHARP * (ink > 0).sum())
+def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
+    """Say whether a part ends abruptly or is dark nearly all over, as strokes; shadows fade.
+
+    Args:
+        ink: of the part's surroundings, as the others.
+        step: how far the ink varies within two pixels of each.
+        part: the part's pixels.
+    """
+    darkest = np.percentile(ink[part], 95)
+    outline = part & ~ndimage.binary_erosion(part)
+    return bool(
+        np.median(step[outline]) >= _ABRUPT * darkest
+        or (ink[part] > 0.75 * darkest).mean() >= _SHARP
+    )
 
 
 def _groups(ink: Plane, mask: Mask) -> list[tuple[Plane, tuple[int, int, int, int]]]:
@@ -208,10 +219,11 @@ def _groups(ink: Plane, mask: Mask) -> list[tuple[Plane, tuple[int, int, int, in
     boxes = ndimage.find_objects(labels)
     if not boxes:
         return []
+    step = ndimage.maximum_filter(ink, 5) - ndimage.minimum_filter(ink, 5)
     inside = [
         i
         for i, box in enumerate(boxes)
-        if not _is_cut(box, mask.shape) and _is_sharp(ink[box] * (labels[box] == i + 1))
+        if not _is_cut(box, mask.shape) and _is_sharp(ink[box], step[box], labels[box] == i + 1)
     ]
     largest = max((areas[i] for i in inside), default=0)
     kept = [i for i in inside if areas[i] >= _SPECK * largest]
