@@ -259,28 +259,46 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 
 def _digits(colors: NDArray[np.floating]) -> tuple[list[photo.Digit], bool]:
-    light = colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0]
-    page = photo.without_desk(light)
-    if page is not None:
-        light = page
-    inverted = photo.is_dark_on_light(light, _darker(light)[0] + light)
-    return photo.find_digits(light, inverted), inverted
+    """Return the digits on a page, and whether they are darker than it."""
+    colors = photo.without_desk(colors, _luminance(colors))
+    line = _ink_color(colors)
+    if line is None:
+        light = _luminance(colors)
+        inverted = photo.is_dark_on_light(light, _darker(light)[0] + light)
+        return photo.find_digits(light, inverted), inverted
+    light = colors @ line
+    return photo.find_digits(light - min(light.min(), 0), True), bool(line @ _LUMINANCE > 0)
+
+
+def _luminance(colors: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.asarray(colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0])
+
+
+def _ink_color(colors: NDArray[np.floating]) -> NDArray[np.float64] | None:
+    """Return what colours must be multiplied with to tell ink by its colour, paper being more.
+
+    None where lightness tells it from the paper.
+    """
+    if colors.shape[2] == 1:
+        return None
+    apart = np.stack([_smooth(_darker(colors[..., c])[0]) for c in range(3)], axis=-1)
+    distance = np.sqrt((apart**2).mean(axis=-1))
+    darker = _smooth(_darker(_luminance(colors))[0])
+    if max(darker.max(), -darker.min()) >= _LEAST_LIGHTNESS * distance.max():
+        return None
+    # Along the line from the ink's colour to the paper's, a grey being 1 apart from black.
+    line = apart[np.unravel_index(distance.argmax(), distance.shape)]
+    return np.asarray(line / (np.linalg.norm(line) * math.sqrt(3)))
 
 
 def _ink(colors: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
     """Return how far each pixel is from the background, 0 to 1, and whether that is lighter."""
-    light = colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0]
-    darker, paper = _darker(light)
+    line = _ink_color(colors)
+    darker, paper = _darker(_luminance(colors) if line is None else colors @ line)
     inverted = bool(darker.max() > -darker.min())
     ink = darker if inverted else -darker
-    if colors.shape[2] == 3:
-        apart = np.stack([_smooth(_darker(colors[..., c])[0]) for c in range(3)], axis=-1)
-        distance = np.sqrt((apart**2).mean(axis=-1))
-        if _smooth(ink).max() < _LEAST_LIGHTNESS * distance.max():
-            # Along the line from the ink's colour to the paper's, a grey being 1 apart from black.
-            line = apart[np.unravel_index(distance.argmax(), distance.shape)]
-            ink, paper = _darker(colors @ (line / (np.linalg.norm(line) * math.sqrt(3))))
-            inverted = bool(line @ _LUMINANCE > 0)
+    if line is not None:
+        inverted = bool(line @ _LUMINANCE > 0)
 
     # What the border varies by is background inside, too.
     floor = max(float(np.percentile(np.abs(ink[paper]), 95)), 0.0)

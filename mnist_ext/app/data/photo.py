@@ -13,6 +13,7 @@ from scipy import ndimage
 
 Plane = NDArray[np.floating]  # [height, width]
 Mask = NDArray[np.bool_]
+Box = tuple[slice, slice]  # rows, columns
 
 # A page is brighter than the desk around it, a rectangle nearly, and this share of the picture.
 _LEAST_PAGE, _LEAST_RECTANGULAR = 0.2, 0.86
@@ -21,14 +22,18 @@ _DARKEST_DESK, _LEAST_AROUND = 0.65, 0.7
 _AROUND = 0.12
 # The side of the closing, of the longer side: wider than strokes, narrower than shadows.
 _CLOSING = 0.33
-# Ink takes so much of the light at least, and so many times what paper and noise vary by.
-_LEAST_INK, _LEAST_NOISES = 0.15, 6.0
+# Dark ink takes so much of the paper's light at least, light ink adds so much of full brightness;
+# and so many times what the paper varies by.
+_LEAST_INK, _LEAST_LIGHT, _LEAST_NOISES = 0.15, 0.25, 6.0
 # Ink is what has this share of the darkest ink.
 _INK = 0.45
 # Parts of less than this share of the largest part's area are dirt.
 _SPECK = 0.05
 # Digits beside each other are at least this share of the highest one, and of the picture.
 _LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
+# Parts above each other are of one digit if they overlap by this share of the narrower one and lie
+# apart by less than this share of the higher one.
+_OVERLAP, _NEAR = 0.5, 0.4
 # What touches the edge is a digit that was cropped closely if it has this share of a side.
 _FILLS = 0.8
 # At a stroke's outline the ink changes by this share of its darkest; or it was enlarged from few
@@ -55,30 +60,34 @@ class Digit:
     box: tuple[int, int, int, int]
 
 
-def without_desk(light: Plane) -> Plane | None:
-    """Return the picture with the desk around the page painted over, or None: there is no desk.
+def without_desk(colors: NDArray[np.floating], light: Plane) -> NDArray[np.floating]:
+    """Return the colours with the desk around the page, if there is one, painted over.
 
-    The desk takes the brightness of the nearest pixel of the page.
+    Each pixel of the desk takes the colour of the nearest pixel of the page.
+
+    Args:
+        colors: [height, width, channels].
+        light: their brightness.
     """
     bright = ndimage.gaussian_filter(light, 2) > otsu(light)
     labels, number = ndimage.label(bright)
     if number == 0:
-        return None
+        return colors
     page = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
     page = ndimage.binary_fill_holes(page)
     edge = np.ones_like(page)
     edge[1:-1, 1:-1] = False
     outside = edge & ~page
     if page.mean() < _LEAST_PAGE or outside.sum() < _LEAST_AROUND * edge.sum():
-        return None
+        return colors
     if np.median(light[~page]) > _DARKEST_DESK * np.median(light[page]):
-        return None
+        return colors
     if _rectangularity(page) < _LEAST_RECTANGULAR:
-        return None
+        return colors
     rim = max(2, round(0.012 * max(light.shape)))
     page = ndimage.binary_erosion(page, iterations=rim, border_value=1)
     nearest = ndimage.distance_transform_edt(~page, return_distances=False, return_indices=True)
-    return np.asarray(light[tuple(nearest)])
+    return colors[tuple(nearest)]
 
 
 def otsu(values: Plane) -> float:
@@ -176,10 +185,11 @@ def find_digits(light: Plane, dark_on_light: bool) -> list[Digit]:
         # Paler than the rulings: what is left of them.
         if level < _LEAST_LEFT * darkest:
             return []
-    if level < max(_LEAST_INK, _LEAST_NOISES * noise):
+    least = _LEAST_INK if dark_on_light else _LEAST_LIGHT
+    if level < max(least, _LEAST_NOISES * noise):
         return []
     ink = ink - paper
-    return [Digit(*cut) for cut in _groups(ink, ink > _INK * level)]
+    return _digits(ink, ink > _INK * level)
 
 
 def _levels(ink: Plane) -> tuple[float, float, float]:
@@ -190,7 +200,7 @@ def _levels(ink: Plane) -> tuple[float, float, float]:
     return paper, noise, float(np.percentile(ink, 99.9)) - paper
 
 
-def _is_cut(box: tuple[slice, slice], shape: tuple[int, int]) -> bool:
+def _is_cut(box: Box, shape: tuple[int, int]) -> bool:
     """Say whether a part touches the picture's edge without filling the picture, as digits do."""
     touches = any(s.start == 0 or s.stop == n for s, n in zip(box, shape, strict=True))
     fills = any(s.stop - s.start >= _FILLS * n for s, n in zip(box, shape, strict=True))
@@ -213,50 +223,62 @@ def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
     )
 
 
-def _groups(ink: Plane, mask: Mask) -> list[tuple[Plane, tuple[int, int, int, int]]]:
+def _digits(ink: Plane, mask: Mask) -> list[Digit]:
+    """Group the connected parts of a mask into digits."""
     labels, _ = ndimage.label(mask, _EIGHT)
-    areas = np.bincount(labels.ravel())[1:]
-    boxes = ndimage.find_objects(labels)
-    if not boxes:
-        return []
+    boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     step = ndimage.maximum_filter(ink, 5) - ndimage.minimum_filter(ink, 5)
-    inside = [
-        i
-        for i, box in enumerate(boxes)
-        if not _is_cut(box, mask.shape) and _is_sharp(ink[box], step[box], labels[box] == i + 1)
-    ]
-    largest = max((areas[i] for i in inside), default=0)
-    kept = [i for i in inside if areas[i] >= _SPECK * largest]
-    groups: list[list[int]] = []
-    for i in sorted(kept, key=lambda i: boxes[i][1].start):
-        for group in groups:
-            start = min(boxes[j][1].start for j in group)
-            stop = max(boxes[j][1].stop for j in group)
-            x = boxes[i][1]
-            overlap = min(stop, x.stop) - max(start, x.start)
-            if overlap > 0.5 * min(stop - start, x.stop - x.start):
-                group.append(i)
+    areas = {
+        part: np.count_nonzero(labels[box] == part)
+        for part, box in boxes.items()
+        if not _is_cut(box, mask.shape) and _is_sharp(ink[box], step[box], labels[box] == part)
+    }
+    strokes = [part for part in areas if areas[part] >= _SPECK * max(areas.values())]
+    groups = _grouped({part: boxes[part] for part in strokes})
+    highest = max((_length(rows) for (rows, _), _ in groups), default=0)
+    least = max(_LEAST_HEIGHT * highest, _LEAST_OF_PICTURE * max(ink.shape))
+    digits = []
+    for (rows, columns), parts in groups:
+        if _length(rows) < least:
+            continue
+        # With the edges of the strokes, which are fainter.
+        around = tuple(slice(max(s.start - 2, 0), s.stop + 2) for s in (rows, columns))
+        own = np.isin(labels[around], parts)
+        near = ndimage.binary_dilation(own, _EIGHT, iterations=2)
+        full = np.percentile(ink[around][own], 95)
+        cut = np.where(near, (ink[around] / full).clip(0, 1), 0)
+        digits.append(Digit(cut, (columns.start, rows.start, columns.stop, rows.stop)))
+    return digits
+
+
+def _grouped(boxes: dict[int, Box]) -> list[tuple[Box, list[int]]]:
+    """Merge parts that lie above each other, from left to right; return boxes and parts."""
+    groups: list[tuple[Box, list[int]]] = []
+    for part, box in sorted(boxes.items(), key=lambda item: item[1][1].start):
+        for i, (other, parts) in enumerate(groups):
+            if _belong_together(box, other):
+                groups[i] = (_union(box, other), [*parts, part])
                 break
         else:
-            groups.append([i])
-    spans = [
-        (
-            min(boxes[j][1].start for j in g),
-            min(boxes[j][0].start for j in g),
-            max(boxes[j][1].stop for j in g),
-            max(boxes[j][0].stop for j in g),
-        )
-        for g in groups
-    ]
-    highest = max((b - t for _, t, _, b in spans), default=0)
-    found = []
-    for group, (left, top, right, bottom) in zip(groups, spans, strict=True):
-        if bottom - top < max(_LEAST_HEIGHT * highest, _LEAST_OF_PICTURE * max(ink.shape)):
-            continue
-        part = ndimage.binary_dilation(np.isin(labels, np.array(group) + 1), _EIGHT, iterations=2)
-        rows = slice(max(top - 2, 0), bottom + 2)
-        columns = slice(max(left - 2, 0), right + 2)
-        cut = np.where(part, ink, 0)[rows, columns]
-        level = float(np.percentile(ink[part & mask], 95))
-        found.append((np.clip(cut / level, 0, 1), (left, top, right, bottom)))
-    return found
+            groups.append((box, [part]))
+    return sorted(groups, key=lambda group: group[0][1].start)
+
+
+def _belong_together(one: Box, other: Box) -> bool:
+    """Say whether two boxes overlap in x by half the narrower and are near each other in y."""
+    apart, beside = (
+        max(a.start, b.start) - min(a.stop, b.stop) for a, b in zip(one, other, strict=True)
+    )
+    narrower = min(_length(one[1]), _length(other[1]))
+    return -beside > _OVERLAP * narrower and apart < _NEAR * max(_length(one[0]), _length(other[0]))
+
+
+def _union(one: Box, other: Box) -> Box:
+    rows, columns = (
+        slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(one, other, strict=True)
+    )
+    return rows, columns
+
+
+def _length(span: slice) -> int:
+    return int(span.stop - span.start)
