@@ -152,6 +152,7 @@ def without_rulings(ink: Plane, level: float) -> Plane:
 
 def _is_ruled(mask: Mask, axis: int) -> bool:
     """Say whether thin lines along an axis are as long, together, as the picture."""
+
     # Of bytes, filters of a size are separable: fast. Each shape is across the line, along it.
     def shaped(across: int, along: int) -> tuple[int, int]:
         return (across, along) if axis else (along, across)
