@@ -24,7 +24,7 @@ _AROUND = 0.12
 _CLOSING = 0.33
 # Dark ink takes so much of the paper's light at least, light ink adds so much of full brightness;
 # and so many times what the paper varies by.
-_LEAST_INK, _LEAST_LIGHT, _LEAST_NOISES = 0.15, 0.25, 6.0
+_LEAST_INK, _LEAST_LIGHT, _LEAST_NOISES = 0.15, 0.25, 9.0
 # Ink is what has this share of the darkest ink.
 _INK = 0.45
 # Parts of less than this share of the largest part's area are dirt.
@@ -36,14 +36,15 @@ _LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
 _OVERLAP, _NEAR = 0.5, 0.4
 # What touches the edge is a digit that was cropped closely if it has this share of a side.
 _FILLS = 0.8
-# At a stroke's outline the ink changes by this share of its darkest; or it was enlarged from few
-# pixels, and this share of it is nearly as dark as its darkest.
+# No shadow takes so much of the light. Else the ink changes by this share of its darkest at a
+# stroke's outline, or this share of the stroke is nearly as dark as its darkest.
+_DARKEST_SHADOW = 0.7
 _ABRUPT, _SHARP = 0.5, 0.65
 # Rulings are thinner than this, in pictures larger than this.
 _THICKEST_RULING, _LEAST_RULED = 6, 100
 _LEAST_LEFT = 0.75
 # The standard deviation, of the longer side, that noise is smoothed with.
-_SMOOTHING = 0.002
+_SMOOTHING = 0.0015
 _EIGHT = np.ones((3, 3), dtype=bool)
 
 
@@ -159,8 +160,8 @@ def _is_ruled(mask: Mask, axis: int) -> bool:
 
     ink = mask.astype(np.uint8)
     thin = ink - ndimage.grey_opening(ink, shaped(_THICKEST_RULING + 1, 1))
-    # A line that is not quite level stays within three pixels for long enough.
-    thin = ndimage.maximum_filter(thin, shaped(3, 1))
+    # A line that is not quite level stays within three pixels for long enough; others cross it.
+    thin = ndimage.maximum_filter(thin, shaped(3, _THICKEST_RULING + 1))
     lines = ndimage.grey_opening(thin, shaped(1, mask.shape[axis] // 6))
     return bool(lines.sum() >= 3 * mask.shape[axis])
 
@@ -209,7 +210,7 @@ def _is_cut(box: Box, shape: tuple[int, int]) -> bool:
 
 
 def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
-    """Say whether a part ends abruptly or is dark nearly all over, as strokes; shadows fade.
+    """Say whether a part is a stroke: darker than shadows, or abrupt at its outline, or even.
 
     Args:
         ink: of the part's surroundings, as the others.
@@ -219,7 +220,8 @@ def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
     darkest = np.percentile(ink[part], 95)
     outline = part & ~ndimage.binary_erosion(part)
     return bool(
-        np.median(step[outline]) >= _ABRUPT * darkest
+        darkest >= _DARKEST_SHADOW
+        or np.median(step[outline]) >= _ABRUPT * darkest
         or (ink[part] > 0.75 * darkest).mean() >= _SHARP
     )
 
@@ -246,7 +248,7 @@ def _digits(ink: Plane, mask: Mask) -> list[Digit]:
         around = tuple(slice(max(s.start - 2, 0), s.stop + 2) for s in (rows, columns))
         own = np.isin(labels[around], parts)
         near = ndimage.binary_dilation(own, _EIGHT, iterations=2)
-        full = np.percentile(ink[around][own], 95)
+        full = np.percentile(ink[around][own], 95 if min(ink.shape) >= _LEAST_RULED else 100)
         cut = np.where(near, (ink[around] / full).clip(0, 1), 0)
         digits.append(Digit(cut, (columns.start, rows.start, columns.stop, rows.stop)))
     return digits
