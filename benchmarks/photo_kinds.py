@@ -25,7 +25,7 @@ def draw(kind: str, seed: int, digits: NDArray[np.uint8]) -> bytes:
 
     Args:
         kind: a key of KINDS.
-        seed: which picture of the kind; even and odd ones are equally distributed.
+        seed: which picture of the kind.
         digits: uint8 [n, 28, 28], light on dark; n as `count` says.
     """
     random = np.random.default_rng([zlib.crc32(kind.encode()), seed])

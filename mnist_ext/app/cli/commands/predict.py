@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         if prepared.notice:
             streams.print_message(f"note: {file}: {prepared.notice}")
-        result = _classify(model, file, prepared)
+        result = _result(file, classify(model, prepared), prepared)
         if args.json:
             print(json.dumps(result), flush=True)
         else:
@@ -87,7 +87,8 @@ def _content(file: str) -> bytes:
         raise UserError(f"cannot be read: {error.strerror}") from error
 
 
-def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, Any]:
+def classify(model: "Trained", prepared: "Prepared") -> list[dict[str, Any]]:
+    """Return what the model says of each digit: class, name, probability, probabilities, box."""
     from mnist_ext.app.data.datasets import Split, class_names
     from mnist_ext.app.report.scores import logits_of, short_names
 
@@ -106,6 +107,10 @@ def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, An
                 "box": box,
             }
         )
+    return digits
+
+
+def _result(file: str, digits: list[dict[str, Any]], prepared: "Prepared") -> dict[str, Any]:
     return {
         "file": file,
         "number": "".join(digit["name"] for digit in digits),
