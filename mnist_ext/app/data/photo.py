@@ -15,10 +15,11 @@ Plane = NDArray[np.floating]  # [height, width]
 Mask = NDArray[np.bool_]
 Box = tuple[slice, slice]  # rows, columns
 
-# A page is brighter than the desk around it, a rectangle nearly, and this share of the picture.
-_LEAST_PAGE, _LEAST_RECTANGULAR = 0.2, 0.86
+# A page is this share of the picture at least, a rectangle nearly, and no longer than twice its
+# width; the desk is at most so bright, of the page, and along so much of the picture's edge.
+_LEAST_PAGE, _LEAST_RECTANGULAR, _LONGEST_PAGE = 0.2, 0.86, 2.0
 _DARKEST_DESK, _LEAST_AROUND = 0.65, 0.7
-# The surroundings of an edge, of the longer side.
+# The side of what is averaged around an edge, of the picture's longer side.
 _AROUND = 0.12
 # The side of the closing, of the longer side: wider than strokes, narrower than shadows.
 _CLOSING = 0.33
@@ -40,7 +41,8 @@ _FILLS = 0.8
 # stroke's outline, or this share of the stroke is nearly as dark as its darkest.
 _DARKEST_SHADOW = 0.7
 _ABRUPT, _SHARP = 0.5, 0.65
-# Rulings are thinner than this, in pictures larger than this.
+# Rulings are up to so thick, in pictures of at least so many pixels a side, and no darker ink
+# than this share of theirs is left where nothing is written between them.
 _THICKEST_RULING, _LEAST_RULED = 6, 100
 _LEAST_LEFT = 0.75
 # The standard deviation, of the longer side, that noise is smoothed with.
@@ -83,7 +85,7 @@ def without_desk(colors: NDArray[np.floating], light: Plane) -> NDArray[np.float
         return colors
     if np.median(light[~page]) > _DARKEST_DESK * np.median(light[page]):
         return colors
-    if _rectangularity(page) < _LEAST_RECTANGULAR:
+    if not _is_page(page):
         return colors
     rim = max(2, round(0.012 * max(light.shape)))
     page = ndimage.binary_erosion(page, iterations=rim, border_value=1)
@@ -102,12 +104,16 @@ def otsu(values: Plane) -> float:
     return float(edges[1:][np.argmax(between)])
 
 
-def _rectangularity(mask: Mask) -> float:
-    """Return the share of its smallest enclosing rectangle, turned by up to 45 degrees."""
+def _is_page(mask: Mask) -> bool:
+    """Say whether a mask fills the smallest rectangle around it, which is turned, as a page does.
+
+    A light digit on a dark picture is no page: what fills a rectangle, a one, is longer.
+    """
     at = np.argwhere(mask ^ ndimage.binary_erosion(mask)) @ np.array([1, 1j])
     turned = at[:, None] * np.exp(1j * np.deg2rad(np.arange(-45, 45)))
-    areas = (np.ptp(turned.real, axis=0) + 1) * (np.ptp(turned.imag, axis=0) + 1)
-    return float(mask.sum() / areas.min())
+    sides = np.stack([np.ptp(turned.real, axis=0), np.ptp(turned.imag, axis=0)]) + 1
+    short, long = np.sort(sides[:, np.argmin(sides.prod(axis=0))])
+    return bool(mask.sum() >= _LEAST_RECTANGULAR * short * long and long <= _LONGEST_PAGE * short)
 
 
 def is_dark_on_light(light: Plane, border: Plane) -> bool:
@@ -196,7 +202,7 @@ def find_digits(light: Plane, dark_on_light: bool) -> list[Digit]:
 
 def _levels(ink: Plane) -> tuple[float, float, float]:
     """Return the ink of blank paper, what that varies by, and how far above it the darkest is."""
-    blank = ink[ink <= otsu(ink)]
+    blank = ink[ink <= max(otsu(ink), ink.min())]
     paper = float(np.median(blank))
     noise = 1.4826 * float(np.median(np.abs(blank - paper)))
     return paper, noise, float(np.percentile(ink, 99.9)) - paper
