@@ -353,7 +353,7 @@ def _smooth(values: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.asarray(np.mean(near, axis=0))
 
 
-def _place(ink: NDArray[np.float64], box: int, by_mass: bool) -> NDArray[np.uint8]:
+def _place(ink: NDArray[np.floating], box: int, by_mass: bool) -> NDArray[np.uint8]:
     """Fit what is drawn into a box, and that into the middle of 28x28 pixels."""
     drawn = ink >= _FAINT
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
