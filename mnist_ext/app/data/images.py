@@ -24,6 +24,7 @@ from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
 from mnist_ext.app import UserError
+from mnist_ext.app.data import photo
 
 _SIDE = 28
 _DIGIT_BOX = 20
@@ -41,9 +42,6 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _LEAST_LIGHTNESS = 0.5
 # Noise has a connectedness of up to 0.5, also after JPEG; MNIST's digits have 1.4 and more.
 _LEAST_CONNECTED = 0.6
-# Of a digit nearly a tenth of the tiles is blank; the lines of paper are in all, evenly.
-_TILES = 6
-_MOST_EVEN = 0.4
 
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -68,36 +66,42 @@ _FILL = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An image, made like those of a data set.
+    """What a file shows, made like the images of a data set.
 
     Attributes:
-        pixels: uint8 [28, 28]; 0 is the background.
+        pixels: uint8 [n, 28, 28], the digits from left to right; 0 is the background.
+        boxes: where in the file's image they lie: left, top, right, bottom.
         size: width and height of the file's image, after its rotation.
         mode: the file's pixel format, in Pillow's terms.
-        inverted: the border was light, so that dark is what was drawn.
+        inverted: what was drawn is darker than the background.
         notice: what a user should know about the file, if anything.
     """
 
     pixels: Tensor
+    boxes: list[tuple[int, int, int, int]]
     size: tuple[int, int]
     mode: str
     inverted: bool
     notice: str | None = None
 
 
-def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
-    """Make an image of any size and format look like those of a data set.
+class NothingFoundError(UserError):
+    """The file is an image, and shows nothing that could be classified."""
 
-    What differs from the border is taken for what was drawn: there should be one digit on a plain
-    background, which need not be lit evenly. Transparent parts count as paper. The image is
-    inverted where the border is brighter than what was drawn.
+
+def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
+    """Make what an image of any size and format shows look like the images of a data set.
+
+    Digits are found on paper as `photo` describes, side by side; of clothing there should be one
+    piece on a plain background, which need not be lit evenly. Transparent parts count as paper.
 
     Args:
         content: the file, in a format that Pillow reads; of several frames the first one.
         dataset: whose images to imitate: ``mnist``, ``fashion-mnist`` or ``digits``.
 
     Raises:
-        UserError: it is no image, lacks pixels, is larger than Pillow's limit, or shows nothing.
+        NothingFoundError: it shows nothing.
+        UserError: it is no image, lacks pixels, or is larger than Pillow's limit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is wrong with a file's metadata
@@ -107,7 +111,12 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
             orientation = _orientation(decoded.image)
             turn = _TURNS.get(orientation)
             upright = decoded.image if turn is None else decoded.image.transpose(turn)
-            ink, inverted = _ink(_colors(upright))
+            colors = _colors(upright)
+            if dataset == "fashion-mnist":
+                ink, inverted = _ink(colors)
+                digits = [photo.Digit(ink, (0, 0, *ink.shape[::-1]))]
+            else:
+                digits, inverted = _digits(colors)
         except UserError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -118,13 +127,16 @@ def prepare(content: bytes, dataset: str = "mnist") -> Prepared:
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"is a damaged image ({reason})") from error
-    if dataset != "fashion-mnist" and _evenness(ink) > _MOST_EVEN:
-        raise UserError("shows nothing: no digit, only a pattern that is the same all over")
+    if not digits:
+        raise NothingFoundError("no digit found")
     box = _SIDE if dataset == "fashion-mnist" else _DIGIT_BOX
-    placed = _place(ink, box, by_mass=dataset == "mnist")
+    placed = np.stack([_place(digit.ink, box, by_mass=dataset == "mnist") for digit in digits])
     size = decoded.size[::-1] if orientation in _LYING else decoded.size
     notice = "its end is missing, but all pixels are there" if decoded.cut else None
-    return Prepared(torch.from_numpy(placed), size, decoded.image.mode, inverted, notice)
+    height, width = colors.shape[:2]
+    scale = np.tile([size[0] / width, size[1] / height], 2)
+    boxes = [tuple(np.rint(digit.box * scale).astype(int).tolist()) for digit in digits]
+    return Prepared(torch.from_numpy(placed), boxes, size, decoded.image.mode, inverted, notice)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,28 +264,55 @@ def _reduced(image: Image.Image) -> Image.Image:
     return image
 
 
+def _digits(colors: NDArray[np.floating]) -> tuple[list[photo.Digit], bool]:
+    """Return the digits on a page, and whether they are darker than it."""
+    colors = photo.without_desk(colors, _luminance(colors))
+    line = _ink_color(colors)
+    if line is None:
+        light = _luminance(colors)
+        inverted = photo.is_dark_on_light(light, _darker(light)[0] + light)
+        return photo.find_digits(light, inverted), inverted
+    light = colors @ line
+    return photo.find_digits(light - min(light.min(), 0), True), bool(line @ _LUMINANCE > 0)
+
+
+def _luminance(colors: NDArray[np.floating]) -> NDArray[np.floating]:
+    return np.asarray(colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0])
+
+
+def _ink_color(colors: NDArray[np.floating]) -> NDArray[np.float64] | None:
+    """Return what colours must be multiplied with to tell ink by its colour, paper being more.
+
+    None where lightness tells it from the paper.
+    """
+    if colors.shape[2] == 1:
+        return None
+    apart = np.stack([_smooth(_darker(colors[..., c])[0]) for c in range(3)], axis=-1)
+    distance = np.sqrt((apart**2).mean(axis=-1))
+    darker = _smooth(_darker(_luminance(colors))[0])
+    if max(darker.max(), -darker.min()) >= _LEAST_LIGHTNESS * distance.max():
+        return None
+    # Along the line from the ink's colour to the paper's, a grey being 1 apart from black.
+    line = apart[np.unravel_index(distance.argmax(), distance.shape)]
+    return np.asarray(line / (np.linalg.norm(line) * math.sqrt(3)))
+
+
 def _ink(colors: NDArray[np.floating]) -> tuple[NDArray[np.float64], bool]:
     """Return how far each pixel is from the background, 0 to 1, and whether that is lighter."""
-    light = colors @ _LUMINANCE if colors.shape[2] == 3 else colors[..., 0]
-    darker, paper = _darker(light)
+    line = _ink_color(colors)
+    darker, paper = _darker(_luminance(colors) if line is None else colors @ line)
     inverted = bool(darker.max() > -darker.min())
     ink = darker if inverted else -darker
-    if colors.shape[2] == 3:
-        apart = np.stack([_smooth(_darker(colors[..., c])[0]) for c in range(3)], axis=-1)
-        distance = np.sqrt((apart**2).mean(axis=-1))
-        if _smooth(ink).max() < _LEAST_LIGHTNESS * distance.max():
-            # Along the line from the ink's colour to the paper's, a grey being 1 apart from black.
-            line = apart[np.unravel_index(distance.argmax(), distance.shape)]
-            ink, paper = _darker(colors @ (line / (np.linalg.norm(line) * math.sqrt(3))))
-            inverted = bool(line @ _LUMINANCE > 0)
+    if line is not None:
+        inverted = bool(line @ _LUMINANCE > 0)
 
     # What the border varies by is background inside, too.
     floor = max(float(np.percentile(np.abs(ink[paper]), 95)), 0.0)
     if ink.max() - floor < _LEAST_CONTRAST:
-        raise UserError("shows nothing: its pixels are all alike")
+        raise NothingFoundError("shows nothing: its pixels are all alike")
     ink = np.clip((ink - floor) / (ink.max() - floor), 0, 1)
     if _connected(ink) < _LEAST_CONNECTED:
-        raise UserError("shows nothing: no digit, only specks")
+        raise NothingFoundError("shows nothing, only specks")
     return ink, inverted
 
 
@@ -286,15 +325,6 @@ def _connected(ink: NDArray[np.float64]) -> float:
         (ink[1:, :-1], ink[:-1, 1:]),
     )
     return float(sum((a * b).sum() for a, b in pairs) / (ink * ink).sum())
-
-
-def _evenness(ink: NDArray[np.float64]) -> float:
-    """Return the share of the mean ink that the emptiest tenth of 36 tiles has."""
-    if min(ink.shape) < 2 * _TILES:
-        return 0.0
-    rows = np.array_split(ink**2, _TILES, axis=0)
-    tiles = [tile.mean() for row in rows for tile in np.array_split(row, _TILES, axis=1)]
-    return float(np.percentile(tiles, 10) / np.mean(tiles))
 
 
 def _darker(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -323,7 +353,7 @@ def _smooth(values: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.asarray(np.mean(near, axis=0))
 
 
-def _place(ink: NDArray[np.float64], box: int, by_mass: bool) -> NDArray[np.uint8]:
+def _place(ink: NDArray[np.floating], box: int, by_mass: bool) -> NDArray[np.uint8]:
     """Fit what is drawn into a box, and that into the middle of 28x28 pixels."""
     drawn = ink >= _FAINT
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from mnist_ext.app.cli import streams
 from mnist_ext.app.cli.commands.scoring import add_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mnist_ext.app.cli.terminal import Terminal
     from mnist_ext.app.data.images import Prepared
     from mnist_ext.app.runs.trained import Trained
@@ -25,11 +28,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "predict",
         help="classify image files with the model of a run",
-        description="Classify image files with the model of a run. Each should show one digit on\n"
-        "a plain background, dark on light or light on dark; it is cropped, scaled and centred\n"
-        "as MNIST's digits were. Files that cannot be read are named, and the others are done.",
+        description="Classify image files with the model of a run: scans, or photos of a page, of\n"
+        "one digit or of several side by side, dark on light or light on dark. Each digit is\n"
+        "cropped, scaled and centred as MNIST's were. Files that cannot be read are named, and\n"
+        "the others are done.",
         epilog="example: mnist-ext predict runs/20261123-222716-mnist-ext seven.png photo.jpg\n\n"
-        "exit codes: 0 done, 2 wrong use or bad input, also if only one of several files is bad",
+        "exit codes: 0 done; 1 no digit found in one of the files; 2 wrong use or bad input, also\n"
+        "if only one of several files is bad",
     )
     add_run(parser)
     parser.add_argument(
@@ -38,8 +43,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object a line and image: class, probabilities, and what the image was "
-        "taken for",
+        help="print one JSON object a line and image: the number, class, probabilities and box of "
+        "each digit, and what the image was taken for",
     )
     parser.set_defaults(run=run)
 
@@ -47,31 +52,31 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     """Classify every file."""
     from mnist_ext.app.cli.terminal import Terminal
-    from mnist_ext.app.data.images import prepare
+    from mnist_ext.app.data.images import NothingFoundError, prepare
     from mnist_ext.app.runs import trained
 
     model = trained.load(args.run_folder)
     terminal = Terminal.of(sys.stdout)
-    failed = False
+    code = 0
     for number, file in enumerate(args.images):
         try:
             prepared = prepare(_content(file), model.dataset)
         except UserError as error:
-            failed = True
+            code = max(code, 1 if isinstance(error, NothingFoundError) else 2)
             streams.print_message(f"error: {file}: {error}")
             if args.json:
                 print(json.dumps({"file": file, "error": str(error)}), flush=True)
             continue
         if prepared.notice:
             streams.print_message(f"note: {file}: {prepared.notice}")
-        result = _classify(model, file, prepared)
+        result = _result(file, classify(model, prepared), prepared)
         if args.json:
             print(json.dumps(result), flush=True)
         else:
             if number:
                 print()
             print("\n".join(_lines(result, prepared, terminal)), flush=True)
-    return 2 if failed else 0
+    return code
 
 
 def _content(file: str) -> bytes:
@@ -85,21 +90,36 @@ def _content(file: str) -> bytes:
         raise UserError(f"cannot be read: {error.strerror}") from error
 
 
-def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, Any]:
+def classify(model: "Trained", prepared: "Prepared") -> list[dict[str, Any]]:
+    """Return what the model says of each digit: class, name, probability, probabilities, box."""
     from mnist_ext.app.data.datasets import Split, class_names
     from mnist_ext.app.report.scores import logits_of, short_names
 
-    split = Split(prepared.pixels[None], prepared.pixels.new_zeros(1).long())
+    split = Split(prepared.pixels, prepared.pixels.new_zeros(len(prepared.pixels)).long())
     logits = logits_of(model.model, split, model.mean, model.std)
-    probabilities = logits.double().softmax(dim=1)[0]
     names = short_names(class_names(model.dataset))
-    best = int(probabilities.argmax())
+    digits = []
+    for probabilities, box in zip(logits.double().softmax(dim=1), prepared.boxes, strict=True):
+        best = int(probabilities.argmax())
+        digits.append(
+            {
+                "class": best,
+                "name": names[best],
+                "probability": float(probabilities[best]),
+                "probabilities": dict(zip(names, probabilities.tolist(), strict=True)),
+                "box": box,
+            }
+        )
+    return digits
+
+
+def _result(file: str, digits: list[dict[str, Any]], prepared: "Prepared") -> dict[str, Any]:
     return {
         "file": file,
-        "class": best,
-        "name": names[best],
-        "probability": float(probabilities[best]),
-        "probabilities": dict(zip(names, probabilities.tolist(), strict=True)),
+        "number": "".join(digit["name"] for digit in digits),
+        "digits": digits,
+        # Of a single one, which is the usual case, directly.
+        **(digits[0] if len(digits) == 1 else {}),
         "width": prepared.size[0],
         "height": prepared.size[1],
         "mode": prepared.mode,
@@ -109,21 +129,33 @@ def _classify(model: "Trained", file: str, prepared: "Prepared") -> dict[str, An
 
 
 def _lines(result: dict[str, Any], prepared: "Prepared", terminal: "Terminal") -> list[str]:
-    """Return the digit as the model sees it, with the probabilities beside it."""
+    """Return each digit as the model sees it, with its probabilities."""
     from mnist_ext.app.report.scores import sure
 
     file = "standard input" if result["file"] == "-" else streams.printable(result["file"])
-    name, shares = result["name"], result["probabilities"]
-    surely = f", {sure(result['probability'])} sure"
+    digits = result["digits"]
+    # The number is right if every digit is.
+    surely = f", {sure(math.prod(digit['probability'] for digit in digits))} sure"
+    number = result["number"]
     about = f"{result['width']}x{result['height']} {result['mode']}, {result['seen_as']}"
-    lines = [f"{terminal.bold(f'{file}: {name}')}{surely}", terminal.faint(about)]
-    if terminal.fits(len(f"{file}: {name}{surely}  {about}")):
+    lines = [f"{terminal.bold(f'{file}: {number}')}{surely}", terminal.faint(about)]
+    if terminal.fits(len(f"{file}: {number}{surely}  {about}")):
         lines = ["  ".join(lines)]
-    picture = terminal.picture(prepared.pixels)
-    if terminal.fits(prepared.pixels.shape[1] + 2 + _width(shares, _BAR_WIDTH)):
-        return lines + _beside(picture, _bars(shares, terminal))
+    for digit, pixels in zip(digits, prepared.pixels, strict=True):
+        if len(digits) > 1:
+            lines.append(terminal.bold(digit["name"]) + f", {sure(digit['probability'])} sure")
+        lines += _digit_lines(digit["probabilities"], pixels, terminal)
+    return lines
+
+
+def _digit_lines(shares: dict[str, float], pixels: "Tensor", terminal: "Terminal") -> list[str]:
+    """Return the picture with the bars beside it; where that is too wide, a few bars below it."""
+    picture = terminal.picture(pixels)
+    if terminal.fits(pixels.shape[1] + 2 + _width(shares, _BAR_WIDTH)):
+        return _beside(picture, _bars(shares, terminal))
     likeliest = sorted(shares, key=shares.__getitem__, reverse=True)[:_FEW]
-    return [*lines, *picture, *_bars({name: shares[name] for name in likeliest}, terminal)]
+    few = {name: shares[name] for name in likeliest}
+    return [*_trimmed([line.rstrip() for line in picture]), *_bars(few, terminal)]
 
 
 def _width(shares: dict[str, float], bar: int) -> int:
@@ -145,12 +177,12 @@ def _bars(shares: dict[str, float], terminal: "Terminal") -> list[str]:
 
 
 def _beside(picture: list[str], bars: list[str]) -> list[str]:
-    """Return both side by side, without the blank lines above and below."""
     first = (len(picture) - len(bars)) // 2
-    beside = [*[""] * first, *bars, *[""] * len(picture)]
-    lines = [f"{a}  {b}".rstrip() for a, b in zip(picture, beside, strict=False)]
-    while not lines[0]:
-        del lines[0]
-    while not lines[-1]:
-        del lines[-1]
-    return lines
+    padded = [*[""] * first, *bars, *[""] * len(picture)]
+    return _trimmed([f"{a}  {b}".rstrip() for a, b in zip(picture, padded, strict=False)])
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    """Return the lines without blank ones at either end."""
+    shown = [i for i, line in enumerate(lines) if line]
+    return lines[shown[0] : shown[-1] + 1]
