@@ -4,10 +4,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
-CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
+CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels gpu docs wheel lint format clean
+.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels exhaustive gpu docs wheel lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 	$(ALONE) mnist-ext doctor
 	$(ALONE) mnist-ext train --dataset digits --epochs 1 --output-dir $(SMOKE)/runs
 	$(ALONE) pytest -q --best-isa -k 'not emulated' tests/ops/test_errors.py tests/ops/test_mlp.py tests/train_step/test_step.py
+
+exhaustive: install  ## every float32 through exp, log, tanh and the conversions of the CPU's kernels; minutes
+	$(BIN)/python tests/exhaustive.py $(ARGS)
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)
