@@ -23,11 +23,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from compiling import compile_cpp  # noqa: E402
 from provenance import cpu_model  # noqa: E402
 
-# In ulp. That of AVX-512 and of the baseline, without fused multiply-add, is the largest.
+# In ulp; the largest are those of the baseline, which has no fused multiply-add.
 BOUNDS = {
-    "exp": 1.2,
+    "exp": 1.25,
     "log": 1.0,  # from 1 on 0.9
-    "tanh": 1.6,
+    "tanh": 1.75,
     "exp of float64": 1.2,
     "log of float64": 0.9,
     "tanh of float64": 2.0,

@@ -3,7 +3,7 @@
 // exp(x) = 2^n * exp(r), n = round(x / ln 2), r = x - n * ln 2 in two parts (Cody and Waite), |r| <= ln(2)/2, exp(r) by
 // its Taylor polynomial, of a degree that leaves an error of 0.1 ulp before rounding. With AVX-512, n is rounded to
 // sixteenths instead (double: eighths), for which half the degree will do: the fractional powers of 2 fit into one
-// register, from which a permutation fetches them. The result is within 1.15 ulp, of float32 for every input
+// register, from which a permutation fetches them. The result is within 1.25 ulp, of float32 for every input
 // (docs/accuracy.md).
 //
 // What is below the smallest normal number becomes 0, exp(-inf) too, and is kept from the multiplication by 2^n: a core

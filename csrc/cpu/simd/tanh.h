@@ -1,6 +1,6 @@
 // tanh(x) for a vector: of small x by Lambert's continued fraction, x / (1 + t), t = x^2 / (3 + x^2 / (5 + ...)); else
 // from e = exp(-2 |x|). Both as a correction of something exact, x - x * t / (1 + t) and 1 - 2 e / (1 + e), so that
-// what is rounded on the way counts a third at most. The result is within 1.6 ulp (docs/accuracy.md). tanh(NaN) = NaN.
+// what is rounded on the way counts a third at most. The result is within 1.75 ulp (docs/accuracy.md). tanh(NaN) = NaN.
 #pragma once
 
 #include "exp_log.h"
