@@ -4,11 +4,11 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
-CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
+CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel lint format clean
+	aarch64 docs wheel exhaustive lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 	$(ALONE) mnist-ext doctor
 	$(ALONE) mnist-ext train --dataset digits --epochs 1 --output-dir $(SMOKE)/runs
 	$(ALONE) pytest -q --best-isa -k 'not emulated' tests/ops/test_errors.py tests/ops/test_mlp.py tests/train_step/test_step.py
+
+exhaustive: install  ## every float32 through exp, log, tanh and the conversions of the CPU's kernels; minutes
+	$(BIN)/python tests/exhaustive.py $(ARGS)
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)

@@ -1,10 +1,13 @@
-"""Where the memory of large results comes from."""
+"""Where the memory of large results comes from, and that nothing beyond a tensor is touched."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mnist_ext import _C
 
 pytestmark = pytest.mark.cpu_only("memory of the CPU")
 
@@ -116,3 +119,22 @@ def test_running_out_of_memory_in_a_parallel_region_is_a_memory_error(op):
     process = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip() == "MemoryError"
+
+
+@pytest.fixture(scope="module")
+def guard_pages(tmp_path_factory):
+    library = tmp_path_factory.mktemp("guard_pages") / "guard_pages.so"
+    source = Path(__file__).with_name("guard_pages.c")
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an allocator in place of glibc's")
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_nothing_beyond_a_tensor_is_read_or_written(isa, guard_pages):
+    """Nor beyond scratch memory: all of them end, then begin, at an unmapped page."""
+    command = [sys.executable, Path(__file__).with_name("guard_pages.py"), isa]
+    environment = {**os.environ, "LD_PRELOAD": str(guard_pages)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert process.returncode == 0, "\n".join(process.stderr.splitlines()[-30:])
