@@ -7,7 +7,7 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
+.PHONY: help install train test test-oldest test-built-with-oldest sanitize bench bench-kernels tune bench-amx gpu kernels \
 	aarch64 docs wheel lint format clean
 
 help:  ## what there is
@@ -67,6 +67,16 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 	$(ALONE) mnist-ext doctor
 	$(ALONE) mnist-ext train --dataset digits --epochs 1 --output-dir $(SMOKE)/runs
 	$(ALONE) pytest -q --best-isa -k 'not emulated' tests/ops/test_errors.py tests/ops/test_mlp.py tests/train_step/test_step.py
+
+# GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
+SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
+
+sanitize: install  ## the tests on kernels built with sanitizers: memory, undefined behaviour, races
+	$(BIN)/python tools/sanitize.py address --best-isa $(SANITIZED) $(ARGS)
+	$(BIN)/python tools/sanitize.py address tests/ops/test_linear.py tests/ops/test_cross_entropy.py -k "not emulated" $(ARGS)
+	for threads in 2 4; do \
+		OMP_NUM_THREADS=$$threads $(BIN)/python tools/sanitize.py thread --best-isa $(SANITIZED) $(ARGS) || exit 1; \
+	done
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)
