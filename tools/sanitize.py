@@ -20,8 +20,9 @@ FLAGS = {
     "address": "-fsanitize=address,undefined,float-cast-overflow,bounds-strict",
     "thread": "-fsanitize=thread",
 }
-# Readable reports, and a compiler that is done in minutes; fused multiply-adds, which -O1 lacks.
-COMMON_FLAGS = "-fno-omit-frame-pointer -g1 -O1 -fexpensive-optimizations"
+# Readable reports. A compiler that is done in minutes, but with fused multiply-adds. Not the -fwrapv
+# of Python's own build, under which no signed overflow is undefined.
+COMMON_FLAGS = "-fno-omit-frame-pointer -g1 -O1 -fexpensive-optimizations -fstrict-overflow"
 
 OPTIONS = {
     # Python frees little of what it has at its end. Tests ask for more memory than there is.
