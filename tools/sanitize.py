@@ -20,8 +20,8 @@ FLAGS = {
     "address": "-fsanitize=address,undefined,float-cast-overflow,bounds-strict",
     "thread": "-fsanitize=thread",
 }
-# Readable reports; a compiler that is done in minutes, but with fused multiply-adds; not the -fwrapv
-# of Python's own build, under which signed overflow is defined.
+# Readable reports; a compiler done in minutes, but with fused multiply-adds; not the -fwrapv of
+# Python's own build, under which signed overflow is defined.
 COMMON_FLAGS = "-fno-omit-frame-pointer -g1 -O1 -fexpensive-optimizations -fstrict-overflow"
 
 OPTIONS = {
