@@ -7,8 +7,8 @@ BUILD_REQUIRES := 'setuptools>=77' ninja 'pybind11>=2.13' numpy
 CODE := '*.h' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
-.PHONY: help install train test test-oldest test-built-with-oldest sanitize bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel lint format clean
+.PHONY: help install train test test-oldest test-built-with-oldest sanitize bench bench-kernels tune bench-amx gpu \
+	kernels aarch64 docs wheel lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
