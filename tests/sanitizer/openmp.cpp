@@ -1,5 +1,6 @@
-// What our kernels call of OpenMP's runtime, by std::thread. ThreadSanitizer knows when those start and end; of libgomp,
-// which is not compiled with it, it knows nothing. tools/sanitize.py links it into mnist_ext._C; PyTorch keeps libgomp.
+// What our kernels call of OpenMP's runtime, by std::thread. ThreadSanitizer knows when those start and end; of
+// libgomp, which is not compiled with it, it knows nothing. tools/sanitize.py links it into mnist_ext._C; PyTorch keeps
+// libgomp.
 //
 // Each parallel region has threads of its own, and within a region there is none.
 #include <thread>
