@@ -8,7 +8,7 @@ CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel exhaustive lint format clean
+	aarch64 docs wheel exhaustive sanitize lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,15 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 
 exhaustive: install  ## every float32 through exp, log, tanh and the conversions of the CPU's kernels; minutes
 	$(BIN)/python tests/exhaustive.py $(ARGS)
+# GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
+SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
+
+sanitize: install  ## the tests on kernels built with sanitizers: memory, undefined behaviour, races
+	$(BIN)/python tools/sanitize.py address --best-isa $(SANITIZED) $(ARGS)
+	$(BIN)/python tools/sanitize.py address tests/ops/test_linear.py tests/ops/test_cross_entropy.py -k "not emulated" $(ARGS)
+	for threads in 2 4; do \
+		OMP_NUM_THREADS=$$threads $(BIN)/python tools/sanitize.py thread --best-isa $(SANITIZED) $(ARGS) || exit 1; \
+	done
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)

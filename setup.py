@@ -8,6 +8,9 @@ are compiled for several architectures; the driver picks one.
 MNIST_EXT_CUDA=0 leaves CUDA out. CUDA kernels are for the GPUs that this machine has; where it has
 none, or with MNIST_EXT_CUDA_ARCH=all, for all that they know. MNIST_EXT_CUDA_ARCH may also name
 architectures: "9.0" or "8.0;9.0".
+
+MNIST_EXT_FLAGS: more flags for the C++ compiler and for the linker, after ours
+(tools/sanitize.py).
 """
 
 import os
@@ -55,6 +58,8 @@ ARCHITECTURES = cuda_toolkit.architectures(TOOLKIT.version, GPUS) if TOOLKIT els
 
 # No fast-math: inf and NaN are part of the contract. Contracting a * b + c is not fast-math.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast"]
+MORE_FLAGS = os.environ.get("MNIST_EXT_FLAGS", "").split()
+CXX_FLAGS += MORE_FLAGS
 # -Wpsabi warns of vector arguments of functions that are all inlined.
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]
 # As system headers, so that the warnings are about our code.
@@ -87,7 +92,7 @@ def cpu_library() -> Extension:
             ("MNIST_EXT_NO_CUDA_REASON", f'"{NO_CUDA_REASON}"'),
         ],
         extra_compile_args={"cxx": [*CXX_FLAGS, *WARNINGS, *INCLUDES]},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *MORE_FLAGS],
         language="c++",
     )
 
@@ -136,10 +141,11 @@ class BuildWithIsaFlags(BuildExtension):
     op_objects: list[str] | None = None
 
     def finalize_options(self) -> None:
-        super().finalize_options()
         # One folder for setup.py, pip install and pip install -e (whose own is a temporary one):
         # each compiles only what has changed since the last of them.
-        self.build_temp = os.path.join("build", "objects", sys.implementation.cache_tag)
+        if self.build_temp is None:  # not asked for by --build-temp
+            self.build_temp = os.path.join("build", "objects", sys.implementation.cache_tag)
+        super().finalize_options()
 
     def build_extensions(self) -> None:
         if missing := build_requirements.missing_compiler():

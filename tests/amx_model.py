@@ -5,6 +5,7 @@ import functools
 import sys
 from pathlib import Path
 
+import emulated
 import torch
 from torch.utils import cpp_extension
 
@@ -21,7 +22,7 @@ NAME = "model of amx"
 @functools.cache
 def register() -> str:
     """Build, where something changed, and return what `_C.set_isa` calls it."""
-    folder = ROOT / "build" / "amx_model" / torch.__version__
+    folder = emulated.BUILD.parent / "amx_model" / torch.__version__
     folder.mkdir(parents=True, exist_ok=True)
     path = cpp_extension.load(
         "mnist_ext_amx_model",
@@ -40,7 +41,9 @@ def register() -> str:
             "-DMNIST_EXT_ISA=amx_model",
             "-DMNIST_EXT_AMX",
             *isa_flags.FLAGS["avx512"],
+            *emulated.MORE_FLAGS,
         ],
+        extra_ldflags=emulated.MORE_FLAGS,
         build_directory=str(folder),
         with_cuda=False,
         is_python_module=False,

@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from mnist_ext import _C, _autograd
 
 ROOT = Path(__file__).parents[1]
 EMULATOR = ROOT / "tests" / "emulator"
-BUILD = ROOT / "build" / "emulator"
+# Another folder, and more flags than ours, where tools/sanitize.py says so.
+BUILD = Path(os.environ.get("MNIST_EXT_BUILD", ROOT / "build")) / "emulator"
+MORE_FLAGS = os.environ.get("MNIST_EXT_FLAGS", "").split()
 
 MAIN_LOOPS = ("simt", "mma", "wgmma")
 
@@ -33,7 +36,8 @@ def library() -> ModuleType:
         "mnist_ext_emulated",
         [str(EMULATOR / "library.cpp")],
         # -O1: the kernels are small, and most of the time goes to switching threads.
-        extra_cflags=["-std=c++20", "-O1", "-w", "-fvisibility=hidden"],
+        extra_cflags=["-std=c++20", "-O1", "-w", "-fvisibility=hidden", *MORE_FLAGS],
+        extra_ldflags=MORE_FLAGS,
         extra_include_paths=[str(EMULATOR)],
         build_directory=str(folder),
         with_cuda=False,

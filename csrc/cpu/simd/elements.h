@@ -133,7 +133,7 @@ MNIST_EXT_INLINE Register<T> load(const T* p, int lanes, ComputeType<T> fill = 0
       std::memcpy(&bits, p, sizeof(bits));
       return widen_vector<T>(bits);
     }
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !MNIST_EXT_SANITIZED
     bits = same_bits<Halves>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << lanes) - 1), p));
 #else
 #pragma GCC unroll 8
@@ -157,7 +157,7 @@ MNIST_EXT_INLINE void store(T* p, Register<T> x, int lanes) {
       std::memcpy(p, &bits, sizeof(bits));
       return;
     }
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !MNIST_EXT_SANITIZED
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << lanes) - 1), same_bits<__m256i>(bits));
 #else
     for (int i = 0; i < lanes; ++i) p[i].bits = bits[i];

@@ -27,6 +27,7 @@ MNIST_EXT_INLINE Range split(int64_t n, int64_t unit, int64_t part, int64_t part
 
 // At most `threads`, and no more than give each at least `grain` of `work`: a tiny shape does not pay for threads.
 MNIST_EXT_INLINE int threads_for(double work, double grain, int threads) {
+  if (MNIST_EXT_SANITIZED) return threads;
   const double wanted = work / grain;
   return wanted < threads ? (wanted < 1 ? 1 : static_cast<int>(wanted)) : threads;
 }
