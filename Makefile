@@ -8,7 +8,7 @@ CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel exhaustive sanitize lint format clean
+	aarch64 docs wheel exhaustive sanitize fuzz lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,10 @@ test-built-with-oldest: test-oldest  ## the same, built against that torch: befo
 	$(OLDEST)/bin/pip install $(BUILD_REQUIRES)
 	MNIST_EXT_CUDA=0 $(OLDEST)/bin/pip install --no-build-isolation --no-deps --force-reinstall .
 	$(OLDEST)/bin/pytest $(ARGS) tests/test_library.py $(addprefix tests/ops/test_,errors.py mlp.py optim.py)
+
+fuzz: ARGS = --fuzz-seconds 600
+fuzz: install  ## random calls against PyTorch's for ten minutes; ARGS="--fuzz-seconds 60 --fuzz-seed 1"
+	$(BIN)/pytest -q tests/fuzz $(ARGS)
 
 # What stays outside of the wheel belongs to torch, which is imported first: its own libraries, and OpenMP's, of which a
 # process must have one. The fresh environment sees no compiler.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--best-isa", action="store_true", help="run the best instruction set alone, not each"
     )
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=20, help="how long tests/fuzz takes (default: 20)"
+    )
+    parser.addoption(
+        "--fuzz-seed", type=int, help="of tests/fuzz (default: another one each time, printed)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fuzz-seed") is None:  # pytest-xdist's processes are given this one
+        config.option.fuzz_seed = time.time_ns() // 1000 % 2**31
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    properties = [value for r in reports for value in r.user_properties]
+    calls = sum(count for name, count in properties if name == "fuzzed calls")
+    if calls:
+        seed = config.getoption("--fuzz-seed")
+        terminalreporter.write_line(f"fuzz: {calls:,} calls with --fuzz-seed {seed}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -46,7 +46,7 @@ def library() -> ModuleType:
 
 def __getattr__(name: str) -> Callable[..., Any]:
     """Of the library: set_seed, set_device, launches and the others that it lists."""
-    if name.startswith("__"):  # which Python asks of every module
+    if name.startswith("_"):  # which Python and hypothesis ask of every module
         raise AttributeError(name)
     return getattr(library(), name)
 

@@ -28,11 +28,10 @@ class Widened {
     });
   }
 
-  // Of an operand of `outer` by K, as it lies.
-  Widened(const Operand<T>& o, int64_t outer, int64_t K, int threads)
-      : Widened(o.data, o.k_stride == 1 ? outer : K, o.k_stride == 1 ? K : outer,
-                o.k_stride == 1 ? o.outer_stride : o.k_stride, threads) {
-    is_transposed_ = o.k_stride != 1;
+  // Of an operand of `outer` by K, as it lies: along K or along the other dimension.
+  Widened(const Operand<T>& o, int64_t outer, int64_t K, bool along_k, int threads)
+      : Widened(o.data, along_k ? outer : K, along_k ? K : outer, along_k ? o.outer_stride : o.k_stride, threads) {
+    is_transposed_ = !along_k;
   }
 
   Operand<float> operand() const {
@@ -67,8 +66,11 @@ class Widened {
 // Calls run(product of float).
 template <class T, class Run>
 void run_widened(const Product<T>& p, int threads, const Run& run) {
-  const Widened<T> a(p.a, p.M, p.K, threads), mask(p.relu_mask, p.M, p.K, threads);
-  const Widened<T> b(p.c ? p.b : Operand<T>{}, p.N, p.K, threads), bias(p.bias, 1, p.N, p.N, threads);
+  // A and its mask alike: both strides of one of them may be 1.
+  const bool a_along_k = p.a.k_stride == 1 && (!p.relu_mask.data || p.relu_mask.k_stride == 1);
+  const Widened<T> a(p.a, p.M, p.K, a_along_k, threads), mask(p.relu_mask, p.M, p.K, a_along_k, threads);
+  const Widened<T> b(p.c ? p.b : Operand<T>{}, p.N, p.K, p.b.k_stride == 1, threads),
+      bias(p.bias, 1, p.N, p.N, threads);
   const Widened<T> c_mask(p.c_mask, p.M, p.N, p.N, threads);
   const Widened<T> c(p.c, p.M, p.N), row_sums(p.row_sums, 1, p.M);
   run(Product<float>{.M = p.M,
