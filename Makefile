@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -typ
 	aarch64 docs wheel exhaustive sanitize fuzz lint format clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # What [build-system] in pyproject.toml asks for, installed once here instead of once more in an isolated build
 # environment: torch is large.
@@ -74,6 +74,7 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 
 exhaustive: install  ## every float32 through exp, log, tanh and the conversions of the CPU's kernels; minutes
 	$(BIN)/python tests/exhaustive.py $(ARGS)
+
 # GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
 SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
 
