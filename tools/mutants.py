@@ -10,6 +10,7 @@ the last one was stopped. Exit code 1: fewer than 95 % were noticed.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -49,6 +50,7 @@ FLAGS = [
 CPU = ("mnist_ext", "not emulated")
 EMULATED = ("build/emulator", "emulated or cuda")
 AMX = ("build/amx_model", "model")
+BUILT_BY = {EMULATED[0]: "emulated.library()", AMX[0]: "amx_model.register()"}
 
 
 def _ops(*names: str) -> list[str]:
@@ -150,15 +152,15 @@ def restore() -> None:
                 shutil.copy(path, to)
 
 
-def prepare() -> None:
-    """Build the unbroken copy, where something changed."""
-    COPY.mkdir(parents=True, exist_ok=True)
-    restore()
+@functools.cache
+def prepare(place: str) -> None:
+    """Build a library of the unbroken copy, where something changed."""
     write_ninja()
     subprocess.run(["ninja", "-j1", "--quiet"], cwd=COPY, check=True)
-    environment = {**os.environ, "PYTHONPATH": f"{COPY}:{COPY / 'tests'}", "MAX_JOBS": "1"}
-    code = "import emulated, amx_model; emulated.library(); amx_model.register()"
-    subprocess.run([sys.executable, "-c", code], cwd=COPY, env=environment, check=True)
+    if call := BUILT_BY.get(place):
+        environment = {**os.environ, "PYTHONPATH": f"{COPY}:{COPY / 'tests'}", "MAX_JOBS": "1"}
+        code = [sys.executable, "-c", f"import {call.split('.')[0]}; {call}"]
+        subprocess.run(code, cwd=COPY, env=environment, check=True)
     for path in outputs():
         kept = KEPT / path.relative_to(COPY)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -181,9 +183,10 @@ def run_tests(devices: str, tests: list[str]) -> str:
     try:
         out, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return "hangs"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     if process.returncode < 0:
         return f"signal {-process.returncode}"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", out, re.M)
@@ -192,14 +195,17 @@ def run_tests(devices: str, tests: list[str]) -> str:
 
 def examine(mutation: Mutation) -> str:
     """Return what became of it."""
+    file = mutation.file.removeprefix("csrc/")
+    runs = next(TESTS[pattern] for pattern in TESTS if re.match(pattern, file))
+    for (place, _), _ in runs:
+        prepare(place)
     text = (ROOT / mutation.file).read_text()
     broken = COPY / mutation.file
     times = broken.stat()
     broken.write_text(text[: mutation.begin] + mutation.new + text[mutation.end :])
-    file = mutation.file.removeprefix("csrc/")
     changed = False
     try:
-        for (place, devices), tests in next(TESTS[p] for p in TESTS if re.match(p, file)):
+        for (place, devices), tests in runs:
             library = next((COPY / place).rglob("*.so"))
             folder = COPY if place == CPU[0] else library.parent
             before = library.read_bytes()
@@ -231,7 +237,9 @@ def main() -> int:
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     journal = FOLDER / f"seed{args.seed}-{digest}.json"
     results = json.loads(journal.read_text()) if journal.exists() else {}
-    prepare()
+    COPY.mkdir(parents=True, exist_ok=True)
+    restore()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     drawn_now: dict[str, str] = {}
     count: Counter[str] = Counter()
     for mutation in drawn(args.seed):
