@@ -50,6 +50,7 @@ FLAGS = [
 CPU = ("mnist_ext", "not emulated")
 EMULATED = ("build/emulator", "emulated or cuda")
 AMX = ("build/amx_model", "model")
+PATH = f"{COPY}:{COPY / 'tests'}:{ROOT}"  # from the last one the version alone
 BUILT_BY = {EMULATED[0]: "emulated.library()", AMX[0]: "amx_model.register()"}
 
 
@@ -158,7 +159,7 @@ def prepare(place: str) -> None:
     write_ninja()
     subprocess.run(["ninja", "-j1", "--quiet"], cwd=COPY, check=True)
     if call := BUILT_BY.get(place):
-        environment = {**os.environ, "PYTHONPATH": f"{COPY}:{COPY / 'tests'}", "MAX_JOBS": "1"}
+        environment = {**os.environ, "PYTHONPATH": PATH, "MAX_JOBS": "1"}
         code = [sys.executable, "-c", f"import {call.split('.')[0]}; {call}"]
         subprocess.run(code, cwd=COPY, env=environment, check=True)
     for path in outputs():
@@ -169,7 +170,7 @@ def prepare(place: str) -> None:
 
 def run_tests(devices: str, tests: list[str]) -> str:
     """Return "passed", or what came instead, with the first test that failed."""
-    environment = {**os.environ, "PYTHONPATH": str(COPY), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "PYTHONPATH": PATH, "OMP_WAIT_POLICY": "passive"}
     options = ["-x", "-q", "--best-isa", "--tb=no", "-p", "no:cacheprovider", "-k", devices]
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, *tests],
