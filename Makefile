@@ -8,7 +8,7 @@ CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel exhaustive sanitize fuzz lint format clean
+	aarch64 docs wheel exhaustive sanitize fuzz mutants lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -84,6 +84,9 @@ sanitize: install  ## the tests on kernels built with sanitizers: memory, undefi
 	for threads in 2 4; do \
 		OMP_NUM_THREADS=$$threads $(BIN)/python tools/sanitize.py thread --best-isa $(SANITIZED) $(ARGS) || exit 1; \
 	done
+
+mutants: install  ## break csrc in many small ways and count what the tests notice; ARGS="--number 200 --seed 1"
+	$(BIN)/python tools/mutants.py $(ARGS)
 
 bench: install  ## time training, ours against PyTorch
 	$(BIN)/python benchmarks/training.py $(ARGS)
