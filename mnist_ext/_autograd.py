@@ -410,12 +410,16 @@ class LinearCrossEntropy(Function):
         else:
             if grad_lse is None and not is_batched(grad_output):
                 grads, ctx.grads = ctx.grads, None
-            if grads is None:  # none were formed, or a backward has taken them
+            on_host = grads is not None and not has_cuda_kernels(grad_output)
+            scale = grad_output.item() if on_host else math.nan
+            # None were formed, or a backward has taken them. Infinity times those of ignored rows,
+            # which are 0, is NaN; PyTorch's stay 0.
+            if grads is None or (on_host and not math.isfinite(scale)):
                 args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
                 extension = (*ctx.extension[:2], False, grad_lse) if ctx.extension else ()
                 tf32 = _may_use_tf32(grad_output)
                 _, *grads, _ = _linear_cross_entropy(*args, tf32, *extension)
-            elif has_cuda_kernels(grad_output) or grad_output.item() != 1:
+            elif scale != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(grad_output)

@@ -187,6 +187,19 @@ def test_weight_shared_with_an_embedding():
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.cpu_only("CUDA: the host must not wait to see the factor")
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+def test_ignored_rows_get_no_gradient_from_a_loss_that_overflowed(device, scale):
+    (input, weight, _), target = tensors_of(4, 3, 5)
+    target[1] = -100
+    grads = []
+    for op in (head, two_ops):
+        leaf = input.clone().requires_grad_()
+        grads += torch.autograd.grad(op(leaf, weight, target) * scale, leaf)
+    torch.testing.assert_close(*grads, equal_nan=True)
+    assert not grads[0][1].any()
+
+
 def extended(input, linear_weight, target, linear_bias, softcap, z_loss, reduction, ignored=-100):
     """Compute the definition of softcap and z_loss: the loss and the log-sum-exp."""
     logits = F.linear(input, linear_weight, linear_bias)
