@@ -28,9 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--best-isa", action="store_true", help="run the best instruction set alone, not each"
     )
-    parser.addoption(
-        "--fuzz-seconds", type=float, default=0, help="run tests/fuzz, for so long"
-    )
+    parser.addoption("--fuzz-seconds", type=float, default=0, help="run tests/fuzz, for so long")
     parser.addoption(
         "--fuzz-seed", type=int, help="of tests/fuzz (default: another one each time, printed)"
     )
