@@ -18,7 +18,7 @@ from pathlib import Path
 from mnist_ext import _C
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 from compiling import compile_cpp  # noqa: E402
 from provenance import cpu_model  # noqa: E402

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 from test_predict import content
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from photo_kinds import KINDS, count, draw
 
