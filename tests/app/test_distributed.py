@@ -45,7 +45,7 @@ def epochs_until_killed(victim: int) -> str:
     ]
     with first, second:
         for line in first.stdout:
-            if line.startswith("epoch 2/"):
+            if line.split()[:2] == ["epoch", "2/100000"]:
                 processes[victim].kill()
                 break
         out, err = processes[1 - victim].communicate(timeout=SECONDS)
