@@ -61,27 +61,24 @@ def linear(dtype):
             op.linear_backward(grad, x, weight, y if relu else None, True)
 
 
+def two_layers(dtype, most_rows):
+    """Yield n, which is one of the sizes, batch and widths of two layers."""
+    if dtype in FLOATS[:2]:
+        for n in tails(dtype):
+            sizes = [(n, 5, 3, 7), (5, n, 3, 7), (5, 3, n, 7), (5, 7, 3, n), (most_rows, n, n, n)]
+            yield from ((n, *each) for each in sizes)
+
+
 def mlp(dtype):
-    if dtype not in FLOATS[:2]:
-        return
-    for n in tails(dtype):
-        for batch, *widths in [
-            (n, 5, 3, 7),
-            (5, n, 3, 7),
-            (5, 3, n, 7),
-            (5, 7, 3, n),
-            (150, n, n, n),
-        ]:
-            yield batch, *widths
-            x = tensor(dtype, batch, widths[0])
-            weights = [tensor(dtype, b, a) for a, b in itertools.pairwise(widths)]
-            biases = [tensor(dtype, b) for b in widths[1:]]
-            layers = [3, 1 + 2 * (n % 2)]
-            y, hidden = op.mlp(x, weights, biases, layers, True)
-            output = y if n % 2 else None
-            op.mlp_backward(
-                tensor(dtype, *y.shape), x, hidden, output, weights, biases, layers, True
-            )
+    for n, batch, *widths in two_layers(dtype, 150):
+        yield batch, *widths
+        x = tensor(dtype, batch, widths[0])
+        weights = [tensor(dtype, b, a) for a, b in itertools.pairwise(widths)]
+        biases = [tensor(dtype, b) for b in widths[1:]]
+        layers = [3, 1 + 2 * (n % 2)]
+        y, hidden = op.mlp(x, weights, biases, layers, True)
+        output = y if n % 2 else None
+        op.mlp_backward(tensor(dtype, *y.shape), x, hidden, output, weights, biases, layers, True)
 
 
 def logits_of(dtype, n):
@@ -148,30 +145,21 @@ def sgd_step(dtype):
 
 
 def train_steps(dtype):
-    if dtype not in FLOATS[:2]:
-        return
-    for n in tails(dtype):
-        for batch, *widths in [
-            (n, 5, 3, 7),
-            (5, n, 3, 7),
-            (5, 3, n, 7),
-            (5, 7, 3, n),
-            (40, n, n, n),
-        ]:
-            first, second = (torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-            model = torch.nn.Sequential(first, torch.nn.ReLU(), second).to(dtype)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 * (n % 2))
-            criterion = torch.nn.CrossEntropyLoss()
-            pixels = n % 2 == 1
-            normalize = (0.5, 0.5) if pixels else None
-            step = mnist_ext.TrainStep(model, criterion, optimizer, normalize=normalize)
-            images = torch.randint(256, (2 * batch + 1, widths[0]), dtype=torch.uint8)
-            images = images if pixels else images.to(dtype) / 255
-            index = [torch.int64, torch.int32, torch.uint8][n % 3]
-            labels = torch.randint(widths[-1], (len(images),)).to(index)
-            yield batch, *widths
-            step(images[-batch:], labels[-batch:])
-            step.epoch(images, labels, batch, torch.randperm(len(images)) if n % 4 < 2 else None)
+    for n, batch, *widths in two_layers(dtype, 40):
+        first, second = (torch.nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        model = torch.nn.Sequential(first, torch.nn.ReLU(), second).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9 * (n % 2))
+        criterion = torch.nn.CrossEntropyLoss()
+        pixels = n % 2 == 1
+        normalize = (0.5, 0.5) if pixels else None
+        step = mnist_ext.TrainStep(model, criterion, optimizer, normalize=normalize)
+        images = torch.randint(256, (2 * batch + 1, widths[0]), dtype=torch.uint8)
+        images = images if pixels else images.to(dtype) / 255
+        index = [torch.int64, torch.int32, torch.uint8][n % 3]
+        labels = torch.randint(widths[-1], (len(images),)).to(index)
+        yield batch, *widths
+        step(images[-batch:], labels[-batch:])
+        step.epoch(images, labels, batch, torch.randperm(len(images)) if n % 4 < 2 else None)
 
 
 def products_on_tiles(dtype):
