@@ -4,9 +4,10 @@
 
 In a copy of the sources under build/mutants, each fault that tools/mutations.py draws is compiled,
 with what the file reaches, at -O1 and for one instruction set (CUDA on the emulator), and the tests
-of its folder run up to the first failure. A fault does not count if it does not compile, or leaves
-every byte of the library as it was. What was found is kept there: the same command goes on where
-the last one was stopped. Exit code 1: fewer than 95 % were noticed.
+of its folder run up to the first failure; before that they have passed on the unbroken copy. A
+fault does not count if it does not compile, or leaves every byte of the library as it was. What was
+found is kept there: the same command goes on where the last one was stopped. Exit code 1: fewer
+than 95 % were noticed.
 """
 
 import argparse
@@ -34,7 +35,7 @@ FOLDER = ROOT / "build" / "mutants"
 COPY = FOLDER / "copy"  # of the sources, one of them broken
 KEPT = FOLDER / "kept"  # what the unbroken copy was built to
 
-SECONDS = 240  # for tests; those of a fault that need more hang
+SECONDS = 600  # for tests of the unbroken copy
 ISA = "avx512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "avx2"
 FLAGS = [
     "-std=c++20",
@@ -168,7 +169,7 @@ def prepare(place: str) -> None:
         shutil.copy2(path, kept)
 
 
-def run_tests(devices: str, tests: list[str]) -> str:
+def run_tests(devices: str, tests: list[str], seconds: float) -> str:
     """Return "passed", or what came instead, with the first test that failed."""
     environment = {**os.environ, "PYTHONPATH": PATH, "OMP_WAIT_POLICY": "passive"}
     options = ["-x", "-q", "--best-isa", "--tb=no", "-p", "no:cacheprovider", "-k", devices]
@@ -182,27 +183,42 @@ def run_tests(devices: str, tests: list[str]) -> str:
         stderr=subprocess.STDOUT,
     )
     try:
-        out, _ = process.communicate(timeout=SECONDS)
+        out, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         return "hangs"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     if process.returncode < 0:
-        return f"signal {-process.returncode}"
+        last = re.search(r'File "\S*?(tests/\S+\.py)", line \d+ in (test_\w+)', out)
+        where = f" in {last[1]}::{last[2]}" if last else ""
+        return f"signal {-process.returncode}{where}"
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", out, re.M)
     return "passed" if process.returncode == 0 else failed[1] if failed else out.strip()[-300:]
 
 
-def examine(mutation: Mutation) -> str:
-    """Return what became of it."""
+def time_unbroken(devices: str, tests: list[str], times: dict[str, float]) -> float:
+    """Return how long the tests take where nothing is broken; they have to pass."""
+    key = " ".join([devices, *tests])
+    if key not in times:
+        start = time.monotonic()
+        if (result := run_tests(devices, tests, SECONDS)) != "passed":
+            sys.exit(f"mutants.py: with nothing broken, {key}: {result}")
+        times[key] = time.monotonic() - start
+        print(f"{times[key]:5.0f} s with nothing broken: {key}", flush=True)
+    return times[key]
+
+
+def examine(mutation: Mutation, times: dict[str, float]) -> str:
+    """Return what became of it; times: of tests where nothing is broken, by their names."""
     file = mutation.file.removeprefix("csrc/")
     runs = next(TESTS[pattern] for pattern in TESTS if re.match(pattern, file))
-    for (place, _), _ in runs:
+    for (place, devices), tests in runs:
         prepare(place)
+        time_unbroken(devices, tests, times)
     text = (ROOT / mutation.file).read_text()
     broken = COPY / mutation.file
-    times = broken.stat()
+    status = broken.stat()
     broken.write_text(text[: mutation.begin] + mutation.new + text[mutation.end :])
     changed = False
     try:
@@ -214,12 +230,14 @@ def examine(mutation: Mutation) -> str:
             if built.returncode != 0:
                 return "does not compile"
             changed = changed or library.read_bytes() != before
-            if changed and (result := run_tests(devices, tests)) != "passed":
+            # Tests that need much more than usual hang.
+            seconds = 30 + 3 * time_unbroken(devices, tests, times)
+            if changed and (result := run_tests(devices, tests, seconds)) != "passed":
                 return f"noticed: {result}"
         return "NOT NOTICED" if changed else "changes nothing"
     finally:
         broken.write_text(text)
-        os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.utime(broken, ns=(status.st_atime_ns, status.st_mtime_ns))
         restore()
 
 
@@ -237,7 +255,8 @@ def main() -> int:
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     journal = FOLDER / f"seed{args.seed}-{digest}.json"
-    results = json.loads(journal.read_text()) if journal.exists() else {}
+    known = json.loads(journal.read_text()) if journal.exists() else {"times": {}, "results": {}}
+    results = known["results"]
     COPY.mkdir(parents=True, exist_ok=True)
     restore()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -252,8 +271,8 @@ def main() -> int:
         if args.only or name not in results:
             if time.monotonic() - start > 60 * args.minutes:
                 break
-            results[name] = examine(mutation)
-            journal.write_text(json.dumps(results, indent=1))
+            results[name] = examine(mutation, known["times"])
+            journal.write_text(json.dumps(known, indent=1))
             print(f"{time.monotonic() - start:5.0f} s {name}: {results[name]}", flush=True)
         drawn_now[name] = results[name]
         count[results[name].split(":")[0]] += 1

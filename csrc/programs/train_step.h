@@ -77,7 +77,7 @@ class TrainStepProgram {
       labels_ = take<int64_t>(rows);
     }
     while (lowest_ < steps.layers.size() && !steps.layers[lowest_].is_trained()) ++lowest_;
-    const bool fused = rows <= traits.largest_fused_k;
+    const bool fused = is_fused(rows);
     for (std::size_t l = 0; l < steps.layers.size(); ++l) {
       const TrainedLayer<T>& layer = steps.layers[l];
       const int64_t outputs = rows * layer.out_features;
@@ -121,6 +121,8 @@ class TrainStepProgram {
     const double* lr = nullptr;
   };
 
+  bool is_fused(int64_t rows) const { return rows <= traits_.largest_fused_k; }
+
   template <class E>
   E* take(int64_t elements) {
     char* place = memory_ + bytes_;
@@ -135,13 +137,15 @@ class TrainStepProgram {
     std::vector<Layer<T>> layers = layers_of(step);
     const std::span<const Layer<T>> all(layers);
     Layer<T>& last = layers.back();
-    append_forward(all.first(all.size() - 1), Sharing::neurons, program);
+    // Weights that stay in a core's cache are worth it while a batch is no larger than they are.
+    const Sharing sharing = is_fused(step.rows) ? Sharing::neurons : Sharing::any;
+    append_forward(all.first(all.size() - 1), sharing, program);
     // A thread's rows of logits, their loss, and the gradient of the last layer's input.
     program.push_back({forward_product(last), !program.empty(), Sharing::examples});
     program.push_back({loss(step, last), false, Sharing::examples});
     if (last.grad_input) program.push_back({grad_input_product(last), false, Sharing::examples});
     last.grad_input = nullptr;
-    if (lowest_ < all.size()) append_backward(all.subspan(lowest_), Sharing::neurons, program);
+    if (lowest_ < all.size()) append_backward(all.subspan(lowest_), sharing, program);
     program[first].waits = continues;
   }
 
@@ -162,7 +166,7 @@ class TrainStepProgram {
     const Images<T>& images = steps_.source.images;
     MatrixView<T> input = {images_, steps_.layers[0].in_features, 1};
     if (!images_) input = {images.values + step.first * images.row_stride, images.row_stride, 1};
-    const bool fused = step.rows <= traits_.largest_fused_k;
+    const bool fused = is_fused(step.rows);
     std::vector<Layer<T>> layers;
     layers.reserve(buffers_.size());
     for (std::size_t l = 0; l < buffers_.size(); ++l) {

@@ -49,10 +49,10 @@ void gemm(const Block<T>& g) {
   T* a_tile = packs_a ? a_tile_scratch<T>() : nullptr;
   T* b_block = packs_b ? b_block_scratch<T>() : nullptr;
 
-  int64_t p = 0;
-  do {  // once for K = 0 too: C is then bias or 0
-    const Range k = {p, g.K - p < kBlockK ? g.K : p + kBlockK};
-    const bool first = p == 0 && !g.accumulate, last = k.end == g.K;
+  const int64_t k_blocks = g.K < 1 ? 1 : (g.K + kBlockK - 1) / kBlockK;  // one for K = 0 too: C is then bias or 0
+  for (int64_t i = 0; i < k_blocks; ++i) {
+    const Range k = split(g.K, Vec<T>::width, i, k_blocks);  // of nearly the same size: the shorter chain rounds less
+    const bool first = i == 0 && !g.accumulate, last = k.end == g.K;
     for (int64_t block = 0; block < g.N; block += kColumnBlock<T>) {
       const int64_t block_end = g.N - block < kColumnBlock<T> ? g.N : block + kColumnBlock<T>;
       if (packs_b) pack_b(g, k, {block, block_end}, b_block);
@@ -96,8 +96,7 @@ void gemm(const Block<T>& g) {
         }
       }
     }
-    p = k.end;
-  } while (p < g.K);
+  }
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA
