@@ -32,6 +32,7 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[Any], int],
     seconds = request.config.getoption("--fuzz-seconds")
     settings = hypothesis.settings(
         max_examples=400,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),  # explaining traces each line
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -153,12 +153,13 @@ def test_any_strides(device, which, kind, rows):
 
 @pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradient_whose_rows_overlap(device, dtype):
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradient_whose_rows_overlap(device, dtype, activation):
     """Both of its strides are 1: it lies as ReLU's output does, and as its transpose does."""
     tensors = [torch.randn(shape).to(dtype) for shape in ((9, 3), (2, 3), (2,))]
     overlapping = torch.randn(10).to(dtype).as_strided((9, 2), (1, 1))
     ours, same = [
-        forward_and_gradients(functional.linear, tensors, grad_output, "relu")
+        forward_and_gradients(functional.linear, tensors, grad_output, activation)
         for grad_output in (overlapping, overlapping.contiguous())
     ]
     torch.testing.assert_close(ours, same)
