@@ -423,7 +423,8 @@ class LinearCrossEntropy(Function):
             if grads is None:  # none were formed, or a backward has taken them
                 of_loss = None if is_scaled else grad_output
                 args = *ctx.saved_tensors, *ctx.options, of_loss, *wants
-                extension = (*ctx.extension[:2], False, grad_lse) if ctx.extension else ()
+                # Where the forward gave lse, so does this: with it, sums have another order.
+                extension = (*ctx.extension, grad_lse) if ctx.extension else ()
                 tf32 = _may_use_tf32(grad_output)
                 _, *grads, _ = _linear_cross_entropy(*args, tf32, *extension)
             if is_scaled and scale != 1:
@@ -477,14 +478,15 @@ def extended(
 
 def _reduced_z_loss(z_loss: Tensor, target: Tensor, options: _Options) -> Tensor:
     ignore_index, _, reduction = options
+    counts: Tensor | None = None
     if not target.is_floating_point():
-        z_loss = z_loss.masked_fill(target == ignore_index, 0)
+        counts = target.long() != ignore_index  # compared with uint8, -100 is 156
+        z_loss = z_loss.masked_fill(~counts, 0)
     if reduction == REDUCTIONS["none"]:
         return z_loss
     if reduction == REDUCTIONS["sum"]:
         return z_loss.sum()
-    count = z_loss.numel() if target.is_floating_point() else (target != ignore_index).sum()
-    return z_loss.sum() / count
+    return z_loss.sum() / (z_loss.numel() if counts is None else counts.sum())
 
 
 def as_one_layer(linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -132,7 +132,7 @@ class Call:
             counts = torch.ones_like(lse, dtype=torch.bool)
             if not target.is_floating_point():
                 ignore_index = -100 if options["ignore_index"] is None else options["ignore_index"]
-                counts = target != ignore_index
+                counts = target.long() != ignore_index
             of_lse = (z_loss * lse.square()).masked_fill(~counts, 0)
             if options["reduction"] != "none":
                 of_lse = of_lse.sum() / (counts.sum() if options["reduction"] == "mean" else 1)
