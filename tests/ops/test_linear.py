@@ -230,6 +230,20 @@ def test_bias_that_is_broadcast_runs_pytorchs_op(shape):
     assert torch.equal(functional.linear(input, weight, bias), F.linear(input, weight, bias))
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3)], ids=str)
+def test_bias_of_another_dtype_runs_pytorchs_op(shape):
+    """That adds it to a product already made where input or bias is not contiguous."""
+    input, weight = torch.randn(shape), torch.randn(4, 3)
+    bias = torch.randn(8, dtype=torch.float64)[::2]
+    if len(shape) == 2:
+        with pytest.raises(RuntimeError, match="bias"):
+            functional.linear(input, weight, bias)
+    else:
+        ours, torchs = functional.linear(input, weight, bias), F.linear(input, weight, bias)
+        assert torch.equal(ours, torchs)
+        assert ours.dtype is torchs.dtype is torch.float32
+
+
 @pytest.mark.parametrize("layout", ["sparse", "sparse weight", "mkldnn", "nested"])
 def test_other_layouts_run_pytorchs_op(layout):
     input, weight = torch.randn(2, 3), torch.randn(4, 3)
