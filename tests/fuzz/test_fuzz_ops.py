@@ -1,7 +1,6 @@
 """Random calls of linear, mlp, cross_entropy and linear_cross_entropy, against PyTorch's."""
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
