@@ -473,7 +473,8 @@ def extended(
     if z_loss:
         of_lse = _reduced_z_loss(z_loss * lse.square(), target, options)
         loss = (loss + of_lse).to(loss.dtype)
-    return (loss, lse) if need_lse else loss
+    # Hooks of lse see what comes from its own use, not from the loss: as where kernels make both.
+    return (loss, lse.view_as(lse)) if need_lse else loss
 
 
 def _reduced_z_loss(z_loss: Tensor, target: Tensor, options: _Options) -> Tensor:

@@ -136,7 +136,8 @@ class Call:
             if options["reduction"] != "none":
                 of_lse = of_lse.sum() / (counts.sum() if options["reduction"] == "mean" else 1)
             loss = (loss + of_lse).to(loss.dtype)
-        return (loss, lse) if return_lse else loss
+        # A hook of lse sees what comes from its own use, not from the loss.
+        return (loss, lse.clone()) if return_lse else loss
 
     def gradient_of(self, output: Tensor) -> Tensor:
         """Return numbers that bfloat16 holds, so that all dtypes have the same."""
@@ -517,11 +518,14 @@ def heads(draw):
         weight,
     )
     is_wrong = isinstance(target, Indices) and target.wrong
-    if draw(st.integers(0, 4)) == 4:
+    if draw(st.integers(0, 2)) == 2:
         specs = tuple(replace(s, kind="normal") if isinstance(s, Spec) else s for s in specs)
         options["softcap"] = draw(st.sampled_from([None, 1.5, 30.0]))
-        options["z_loss"] = draw(st.sampled_from([0.0, 0.01]))
+        options["z_loss"] = draw(st.sampled_from([0.0, 0.01, 0.5]))
         options["return_lse"] = draw(st.booleans())
+        if draw(st.booleans()):  # what kernels take
+            specs = (*specs[:4], None)
+            options["label_smoothing"] = 0.0
     which = [0, 1, 2, 3] if isinstance(target, Spec) else [0, 1, 3]
     return Call(
         "linear_cross_entropy",
