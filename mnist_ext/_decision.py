@@ -92,6 +92,12 @@ def against_linear(
         return "a vector as weight, or no features"
     if bias is not None and (bias.dim() != 1 or (bias.numel() == 1 and weight.size(0) != 1)):
         return "a bias that is broadcast"
+    if (
+        bias is not None
+        and bias.dtype is not input.dtype
+        and (autocast is None or bias.dtype is torch.float64)  # which autocast leaves as it is
+    ):
+        return "a bias of another dtype, which PyTorch takes at some strides and not at others"
     return None
 
 
