@@ -116,7 +116,7 @@ gpu: SHELL := /bin/bash
 gpu: .SHELLFLAGS := -o pipefail -c  # tee would hide that the benchmark failed
 gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
 	$(PYTHON) setup.py -q build_ext --inplace egg_info  # not installed: the version is in the metadata
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu tests/cuda tests/ops tests/train_step $(ARGS)
 	mkdir -p $(SANITIZER)
 	nvcc -std=c++20 tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels $$(find build/objects/$$($(PYTHON) -c \
 		'import sys; print(sys.implementation.cache_tag)')/csrc/cuda -name '*.o')

@@ -18,9 +18,9 @@ from run_folders import assert_same_runs, names_in
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.runs import checkpoint
 
-EPOCHS = 60
+EPOCHS = 30  # of 72 steps
 TRAIN = ["train", "--dataset", "digits", "--recipe", "best", "--epochs", str(EPOCHS)]
-TRAIN += ["--batch-size", "100", "--log-interval", "7", "--threads", "1"]
+TRAIN += ["--batch-size", "20", "--log-interval", "7", "--threads", "1"]
 RUN = Path("runs/run")
 CHECKPOINT = RUN / checkpoint.FILE_NAME
 IMPORTS = 2.0  # seconds that a process takes before it trains, about
@@ -69,7 +69,7 @@ class Ender:
         return code
 
     def check(self, code: int, number: int, trains: bool, err: str) -> None:
-        """A signal ends the process as it should, after which the run's folder is as it says."""
+        """Expect an end as the signal wants it, and a checkpoint that is what the process says."""
         saved = re.fullmatch(
             r"mnist-ext: interrupted after (?:step (\d+) of )?epoch (\d+)[;,] .*\n", err
         )
@@ -77,11 +77,10 @@ class Ender:
             assert code == 128 + number
             epoch, step = int(saved[2]), int(saved[1] or 0)
             assert progress() == (epoch - (step > 0), step)
-        elif number == signal.SIGINT:
-            assert (code, err) == (130, "mnist-ext: interrupted\n")
-            assert not trains or progress() == (EPOCHS, 0)
         else:
-            assert (code, err) == (-number, "")
+            # Before training begins, or when all is done and Python is about to end.
+            assert (code, err) in ((-number, ""), (130, "mnist-ext: interrupted\n"))
+            assert code == -number or number == signal.SIGINT
             assert number == signal.SIGKILL or not trains or progress() == (EPOCHS, 0)
 
 
@@ -92,12 +91,12 @@ def test_a_run_ended_at_random_moments_has_the_bits_of_one_left_alone(long, requ
     print(f"--fuzz-seed {seed}")
     three = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
     signals = random.Random(seed).sample(three * 34 if long else three, 102 if long else 3)
-    ways = [[], ["--one-call"]] if long else [["--one-call"]]
+    ways = [[], ["--one-call"]] if long else [[]]
     for i, options in enumerate(ways):
         started = time.perf_counter()
         assert main([*TRAIN, *options, "--quiet", "--name", f"whole-{i}"]) == 0
         seconds = time.perf_counter() - started
-    ender = Ender(signals, seed, seconds / 2, anywhere=0.2 if long else 0)
+    ender = Ender(signals, seed, seconds / 4, anywhere=0.2 if long else 0)
     runs = 0
     while ender.signals:
         i = runs % len(ways)
