@@ -262,8 +262,12 @@ def is_patched() -> bool:
     """
     if is_compiling() or _patchable() == _UNPATCHED:
         return False
-    with TRACING:
+    waited = TRACING.acquire(timeout=1)  # not forever: that forward may be waiting for this thread
+    try:
         return _patchable() != _UNPATCHED
+    finally:
+        if waited:
+            TRACING.release()
 
 
 def is_watched(module: Module) -> bool:
