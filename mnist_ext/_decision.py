@@ -262,7 +262,7 @@ def is_patched() -> bool:
     """
     if is_compiling() or _patchable() == _UNPATCHED:
         return False
-    waited = TRACING.acquire(timeout=1)  # not forever: that forward may be waiting for this thread
+    waited = TRACING.acquire(timeout=60)  # not forever: that forward may wait for this thread
     try:
         return _patchable() != _UNPATCHED
     finally:
