@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -127,3 +127,23 @@ class TestModels:
         for layer in (model[1], model[3]):
             layer.requires_grad_(False)
         check_steps(model, *batches(2, 16))
+
+
+@pytest.mark.cpu_only("the emulator is not for threads of Python")
+def test_other_threads_call_their_models_while_a_forward_is_followed():
+    """torch.fx replaces methods of Module meanwhile, for all threads."""
+    plain, images = mlp((20,), "relu"), torch.randn(64, 784)
+    other = swap(copy.deepcopy(plain))
+    expected = other(images)
+    assert not torch.equal(expected, plain(images))  # PyTorch's ops would be seen
+    calls = []
+
+    def flow(m, x):
+        calls.append(pool.submit(other, images))
+        wait(calls, timeout=0.1)  # in vain, where it waits for this
+        return m.b(m.a(m.flatten(x)))
+
+    with ThreadPoolExecutor(1) as pool:
+        pair(Written(flow))
+    (call,) = calls
+    assert torch.equal(call.result(), expected)
