@@ -76,7 +76,7 @@ exhaustive: install  ## every float32 through exp, log, tanh and the conversions
 	$(BIN)/python tests/exhaustive.py $(ARGS)
 
 # GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
-SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
+SANITIZED := tests/ops tests/train_step tests/cpu/test_amx.py --ignore tests/ops/test_compile.py
 
 sanitize: install  ## the tests on kernels built with sanitizers: memory, undefined behaviour, races
 	$(BIN)/python tools/sanitize.py address --best-isa $(SANITIZED) $(ARGS)
