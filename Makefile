@@ -81,7 +81,7 @@ endure: install  ## memory over 10,000 steps, 50 threads at once, 100 kills of a
 	$(BIN)/pytest -q -rP --long $(ENDURE) $(ARGS)
 
 # GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
-SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
+SANITIZED := tests/ops tests/train_step tests/cpu/test_amx.py --ignore tests/ops/test_compile.py
 
 sanitize: install  ## the tests on kernels built with sanitizers: memory, undefined behaviour, races
 	$(BIN)/python tools/sanitize.py address --best-isa $(SANITIZED) $(ARGS)
