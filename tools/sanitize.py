@@ -117,7 +117,8 @@ def main() -> int:
     undefined = errors.read_text(errors="replace")
     print(*reports, undefined, sep="\n")
     count = undefined.count("runtime error:")
-    print(f"{args.sanitizer}: {len(reports)} processes with reports, {count} of undefined behaviour")
+    found_text = f"{len(reports)} processes with reports, {count} of undefined behaviour"
+    print(f"{args.sanitizer}: {found_text}")
     return code or bool(reports) or bool(count)
 
 

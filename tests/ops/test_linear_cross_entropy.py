@@ -52,7 +52,10 @@ def tensors_of(rows, features, classes, dtype=torch.float32):
 )
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
-    """On average PyTorch's and a tenth; in place, and with a place for each."""
+    """On average PyTorch's and a tenth; in place, and with a place for each.
+
+    Three tenths without fused multiply-adds, which PyTorch has.
+    """
     tensors, target = tensors_of(2500, 24, 1100)
     target[::7] = -100
     if kind == "probabilities":
@@ -63,8 +66,9 @@ def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
     true_target = target.double() if kind == "probabilities" else target
     truth = value_and_gradients(two_ops, [t.double() for t in tensors], true_target, **options)
     errors = [relative_errors(result, truth) for result in (ours, torchs)]
+    factor = 1.3 if device == "baseline" else 1.1
     for error, torchs_error in zip(*errors, strict=True):
-        assert error <= max(1.1 * torchs_error, 2e-7)
+        assert error <= max(factor * torchs_error, 2e-7)
 
 
 # 64 rows are two or more blocks of rows, and cheaper by classes. As many features as rows, whose
