@@ -8,7 +8,7 @@ CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel exhaustive sanitize fuzz mutants lint format clean
+	aarch64 docs wheel exhaustive endure sanitize fuzz mutants lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,8 +75,13 @@ wheel: install  ## a manylinux wheel in dist/, tried in a fresh environment that
 exhaustive: install  ## every float32 through exp, log, tanh and the conversions of the CPU's kernels; minutes
 	$(BIN)/python tests/exhaustive.py $(ARGS)
 
+ENDURE := tests/train_step/test_memory_of_steps.py tests/ops/test_threads.py tests/app/test_kills.py
+
+endure: install  ## memory over 10,000 steps, 50 threads at once, 100 kills of a run
+	$(BIN)/pytest -q -rP --long $(ENDURE) $(ARGS)
+
 # GCC and its sanitizers' runtimes. ARGS="-n 2 -k linear" goes to pytest; two and four threads, as races differ.
-SANITIZED := tests/ops tests/train_step tests/cpu --ignore tests/ops/test_compile.py
+SANITIZED := tests/ops tests/train_step tests/cpu/test_amx.py --ignore tests/ops/test_compile.py
 
 sanitize: install  ## the tests on kernels built with sanitizers: memory, undefined behaviour, races
 	$(BIN)/python tools/sanitize.py address --best-isa $(SANITIZED) $(ARGS)
@@ -106,15 +111,15 @@ SANITIZER := build/sanitizer
 RESULTS := benchmarks/results/$(shell date +%F)-gpu
 
 gpu: export PYTHONPATH := $(CURDIR)
+gpu: export NVCC_APPEND_FLAGS := -lineinfo  # compute-sanitizer names lines; the code is the same
 gpu: SHELL := /bin/bash
 gpu: .SHELLFLAGS := -o pipefail -c  # tee would hide that the benchmark failed
 gpu:  ## on a machine with a GPU: build, test, look for memory errors and races, time; writes benchmarks/results/
 	$(PYTHON) setup.py -q build_ext --inplace egg_info  # not installed: the version is in the metadata
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu tests/cuda tests/ops tests/train_step $(ARGS)
 	mkdir -p $(SANITIZER)
-	nvcc -std=c++20 -arch=$$($(PYTHON) -c 'import torch; gpu = torch.cuda.is_available(); \
-		c = "%d%d" % (torch.cuda.get_device_capability() if gpu else (9, 0)); \
-		print("sm_" + c.replace("90", "90a"))') -lineinfo tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels
+	nvcc -std=c++20 tests/sanitizer/kernels.cu -o $(SANITIZER)/kernels $$(find build/objects/$$($(PYTHON) -c \
+		'import sys; print(sys.implementation.cache_tag)')/csrc/cuda -name '*.o')
 	@# Without a GPU: all that needs none was done above, and the benchmark loads its modules and says that there is none.
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(PYTHON) benchmarks/gpu.py
 	@if command -v compute-sanitizer >/dev/null; then \

@@ -127,7 +127,7 @@ class Linear(Function):
         grads: tuple[Tensor | None, ...]
         if _is_recorded():
             if output is not None:
-                grad_output = torch.where(output <= 0, 0, grad_output)
+                grad_output = torch.ops.aten.threshold_backward(grad_output, output, 0)
             rows = _as_matrix(grad_output)
             grads = (
                 grad_output @ weight if weight is not None else None,
@@ -408,18 +408,26 @@ class LinearCrossEntropy(Function):
                 )
             grads = _gradients_of(function, tensors, wants, of_outputs)
         else:
-            if grad_lse is None and not is_batched(grad_output):
+            is_scaled = (
+                ctx.options[2] != REDUCTIONS["none"]
+                and grad_lse is None
+                and not is_batched(grad_output)
+            )
+            scale: float | None = math.nan
+            if is_scaled:
                 grads, ctx.grads = ctx.grads, None
-            on_host = grads is not None and not has_cuda_kernels(grad_output)
-            scale = grad_output.item() if on_host else math.nan
-            # None were formed, or a backward has taken them. Infinity times those of ignored rows,
-            # which are 0, is NaN; PyTorch's stay 0.
-            if grads is None or (on_host and not math.isfinite(scale)):
-                args = *ctx.saved_tensors, *ctx.options, grad_output, *wants
-                extension = (*ctx.extension[:2], False, grad_lse) if ctx.extension else ()
+                scale = None if has_cuda_kernels(grad_output) else grad_output.item()
+            # Infinity times the gradients of ignored rows, which are 0, is NaN; PyTorch's stay 0.
+            if scale is not None and not math.isfinite(scale):
+                is_scaled, grads = False, None
+            if grads is None:  # none were formed, or a backward has taken them
+                of_loss = None if is_scaled else grad_output
+                args = *ctx.saved_tensors, *ctx.options, of_loss, *wants
+                # Where the forward gave lse, so does this: with it, sums have another order.
+                extension = (*ctx.extension, grad_lse) if ctx.extension else ()
                 tf32 = _may_use_tf32(grad_output)
                 _, *grads, _ = _linear_cross_entropy(*args, tf32, *extension)
-            elif scale != 1:
+            if is_scaled and scale != 1:
                 for grad in grads:
                     if grad is not None:
                         grad.mul_(grad_output)
@@ -465,19 +473,21 @@ def extended(
     if z_loss:
         of_lse = _reduced_z_loss(z_loss * lse.square(), target, options)
         loss = (loss + of_lse).to(loss.dtype)
-    return (loss, lse) if need_lse else loss
+    # Hooks of lse see what comes from its own use, not from the loss: as where kernels make both.
+    return (loss, lse.view_as(lse)) if need_lse else loss
 
 
 def _reduced_z_loss(z_loss: Tensor, target: Tensor, options: _Options) -> Tensor:
     ignore_index, _, reduction = options
+    counts: Tensor | None = None
     if not target.is_floating_point():
-        z_loss = z_loss.masked_fill(target == ignore_index, 0)
+        counts = target.long() != ignore_index  # compared with uint8, -100 is 156
+        z_loss = z_loss.masked_fill(~counts, 0)
     if reduction == REDUCTIONS["none"]:
         return z_loss
     if reduction == REDUCTIONS["sum"]:
         return z_loss.sum()
-    count = z_loss.numel() if target.is_floating_point() else (target != ignore_index).sum()
-    return z_loss.sum() / count
+    return z_loss.sum() / (z_loss.numel() if counts is None else counts.sum())
 
 
 def as_one_layer(linear_weight: Tensor, linear_bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

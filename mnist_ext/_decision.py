@@ -8,6 +8,7 @@ where `is_patched` or a hook is found. ``docs/semantics.md`` lists every case.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,12 @@ def against_linear(
         return "a vector as weight, or no features"
     if bias is not None and (bias.dim() != 1 or (bias.numel() == 1 and weight.size(0) != 1)):
         return "a bias that is broadcast"
+    if (
+        bias is not None
+        and bias.dtype is not input.dtype
+        and (autocast is None or bias.dtype is torch.float64)  # which autocast leaves as it is
+    ):
+        return "a bias of another dtype, which PyTorch takes at some strides and not at others"
     return None
 
 
@@ -249,12 +256,24 @@ def _patchable() -> tuple[object, ...]:
 
 
 _UNPATCHED = _patchable()
+# Held while TrainStep follows a forward: torch.fx replaces Module.__call__ then, for all threads.
+TRACING = threading.RLock()
 _hooks_of = operator.itemgetter(*MODULE_HOOKS)
 
 
 def is_patched() -> bool:
-    """Return whether somebody replaced what every layer calls."""
-    return not is_compiling() and _patchable() != _UNPATCHED
+    """Return whether somebody replaced what every layer calls.
+
+    Not what TrainStep replaces in another thread: the milliseconds until then are waited for.
+    """
+    if is_compiling() or _patchable() == _UNPATCHED:
+        return False
+    waited = TRACING.acquire(timeout=60)  # not forever: that forward may wait for this thread
+    try:
+        return _patchable() != _UNPATCHED
+    finally:
+        if waited:
+            TRACING.release()
 
 
 def is_watched(module: Module) -> bool:

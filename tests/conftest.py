@@ -28,9 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--best-isa", action="store_true", help="run the best instruction set alone, not each"
     )
+    parser.addoption(
+        "--long", action="store_true", help="10,000 steps, 50 threads, 100 kills: make endure"
+    )
     parser.addoption("--fuzz-seconds", type=float, default=0, help="run tests/fuzz, for so long")
     parser.addoption(
-        "--fuzz-seed", type=int, help="of tests/fuzz (default: another one each time, printed)"
+        "--fuzz-seed",
+        type=int,
+        help="of tests/fuzz and of the kills (default: another one each time, printed)",
     )
 
 
@@ -57,6 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the test is to take minutes."""
+    return request.config.getoption("--long")
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def restore() -> None:
         kept = KEPT / path.relative_to(COPY)
         if kept.exists() and kept.stat().st_mtime_ns != path.stat().st_mtime_ns:
             shutil.copy2(kept, path)
-    for name in ("csrc", "docs", "mnist_ext", "tests", "tools", "pyproject.toml"):
+    for name in ("benchmarks", "csrc", "docs", "mnist_ext", "tests", "tools", "pyproject.toml"):
         for path in [ROOT / name, *(ROOT / name).rglob("*")]:
             to = COPY / path.relative_to(ROOT)
             if path.is_dir() or path.suffix in (".so", ".pyc"):

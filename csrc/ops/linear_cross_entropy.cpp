@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     }
     run(operands, args, device);
   });
-  if (losses.defined() && operands.has_reduction()) losses = torch::stable::sum(losses, {0});
+  if (losses.defined() && operands.has_reduction()) losses = torch::stable::sum(losses);
   return {losses, grad_input, grad_weight, grad_bias, lse};
 }
 

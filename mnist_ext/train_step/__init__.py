@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mnist_ext._decision import TRACING
 from mnist_ext._torch_private import count_step, is_any_autocast_enabled, set_grad_enabled
 from mnist_ext.train_step.epoch import Epoch, Scheduler, check_indices, expect_tensor
 from mnist_ext.train_step.guard import Guard, check_hooks
@@ -27,8 +27,6 @@ __all__ = ["Scheduler", "TrainStep"]
 _train_steps = torch.ops.mnist_ext.train_steps.default
 _new_train_step = torch.ops.mnist_ext.new_train_step.default
 _free_train_step = torch.ops.mnist_ext.free_train_step.default
-# torch.fx replaces Module.__call__ while it traces a forward, for the other threads as well.
-_TRACING = threading.RLock()
 _REPLAYS_GRAPHS = True  # on CUDA; tests and benchmarks compare with launches alone
 _increment_version = torch.autograd.graph.increment_version
 
@@ -105,7 +103,7 @@ class TrainStep:
         names[self._criterion] = "criterion"
         check_hooks(names, self._optimizer)
         loss = loss_arguments(self._criterion)
-        with _TRACING:
+        with TRACING:
             layers = Layers(self._model, names)
         groups = Groups(self._optimizer, layers)
         guard = Guard(list(names), self._criterion, self._optimizer, layers)

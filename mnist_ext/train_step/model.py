@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -147,6 +149,24 @@ def _check_memory(params: dict[str, nn.Parameter]) -> None:
 
 
 class _Tracer(torch.fx.Tracer):
+    """Follows its own thread: torch.fx replaces methods of Module for the others as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in _LINEARS or super().is_leaf_module(m, module_qualified_name)
 

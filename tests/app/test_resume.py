@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import pytest
 import torch
-from run_folders import config_of, names_in, rows_of
+from run_folders import assert_same_runs, config_of, metrics_of, names_in
 from safetensors.torch import load_file
 
 from mnist_ext.app.cli.main import main
@@ -54,27 +54,6 @@ def a_signal(steps: int = 0, epochs: int = 0, number: int = signal.SIGINT) -> It
         patch.setattr(Trainer, "_rows", counting(Trainer._rows, len, steps))
         patch.setattr(Run, "record", counting(Run.record, lambda metrics: 1, epochs))
         yield
-
-
-def metrics_of(run: Path) -> list[dict[str, str]]:
-    timings = ("seconds", "samples_per_second")
-    rows = rows_of(run / "metrics.csv")
-    return [{k: v for k, v in row.items() if k not in timings} for row in rows]
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    (tensors, values), (others, other_values) = (
-        checkpoint.read(run / checkpoint.FILE_NAME) for run in (first, second)
-    )
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, others[name]), name
-    for name in ("epoch", "step", "loss_sum", "optimizer", "scheduler", "lr"):
-        assert values[name] == other_values[name], name
-    assert metrics_of(first) == metrics_of(second)
-    assert (first / "steps.csv").read_text() == (second / "steps.csv").read_text()
-    model, other = (load_file(run / "model.safetensors") for run in (first, second))
-    assert all(torch.equal(model[name], other[name]) for name in model)
 
 
 @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])

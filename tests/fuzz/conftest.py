@@ -32,6 +32,7 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[Any], int],
     seconds = request.config.getoption("--fuzz-seconds")
     settings = hypothesis.settings(
         max_examples=400,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),  # explaining traces each line
         deadline=None,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
@@ -67,8 +68,9 @@ def fuzz(request: pytest.FixtureRequest) -> Callable[[Any, Callable[[Any], int],
 
 @pytest.fixture(autouse=True)
 def best_isa_again():
-    """Examples choose among the instruction sets."""
+    """Examples choose among the instruction sets; they are too small for a second thread."""
     before, reason, threads = _C.active_isa(), _C.active_isa_reason(), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     _C.set_isa(before, reason)
     torch.set_num_threads(threads)

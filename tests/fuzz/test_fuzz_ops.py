@@ -1,7 +1,6 @@
 """Random calls of linear, mlp, cross_entropy and linear_cross_entropy, against PyTorch's."""
 
 import itertools
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,8 @@ from mnist_ext import _C, functional
 
 pytestmark = [pytest.mark.usefixtures("every_kernel"), pytest.mark.filterwarnings("ignore")]
 
-ERRORS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+# AssertionError: PyTorch's own, under torch.func.
+ERRORS = (AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Call:
     tensors: tuple[Spec | Indices | None, ...]
     options: dict[str, Any]
     differentiable: tuple[int, ...]
-    mode: str
+    modes: tuple[str, ...]  # beside the plain one
     gradient: Spec  # what its tensors' shapes come to; the shape here says nothing
     dtypes: tuple[torch.dtype, ...]
     isa: str
@@ -131,12 +131,13 @@ class Call:
             counts = torch.ones_like(lse, dtype=torch.bool)
             if not target.is_floating_point():
                 ignore_index = -100 if options["ignore_index"] is None else options["ignore_index"]
-                counts = target != ignore_index
+                counts = target.long() != ignore_index
             of_lse = (z_loss * lse.square()).masked_fill(~counts, 0)
             if options["reduction"] != "none":
                 of_lse = of_lse.sum() / (counts.sum() if options["reduction"] == "mean" else 1)
             loss = (loss + of_lse).to(loss.dtype)
-        return (loss, lse) if return_lse else loss
+        # A hook of lse sees what comes from its own use, not from the loss.
+        return (loss, lse.clone()) if return_lse else loss
 
     def gradient_of(self, output: Tensor) -> Tensor:
         """Return numbers that bfloat16 holds, so that all dtypes have the same."""
@@ -169,19 +170,23 @@ def _linear_magnitudes(call, doubles, gos):
     return [output.detach(), *torch.autograd.grad(output, wanted, gos.abs())]
 
 
-def _is_undecided(call, doubles, dtype) -> bool:
+def _is_undecided(call, doubles, dtype, low) -> bool:
     """Return whether rounding decides on which side of 0 a ReLU's input lies."""
-    info, x, size = torch.finfo(dtype), doubles[0], doubles[0].abs()
+    info, x, size = torch.finfo(low or dtype), doubles[0], doubles[0].abs()
+    # Sums of halves are float32, which the next layer gets rounded.
+    eps = info.eps if low or dtype.itemsize > 2 else torch.finfo(torch.float32).eps
     # Small whole numbers are exact.
     whole = dtype.itemsize > 2 and all(t is None or (t == t.round()).all() for t in doubles)
     for weight, bias, activation in call.layers(doubles):
         x = F.linear(x, weight, bias)
         size = F.linear(size, weight.abs(), None if bias is None else bias.abs())
         if activation == "relu":
-            close = (x.abs() <= 32 * info.eps * size + info.smallest_normal) | (size > info.max / 8)
-            if (close & (size > 0) & ~(whole & (size < 2**20))).any():
+            close = (x.abs() <= 32 * eps * size + info.smallest_normal) | (size > info.max / 8)
+            exact = (size == 0) | (whole & (size < 2**20)) | ~size.isfinite()
+            if (close & ~exact).any():
                 return True
             x = x.relu()
+        eps = info.eps
     return False
 
 
@@ -255,7 +260,7 @@ def check(call: Call) -> int:
         made = [None if spec is None else spec.make(dtype) for spec in call.tensors]
         doubles = [t.double() if t is not None and t.is_floating_point() else t for t in made]
         truth = magnitudes = None
-        for mode in dict.fromkeys(("plain", call.mode)):
+        for mode in dict.fromkeys(("plain", *call.modes)):
             theirs_mode = "plain" if mode == "compiled" else mode
             theirs_error, theirs = call.outcome(call.torchs, made, theirs_mode)
             ours_error, ours = call.outcome(call.ours, made, mode)
@@ -264,16 +269,13 @@ def check(call: Call) -> int:
             assert len(ours) == len(theirs), (dtype, mode)
             if ours_error is not None:
                 continue
-            if truth is None:
-                error, truth = call.outcome(call.torchs, doubles, "plain")
-                assert error is None
-                (truth,) = truth
             try:
                 if call.is_spoilt or "softcap" in call.options:
-                    for our, their in zip(ours, theirs, strict=True):
-                        _compare_loosely(mode, dtype, our, their)
+                    _compare_loosely(call, mode, dtype, ours, theirs, doubles)
                     continue
-                magnitudes = magnitudes or _magnitudes(call, doubles, truth)
+                if truth is None:
+                    _, (truth,) = call.outcome(call.torchs, doubles, "plain")
+                    magnitudes = _magnitudes(call, doubles, truth)
                 _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes)
             except AssertionError as error:
                 raise AssertionError(f"{dtype}, {mode}: {error}") from error
@@ -283,34 +285,26 @@ def check(call: Call) -> int:
     return count
 
 
-def _compare_loosely(mode, dtype, ours, theirs) -> None:
-    for our, their in zip(ours, theirs, strict=True):
-        of_double = None if their is None else their.double()
-        judge_loosely(our, their, of_double, torch.bfloat16 if mode == "autocast" else dtype)
+def _compare_loosely(call, mode, dtype, ours, theirs, doubles) -> None:
+    _, in_double = call.outcome(call.torchs, doubles, "plain" if mode == "compiled" else mode)
+    for our, their, of_double in zip(ours, theirs, in_double, strict=True):
+        for each in zip(our, their, of_double, strict=True):
+            judge_loosely(*each, torch.bfloat16 if mode == "autocast" else dtype)
 
 
 def _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes) -> None:
     low = torch.bfloat16 if mode == "autocast" and dtype != torch.float64 else None
     if call.op == "cross_entropy":
         low = None
-    relu = call.op in ("linear", "mlp") and _is_undecided(call, doubles, low or dtype)
+    relu = call.op in ("linear", "mlp") and _is_undecided(call, doubles, dtype, low)
     largest = max([1.0, *[m.nan_to_num(0, 0, 0).max().item() for m in magnitudes if m.numel()]])
     slack = 4 * largest if "cross_entropy" in call.op else 64 * torch.finfo(dtype).eps
-    # A gradient of the loss that is infinite is multiplied before a sum or after it; the weights of
-    # classes may sum to 0.
-    is_any_infinity = (
-        call.op == "linear_cross_entropy" and not call.gradient_of(truth[0]).isfinite().all()
+    # The weights of the targets may sum to 0, by which a mean is divided; or the loss is scaled by
+    # infinity.
+    is_any_infinity = "cross_entropy" in call.op and (
+        (doubles[-1] is not None and not doubles[-1].all())
+        or not call.gradient_of(truth[0]).isfinite().all()
     )
-    is_any_infinity |= (
-        "cross_entropy" in call.op and doubles[-1] is not None and not doubles[-1].all()
-    )
-    # Products of what is so large overflow in one order and not in another.
-    may_overflow = any(
-        t is not None and (t.abs().nan_to_num(0, 0, 0) > torch.finfo(low or dtype).max / 1e4).any()
-        for t in (*doubles, call.gradient_of(truth[0]))
-    )
-    if may_overflow and "cross_entropy" in call.op:
-        magnitudes = [torch.full_like(m, math.inf) for m in magnitudes]
     if mode in modes.EXTRA:
         *ours, our_extra = ours
         *theirs, their_extra = theirs
@@ -318,7 +312,7 @@ def _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes) -> Non
             _, in_double = call.outcome(call.torchs, doubles, mode)
             for each in zip(our_extra, their_extra, in_double[-1], strict=True):
                 judge_loosely(*each)
-    if mode == "twice" and not is_any_infinity:
+    if mode == "twice":
         for each in zip(*ours, strict=True):
             assert each[0] is each[1] is None or is_same(*each).all(), "another second backward"
     for our, their in zip(ours, theirs, strict=True):
@@ -328,7 +322,7 @@ def _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes) -> Non
                 assert (o.shape, o.dtype) == (t.shape, t.dtype)
                 continue
             try:
-                judge(o, t, truth[i], magnitudes[i], low, slack, is_any_infinity, may_overflow)
+                judge(o, t, truth[i], magnitudes[i], low, slack, is_any_infinity)
             except AssertionError as error:
                 raise AssertionError(f"result {i}: {error}") from error
 
@@ -336,18 +330,21 @@ def _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes) -> Non
 # Strategies
 
 
-def _spec(draw, shape, kinds=random_tensors.values, **options) -> Spec:
+def _spec(draw, shape, kinds, **options) -> Spec:
     seed = draw(st.integers(0, 9999))
     return Spec(tuple(shape), draw(kinds), draw(random_tensors.layouts), seed=seed, **options)
 
 
-gradients = st.builds(
-    Spec,
-    st.just(()),
-    st.sampled_from(["normal"] * 5 + ["integers", "zero", "special"]),
-    random_tensors.layouts,
-    seed=st.integers(0, 9999),
-)
+finite_gradients, special_gradients = [
+    st.builds(
+        Spec,
+        st.just(()),
+        st.sampled_from(["normal"] * 4 + ["integers", "zero", last]),
+        random_tensors.layouts,
+        seed=st.integers(0, 9999),
+    )
+    for last in ("large", "special")
+]
 halves = st.sampled_from([torch.bfloat16, torch.float16])
 mode_names = st.sampled_from([m for m in modes.MODES if m != "compiled"])
 # Second derivatives are compared by rule of thumb.
@@ -357,13 +354,20 @@ mode_names_for_wild_numbers = mode_names.filter(lambda m: m not in modes.EXTRA)
 @st.composite
 def _common(draw, specs):
     specs = [s for s in specs if isinstance(s, Spec)]
-    is_tame = all(s.kind == "normal" for s in specs)
-    gradient = draw(gradients)
-    mode = draw(mode_names if is_tame else mode_names_for_wild_numbers)
-    if mode in modes.EXTRA:
+    kinds = {s.kind for s in specs}
+    is_tame = kinds == {"normal"}
+    gradient = draw(special_gradients if "special" in kinds else finite_gradients)
+    names = st.lists(mode_names if is_tame else mode_names_for_wild_numbers, max_size=3)
+    chosen = tuple(draw(names))
+    if modes.EXTRA.intersection(chosen):
         gradient = replace(gradient, kind="normal")
     dtypes = torch.float32, torch.float64, draw(halves)
-    return {"mode": mode, "gradient": gradient, "dtypes": dtypes, "isa": draw(random_tensors.isas)}
+    return {
+        "modes": chosen,
+        "gradient": gradient,
+        "dtypes": dtypes,
+        "isa": draw(random_tensors.isas),
+    }
 
 
 @st.composite
@@ -405,6 +409,7 @@ def _wanted(draw, specs, which) -> tuple[int, ...]:
     return tuple(i for i in which if draw(st.booleans()))
 
 
+themes = st.sampled_from([random_tensors.FINITE, random_tensors.FINITE, random_tensors.SPECIAL])
 shapes_of_rows = st.one_of(
     st.tuples(random_tensors.size),
     st.sampled_from([(), (130,), (140,)]),
@@ -416,7 +421,7 @@ shapes_of_rows = st.one_of(
 def linears(draw):
     depth = draw(st.sampled_from([1, 1, 2, 3, 4]))
     sizes = [draw(random_tensors.size) for _ in range(depth + 1)]
-    kinds = random_tensors.values
+    kinds = draw(themes)
     if depth > 1:  # where numbers of one layer underflow, those of another make much of it
         kinds = st.just(draw(st.sampled_from(["normal", "normal", "integers", "zero", "special"])))
     specs: list[Any] = [_spec(draw, (*draw(shapes_of_rows), sizes[0]), kinds)]
@@ -463,7 +468,7 @@ def _losses(draw, shape, classes_dim, can_spoil):
         )
     weight = None
     if draw(st.booleans()):
-        kinds = st.sampled_from(["normal"] * 4 + ["integers", "large"])
+        kinds = st.sampled_from(["normal"] * 4 + ["integers"])
         weight = _spec(draw, (classes,), kinds, makes="positive")
     options = {
         "ignore_index": ignore_index,
@@ -479,7 +484,7 @@ def cross_entropies(draw):
     rows = draw(shapes_of_rows)
     shape = (*rows[:1], classes, *rows[1:])
     target, weight, options = draw(_losses(shape, min(1, len(shape) - 1), True))
-    specs, is_spoilt = draw(_spoilt([_spec(draw, shape), target, weight]))
+    specs, is_spoilt = draw(_spoilt([_spec(draw, shape, draw(themes)), target, weight]))
     if is_spoilt and draw(st.booleans()):
         changed = [("label_smoothing", 1.5), ("label_smoothing", -0.5), ("reduction", "max")]
         options |= [draw(st.sampled_from(changed))]
@@ -513,11 +518,14 @@ def heads(draw):
         weight,
     )
     is_wrong = isinstance(target, Indices) and target.wrong
-    if draw(st.integers(0, 4)) == 4:
+    if draw(st.integers(0, 2)) == 2:
         specs = tuple(replace(s, kind="normal") if isinstance(s, Spec) else s for s in specs)
         options["softcap"] = draw(st.sampled_from([None, 1.5, 30.0]))
-        options["z_loss"] = draw(st.sampled_from([0.0, 0.01]))
+        options["z_loss"] = draw(st.sampled_from([0.0, 0.01, 0.5]))
         options["return_lse"] = draw(st.booleans())
+        if draw(st.booleans()):  # what kernels take
+            specs = (*specs[:4], None)
+            options["label_smoothing"] = 0.0
     which = [0, 1, 2, 3] if isinstance(target, Spec) else [0, 1, 3]
     return Call(
         "linear_cross_entropy",
@@ -542,7 +550,7 @@ def test_random_calls(fuzz, calls, share):
 def check_compiled(call: Call) -> int:
     if call.is_spoilt:
         return 0
-    return check(replace(call, mode="compiled", dtypes=call.dtypes[:1]))
+    return check(replace(call, modes=("compiled",), dtypes=call.dtypes[:1]))
 
 
 @pytest.mark.parametrize("share", [0.05])

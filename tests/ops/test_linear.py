@@ -153,12 +153,13 @@ def test_any_strides(device, which, kind, rows):
 
 @pytest.mark.usefixtures("every_kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gradient_whose_rows_overlap(device, dtype):
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_gradient_whose_rows_overlap(device, dtype, activation):
     """Both of its strides are 1: it lies as ReLU's output does, and as its transpose does."""
     tensors = [torch.randn(shape).to(dtype) for shape in ((9, 3), (2, 3), (2,))]
     overlapping = torch.randn(10).to(dtype).as_strided((9, 2), (1, 1))
     ours, same = [
-        forward_and_gradients(functional.linear, tensors, grad_output, "relu")
+        forward_and_gradients(functional.linear, tensors, grad_output, activation)
         for grad_output in (overlapping, overlapping.contiguous())
     ]
     torch.testing.assert_close(ours, same)
@@ -227,6 +228,20 @@ def test_backward_op_with_overlapping_rows(device):
 def test_bias_that_is_broadcast_runs_pytorchs_op(shape):
     input, weight, bias = torch.randn(2, 3), torch.randn(4, 3), torch.randn(shape)
     assert torch.equal(functional.linear(input, weight, bias), F.linear(input, weight, bias))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 2, 3)], ids=str)
+def test_bias_of_another_dtype_runs_pytorchs_op(shape):
+    """That adds it to a product already made where input or bias is not contiguous."""
+    input, weight = torch.randn(shape), torch.randn(4, 3)
+    bias = torch.randn(8, dtype=torch.float64)[::2]
+    if len(shape) == 2:
+        with pytest.raises(RuntimeError, match="bias"):
+            functional.linear(input, weight, bias)
+    else:
+        ours, torchs = functional.linear(input, weight, bias), F.linear(input, weight, bias)
+        assert torch.equal(ours, torchs)
+        assert ours.dtype is torchs.dtype is torch.float32
 
 
 @pytest.mark.parametrize("layout", ["sparse", "sparse weight", "mkldnn", "nested"])

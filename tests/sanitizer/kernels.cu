@@ -1,7 +1,5 @@
-// The CUDA kernels without torch, on small sizes, for compute-sanitizer: `make gpu` builds and runs this.
-//
-//   nvcc -std=c++20 -arch=native -lineinfo tests/sanitizer/kernels.cu -o kernels
-//   compute-sanitizer --tool memcheck ./kernels     (and racecheck, initcheck)
+// The CUDA kernels without torch, on small sizes, for compute-sanitizer (memcheck, racecheck, initcheck): `make gpu`
+// links this with the object files of the library, and runs it.
 //
 // Every buffer is exactly as large as its sizes say, so that an access beyond it is one beyond the allocation.
 // Whether results are right is for the tests in Python.
@@ -9,13 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cuda/instantiate/float32.cu"
-#include "../../csrc/cuda/instantiate/float64.cu"
-#include "../../csrc/cuda/instantiate/half.cu"
-#include "../../csrc/cuda/instantiate/tensor_cores_bfloat16.cu"
-#include "../../csrc/cuda/instantiate/tensor_cores_float16.cu"
-#include "../../csrc/cuda/instantiate/tensor_cores_tf32.cu"
-#include "../../csrc/cuda/table.cu"
+#include "../../csrc/cuda/step_graph.cuh"
 
 using namespace mnist_ext;
 using mnist_ext::cuda::check;

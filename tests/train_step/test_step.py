@@ -2,7 +2,6 @@
 
 import copy
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -252,24 +251,6 @@ class TestTheUsersTensors:
         for chosen in (slice(32), *(slice(i, i + 8) for i in range(0, 32, 8))):
             ordinary_step(*loop, images[chosen], labels[chosen])
         torch.testing.assert_close([*model.parameters()], [*loop[0].parameters()])
-
-    @pytest.mark.cpu_only("the emulator is not for threads of Python")
-    def test_threads_of_python_train_models_of_their_own(self):
-        """Each thread has buffers of its own."""
-
-        def train(model):
-            step, _ = pair(model)
-            for x, y in zip(images, labels, strict=True):
-                step(x, y)
-
-        images, labels = batches(20, 64)
-        models = [mlp((20,), "relu") for _ in range(3)]
-        twins = copy.deepcopy(models)
-        with ThreadPoolExecutor(len(models)) as pool:
-            list(pool.map(train, models))
-        for model, twin in zip(models, twins, strict=True):
-            train(twin)
-            assert_same_bits(model, twin)
 
 
 class TestWrongCalls:

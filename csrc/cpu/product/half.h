@@ -66,8 +66,8 @@ class Widened {
 // Calls run(product of float).
 template <class T, class Run>
 void run_widened(const Product<T>& p, int threads, const Run& run) {
-  // A and its mask alike: both strides of one of them may be 1.
-  const bool a_along_k = p.a.k_stride == 1 && (!p.relu_mask.data || p.relu_mask.k_stride == 1);
+  // A and its mask alike, and down the columns where row sums are wanted: both strides of one of them may be 1.
+  const bool a_along_k = !p.row_sums && p.a.k_stride == 1 && (!p.relu_mask.data || p.relu_mask.k_stride == 1);
   const Widened<T> a(p.a, p.M, p.K, a_along_k, threads), mask(p.relu_mask, p.M, p.K, a_along_k, threads);
   const Widened<T> b(p.c ? p.b : Operand<T>{}, p.N, p.K, p.b.k_stride == 1, threads),
       bias(p.bias, 1, p.N, p.N, threads);
