@@ -57,7 +57,7 @@ def a_signal(steps: int = 0, epochs: int = 0, number: int = signal.SIGINT) -> It
 
 
 @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
-@pytest.mark.parametrize("impl", [[], ["--impl", "torch"], ["--one-call"]], ids=str)
+@pytest.mark.parametrize("impl", [[], ["--impl", "torch"], ["--one-call"], ["--augment"]], ids=str)
 def test_interrupted_and_resumed(monkeypatch, ran, impl, scheduler):
     """In the first step, within a later epoch, and in the evaluation of one."""
     options = ["--recipe", "best", "--epochs", "4", "--log-interval", "7"]

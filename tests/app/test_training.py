@@ -170,7 +170,22 @@ def test_best_recipe_on_mnist(mnist):
     assert last.test_accuracy >= 98.3
 
 
-@pytest.mark.parametrize("recipe", ["tutorial", "best"])
+def test_each_epoch_of_each_seed_trains_on_other_copies(digits, monkeypatch):
+    seeds = []
+    distorted = trainer.distorted
+    monkeypatch.setattr(
+        trainer, "distorted", lambda split, seed: seeds.append(seed) or distorted(split, seed)
+    )
+    for seed in (0, 1, 0):
+        # With the learning rate 0 every epoch is judged by the same model.
+        epochs = run(replace(QUICK, epochs=3, lr=0.0, augment=True, seed=seed), digits)
+        losses = sorted(metrics.train_loss for metrics in epochs)
+        assert losses[0] * 1.0001 < losses[1] < losses[2] / 1.0001
+    assert len(set(seeds[:6])) == 6
+    assert seeds[6:] == seeds[:3]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_one_call_is_the_same_run(digits, recipe):
     """The same batches in the same order: losses and accuracies of the ordinary loop."""
     config = TrainConfig(**{**RECIPES[recipe], "epochs": 3})

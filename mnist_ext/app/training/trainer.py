@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mnist_ext import TrainStep, build_info, optim
 from mnist_ext.app import UserError
 from mnist_ext.app.data.datasets import Dataset, Split, batches, draw_order, take
+from mnist_ext.app.data.distort import distorted
 from mnist_ext.app.training.distributed import ALONE, Processes
 from mnist_ext.app.training.models import mlp
 from mnist_ext.app.training.settings import TrainConfig
@@ -205,7 +206,7 @@ class Trainer:
         order = order[self.step * batch_size :]
         self.model.train()
         take_steps = self._native_steps if self._config.one_call else self._steps
-        for losses, rates in take_steps(order):
+        for losses, rates in take_steps(self._examples(), order):
             done = min((self.step + len(losses)) * batch_size, self.images_per_epoch)
             images = done - self.step * batch_size
             self._add_losses(losses, images)
@@ -306,7 +307,14 @@ class Trainer:
         self._loss_sum.fill_(values["loss_sum"])
         self._seconds, self._lr = float(values["seconds"]), float(values["lr"])
 
-    def _steps(self, order: Tensor) -> Iterator[tuple[Tensor, list[float]]]:
+    def _examples(self) -> Split:
+        """Return what this epoch trains on; the same again when it goes on in its middle."""
+        if not self._config.augment:
+            return self._train
+        # So far apart, runs of neighbouring seeds share no copies.
+        return distorted(self._train, (self._config.seed * 1_000_003 + self.epoch) % 2**63)
+
+    def _steps(self, train: Split, order: Tensor) -> Iterator[tuple[Tensor, list[float]]]:
         """Take a step a batch of ``order``; yield its loss [1] and learning rate."""
         rank, size = self._processes.rank, self._processes.size
         for batch in order.split(self._config.batch_size):
@@ -315,9 +323,7 @@ class Trainer:
             # Dealt out in turns, so that shares differ by one image at most. Where one is empty, an
             # image that counts nothing keeps the processes together.
             mine = batch[rank::size]
-            images, labels = take(
-                self._train, mine if len(mine) else batch[:1], *self._normalization
-            )
+            images, labels = take(train, mine if len(mine) else batch[:1], *self._normalization)
             self._optimizer.zero_grad()
             loss = self._criterion(self._forward(images), labels)
             if size == 1:
@@ -335,15 +341,14 @@ class Trainer:
                 self._scheduler.step()
             yield losses, [rate]
 
-    def _native_steps(self, order: Tensor) -> Iterator[tuple[Tensor, list[float]]]:
+    def _native_steps(self, train: Split, order: Tensor) -> Iterator[tuple[Tensor, list[float]]]:
         """Take the steps of ``order``, many to a native call; yield those of each."""
         step = TrainStep(
             self.model, self._criterion, self._optimizer, normalize=self._normalization
         )
         rates = _Rates(self._optimizer, self._scheduler)
-        images, labels = self._train.images, self._train.labels
-        order = order.to(images.device)
-        for losses in step.parts(images, labels, self._config.batch_size, order, rates):
+        order = order.to(self._device)
+        for losses in step.parts(train.images, train.labels, self._config.batch_size, order, rates):
             yield losses, rates.take()
 
     def _add_losses(self, losses: Tensor, images: int) -> None:

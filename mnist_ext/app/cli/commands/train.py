@@ -143,6 +143,12 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         "(default: $MNIST_EXT_DATA, then the user's cache folder)",
     )
     add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="train on images that are turned, scaled, slanted, shifted and bent at random, in "
+        f"each epoch otherwise {_recipe_default('augment')}",
+    )
+    add(
         "--limit-batches",
         type=integer(1),
         metavar="N",
