@@ -231,8 +231,8 @@ template <class T>
 void check_cross_entropy(const CrossEntropyCase<T>& one) {
   using A = ComputeType<T>;
   const int64_t n = one.batch * one.positions, classes = one.classes, size = n * classes;
-  Numbers<T> logits(size, 3), probabilities(size), weight(classes), grad_output(n), loss(n), gradient(size),
-      again(size);
+  Numbers<T> logits(size, 3), probabilities(size), weight(classes), grad_output(n), loss(n), loss_alone(n),
+      gradient(size), again(size);
   for (T& x : probabilities.data) x = rounded<T>(std::fabs(value(x)));
   for (T& x : weight.data) x = rounded<T>(std::fabs(value(x)));
   constexpr int64_t ignored = 7;
@@ -281,9 +281,13 @@ void check_cross_entropy(const CrossEntropyCase<T>& one) {
       name_of<T>() + " cross_entropy " + std::to_string(one.batch) + "x" + std::to_string(classes) + "x" +
       std::to_string(one.positions) + (one.probabilities ? " probabilities" : "") + (one.weighted ? " weighted" : "") +
       (one.smoothing > 0 ? " smoothed" : "") + " reduction " + std::to_string(static_cast<int>(one.reduction));
-  on_threads<T>(what, {&loss.data, &gradient.data, &again.data}, [&](int threads) {
+  on_threads<T>(what, {&loss.data, &loss_alone.data, &gradient.data, &again.data}, [&](int threads) {
     std::vector<A> workspace(static_cast<std::size_t>(kernels<T>().cross_entropy_workspace_bytes(forward)));
     int64_t bad = kernels<T>().cross_entropy_forward(forward, workspace.data(), {.threads = threads});
+    expect(bad == -1, what, "bad position", static_cast<double>(bad), -1);
+    CrossEntropyForward<T> alone = forward;  // keeps no exponentials
+    alone.loss = loss_alone.get(), alone.grad_logits = nullptr;
+    bad = kernels<T>().cross_entropy_forward(alone, workspace.data(), {.threads = threads});
     expect(bad == -1, what, "bad position", static_cast<double>(bad), -1);
     bad = kernels<T>().cross_entropy_backward(backward, {.threads = threads});
     expect(bad == -1, what, "bad position", static_cast<double>(bad), -1);
@@ -320,6 +324,7 @@ void check_cross_entropy(const CrossEntropyCase<T>& one) {
     sum += position_loss;
     sum_magnitude += magnitude;
     if (none) expect_near<T>(what, "loss", loss[i], position_loss, magnitude);
+    if (none) expect_near<T>(what, "loss alone", loss_alone[i], position_loss, magnitude);
     const double scale = grad_output[none ? i : 0] / divisor;
     for (int64_t c = 0; c < classes; ++c) {
       const double p = std::exp(logits[at(c)] - largest) / exponentials;
@@ -330,7 +335,9 @@ void check_cross_entropy(const CrossEntropyCase<T>& one) {
       expect_near<T>(what, "gradient of backward", again[at(c)], truth, terms);
     }
   }
-  if (!none) expect_near<T>(what, "loss", loss[0], sum / divisor, sum_magnitude / divisor);
+  if (none) return;
+  expect_near<T>(what, "loss", loss[0], sum / divisor, sum_magnitude / divisor);
+  expect_near<T>(what, "loss alone", loss_alone[0], sum / divisor, sum_magnitude / divisor);
 }
 
 template <class T>
