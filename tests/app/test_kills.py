@@ -77,6 +77,8 @@ class Ender:
             assert code == 128 + number
             epoch, step = int(saved[2]), int(saved[1] or 0)
             assert progress() == (epoch - (step > 0), step)
+        elif number == signal.SIGINT and not trains and err.endswith("KeyboardInterrupt\n"):
+            assert "mnist_ext" not in err  # Python was about to begin
         else:
             # Before training begins, or when all is done and Python is about to end.
             assert (code, err) in ((-number, ""), (130, "mnist-ext: interrupted\n"))
