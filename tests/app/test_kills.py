@@ -51,17 +51,17 @@ class Ender:
         if not CHECKPOINT.exists():  # nothing was to be resumed yet
             shutil.rmtree(RUN, ignore_errors=True)
             argv = [*TRAIN, *options, "--name", RUN.name]
+        done = CHECKPOINT.exists() and progress() == (EPOCHS, 0)
         trains = self.random.random() >= self.anywhere
         command = [sys.executable, "-m", "mnist_ext", *argv, "--json"]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
-            number = self.signals[-1] if self.signals else None
-            if number is not None:
+            if self.signals and not done:
                 if trains:  # "start", and the first step that is logged
                     _ = process.stdout.readline(), process.stdout.readline()
                 time.sleep(self.random.uniform(0, self.seconds if trains else IMPORTS))
-                process.send_signal(number)
+                process.send_signal(self.signals[-1])
             err = process.communicate(timeout=300)[1]
         code = process.returncode
         if code != 0:
@@ -77,6 +77,8 @@ class Ender:
             assert code == 128 + number
             epoch, step = int(saved[2]), int(saved[1] or 0)
             assert progress() == (epoch - (step > 0), step)
+        elif number == signal.SIGINT and not trains and err.endswith("KeyboardInterrupt\n"):
+            assert "mnist_ext" not in err  # Python was about to begin
         else:
             # Before training begins, or when all is done and Python is about to end.
             assert (code, err) in ((-number, ""), (130, "mnist-ext: interrupted\n"))
