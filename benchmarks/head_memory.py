@@ -1,6 +1,7 @@
 """Print how much memory a last layer and its loss take beyond inputs and gradients, at the peak.
 
-    python benchmarks/head_memory.py [NxDxC] [--of ours torch torch.compile chunked]
+    python benchmarks/head_memory.py [NxDxC ...] [--of ours torch torch.compile chunked]
+                                     [--csv FILE]
 
 Forward and backward in float32, each in a process of its own; the peak is its resident set's, and
 what is taken off is its peak with inputs and gradients alone.
@@ -10,11 +11,15 @@ import argparse
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from kernels import head_losses
+from provenance import describe, fields
+from table import Table
 
 NAMES = ("ours", "torch", "torch.compile", "chunked")
+COLUMNS = {"shape": "<16", "implementation": "<16", "MiB": ">10.1f"}
 
 
 def peak() -> int:
@@ -39,21 +44,29 @@ def beyond_inputs_and_gradients(name: str, rows: int, features: int, classes: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", nargs="?", default="4096x768x128256", metavar="NxDxC")
+    parser.add_argument("shapes", nargs="*", default=["4096x768x128256"], metavar="NxDxC")
     parser.add_argument("--of", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--csv", type=Path, help="write the rows to this file")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.in_this_process:
-        rows, features, classes = map(int, args.shape.split("x"))
+        rows, features, classes = map(int, args.shapes[0].split("x"))
         print(beyond_inputs_and_gradients(args.of[0], rows, features, classes))
         return
-    for name in args.of:
-        command = [sys.executable, __file__, args.shape, "--of", name, "--in-this-process"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        size = (
-            f"{int(run.stdout.split()[-1]) / 2**20:10,.1f} MiB" if run.returncode == 0 else "failed"
-        )
-        print(f"{args.shape}  {name:<14}{size}", flush=True)
+    print(describe())
+    table = Table(COLUMNS, fields())
+    table.header()
+    for shape in args.shapes:
+        for name in args.of:
+            command = [sys.executable, __file__, shape, "--of", name, "--in-this-process"]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            if run.returncode:
+                print(f"{shape}  {name}: failed", flush=True)
+                continue
+            size = int(run.stdout.split()[-1])
+            table.add(shape=shape, implementation=name, bytes=size, MiB=size / 2**20)
+    if args.csv:
+        table.write(args.csv)
 
 
 if __name__ == "__main__":

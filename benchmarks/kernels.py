@@ -5,7 +5,8 @@
                                  [--heads NxDxC ...] [--against NAME ...] [--turns N] [--csv FILE]
 
 linear: forward, grad_input, grad_weight + grad_bias, called as ops on a grid of shapes, on the
-instruction sets asked for. autograd: forward + backward of a layer as a model calls it.
+instruction sets asked for. autograd: forward + backward of a layer as a model calls it, of square
+layers on as many rows too.
 cross_entropy: forward, and forward + backward through autograd; "ours as op" is the same kernel
 without autograd and Python around it, "copy" a copy of the logits into new memory. head:
 linear_cross_entropy, forward + backward; "chunked" is PyTorch's own with options, "ours, two ops"
@@ -16,7 +17,8 @@ is wrong is left out, and named. Times are medians in microseconds; "ratio" is h
 long an implementation takes as ours, the median of the ratio of each turn, with its 20th and 80th
 percentile. "rate" counts the FLOP of a product, or the bytes that must be read and written at
 least; "limit" is its share of what this machine reached in the same run: FLOP/s of a large product
-of PyTorch's, bytes/s of a large copy.
+of PyTorch's, bytes/s of a large copy. "error": of a result with gradients, the root mean square of
+what the gradients are off from float64's, as a share of theirs; the largest of them.
 
 --cold: every call gets other tensors, as many in turns as no cache can hold.
 
@@ -47,6 +49,7 @@ from mnist_ext.app.bench.timing import TURNS, take_turns
 LAYERS = [(784, 128), (128, 64), (64, 10), (512, 512), (1024, 1024), (4096, 1024), (789, 333)]
 ROWS = [1, 8, 64, 256, 1024, 4096]
 MNIST_LAYERS = LAYERS[:3]
+SQUARES = [32, 64, 128, 256, 512, 1024, 2048]
 # Rows, features, classes; whose logits take 4 GB at most.
 HEADS = [
     (64, 64, 10),
@@ -80,15 +83,21 @@ COLUMNS = {
     "rate": ">8.1f",
     "unit": "<8",
     "limit": ">6.2f",
+    "error": ">8.1e",
 }
+
+
+def as_tensors(result) -> list[torch.Tensor]:
+    """Return one result or several, of PyTorch or JAX, as a list."""
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    return [torch.as_tensor(part) for part in parts]
 
 
 def is_right(name: str, result, expected, dtype: torch.dtype) -> bool:
     """Compare, before the timing, what an implementation computes. Ours must be right."""
-    result, expected = (x if isinstance(x, (tuple, list)) else [x] for x in (result, expected))
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-9}.get(dtype, 5e-2)
-    for found, true in zip(result, expected, strict=True):
-        error = relative_error(torch.as_tensor(found), true)
+    for found, true in zip(as_tensors(result), as_tensors(expected), strict=True):
+        error = relative_error(found, true)
         if not error <= tolerance:
             message = f"{name} is wrong: relative error {error:.3g}"
             if "ours" in name:
@@ -125,14 +134,29 @@ class Work:
         }
 
 
+def error_of(result, truth) -> float:
+    """Return the largest root mean square error of the tensors, as a share of the true one's."""
+    pairs = zip(as_tensors(result), as_tensors(truth), strict=True)
+    return max(((t.double() - true).norm() / true.norm()).item() for t, true in pairs)
+
+
 def compare(
     table: Table,
     implementations: dict[str, Callable[[], object]],
     best: str,
     work: Work | None = None,
+    truth: object = None,
     **row: object,
 ) -> None:
-    """Time the implementations and add their rows; ratios are to `best`, the time of ours."""
+    """Time the implementations and add their rows; ratios are to `best`, the time of ours.
+
+    truth: all that the implementations return, in float64.
+    """
+    errors = {}
+    if truth is not None:
+        results = {name: function() for name, function in implementations.items() if name != "copy"}
+        errors = {name: error_of(result, truth) for name, result in results.items()}
+        del results
     # As in a training loop, where one call soon follows another: the memory of a large result comes
     # back as it was left. (A virtual machine hands it to its host after a while, and gets it back
     # slowly.)
@@ -150,6 +174,7 @@ def compare(
             ratio_p20=ratio[0],
             ratio_p80=ratio[2],
             **(work.rate(middle) if work else {}),
+            error=errors.get(name),
         )
 
 
@@ -200,16 +225,20 @@ def linear_ops(table: Table, dtype: torch.dtype, grid, isas: list[str], cold: bo
     _C.set_isa(_C.available_isas()[-1])
 
 
-def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
-    """Time forward and backward of a layer as a model calls it."""
-    print("\nlinear, forward + backward through autograd")
+def linear_autograd(table: Table, dtype: torch.dtype, shapes) -> None:
+    """Time forward and backward of layers as a model calls them; all three gradients."""
+    peak = matrix_peak(dtype)
+    print(
+        f"\nlinear, forward + backward through autograd; a large product: {peak / 1e9:.0f} GFLOP/s"
+    )
     table.header()
-    for k, n in MNIST_LAYERS:
+    for rows, k, n in shapes:
         ours = mnist_ext.nn.Linear(k, n, dtype=dtype)
         torchs = torch.nn.Linear(k, n, dtype=dtype)
         torchs.load_state_dict(ours.state_dict())
         input = torch.randn(rows, k, dtype=dtype, requires_grad=True)
         grad = torch.randn(rows, n, dtype=dtype)
+        torch._dynamo.reset()
         compiled = torch.compile(torchs)
         tuned = torch.compile(torchs, mode="max-autotune")
 
@@ -221,14 +250,17 @@ def linear_autograd(table: Table, dtype: torch.dtype, rows: int) -> None:
             "torch.compile": partial(run, compiled, list(torchs.parameters())),
             "compile max-autotune": partial(run, tuned, list(torchs.parameters())),
             "ours": partial(run, ours, list(ours.parameters())),
+            **jax_peers.linear(input, *torchs.parameters(), grad),
         }
         expected = implementations["torch"]()
         implementations = only_right("linear forward + backward", implementations, expected, dtype)
-        implementations |= jax_peers.linear(input, *torchs.parameters(), grad)
+        exact = grad.double(), input.detach().double(), torchs.weight.detach().double()
         compare(
             table,
             implementations,
             best="ours",
+            work=Work(6 * rows * k * n, peak, "GFLOP/s"),
+            truth=(exact[0] @ exact[2], exact[0].T @ exact[1], exact[0].sum(0)),
             what="linear forward + backward",
             shape=f"{rows}x{k}x{n}",
             dtype=name_of(dtype),
@@ -268,17 +300,20 @@ def cross_entropy(table: Table, dtype: torch.dtype, shapes, cold: bool) -> None:
             lambda x, t: op.cross_entropy_with_gradient.default(x, t, *options)[1], arguments
         )
         peers = jax_peers.cross_entropy(logits, target) if not cold else ({}, {})
-        for what, implementations, jax, passes in (
-            ("forward", forward, peers[0], 1),
-            ("forward + backward", backward, peers[1], 2),
+        gradient = with_gradient(F.cross_entropy)(logits.double().requires_grad_(), target)
+        for what, implementations, jax, passes, truth in (
+            ("forward", forward, peers[0], 1, None),
+            ("forward + backward", backward, peers[1], 2, gradient),
         ):
-            truth = implementations["torch"]()
-            implementations = only_right(f"cross_entropy {what}", implementations, truth, dtype)
+            expected = implementations["torch"]()
+            implementations |= jax
+            implementations = only_right(f"cross_entropy {what}", implementations, expected, dtype)
             compare(
                 table,
-                {**implementations, **jax, "copy": in_turns(lambda x, _: x.clone(), arguments)},
+                {**implementations, "copy": in_turns(lambda x, _: x.clone(), arguments)},
                 best="ours",
                 work=Work(passes * logits.nbytes, bandwidth, "GB/s"),
+                truth=truth,
                 what=f"cross_entropy {what}" + (", cold" if cold else ""),
                 shape=f"{rows}x{classes}",
                 dtype=name_of(dtype),
@@ -324,11 +359,11 @@ def head(table: Table, dtype: torch.dtype, shapes, against: Sequence[str] | None
 
         what = "linear_cross_entropy"
         implementations = {n: partial(gradients, f) for n, f in head_losses().items()}
-        truth = implementations["torch"]()
+        expected = implementations["torch"]()
         if against is not None:
             chosen = {*against, "ours"}
             implementations = {n: f for n, f in implementations.items() if n in chosen}
-        implementations = only_right(what, implementations, truth, dtype)
+        implementations = only_right(what, implementations, expected, dtype)
         if against is None or "products" in against:
             implementations["products"] = partial(products, input.detach(), weight.detach())
         compare(
@@ -409,7 +444,8 @@ def main() -> None:
         grid = shapes if args.quick else [(rows, layer) for layer in LAYERS for rows in ROWS]
         linear_ops(table, dtype, grid, args.isa, args.cold)
     if "autograd" in chosen:
-        linear_autograd(table, dtype, rows=64)
+        shapes = [(64, *layer) for layer in MNIST_LAYERS]
+        linear_autograd(table, dtype, shapes + [(s, s, s) for s in SQUARES if not args.quick])
     if "cross_entropy" in chosen:
         cross_entropy(table, dtype, LOGITS[:3] if args.quick else LOGITS, args.cold)
     if "head" in chosen:
