@@ -115,7 +115,7 @@ def test_memory_of_a_head_is_printed():
     command = [sys.executable, memory, "64x16x200000", "--of", "ours", "torch"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    ours, torchs = (float(line.split()[-2]) for line in process.stdout.splitlines())
+    ours, torchs = (float(line.split()[-1]) for line in process.stdout.splitlines()[-2:])
     assert ours <= 32
     assert torchs >= 64 * 200_000 * 4 / 2**20  # all logits
 
@@ -129,7 +129,32 @@ def test_epochs_and_recipes_train(monkeypatch, capsys):
     training = runpy.run_path(str(BENCHMARKS / "training.py"))
     epochs = training["package_epochs"](TrainConfig(batch_size=100), few)
     assert [0 <= accuracy <= 100 for _, accuracy in itertools.islice(epochs, 2)] == [True] * 2
-    for name, arguments in (("accuracy", ["--seeds", "0"]), ("recipe", ["--seeds", "0", "1"])):
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        runpy.run_path(str(BENCHMARKS / f"{name}.py"))["main"]()
-        assert f"mean of {len(arguments) - 1} seeds: " in capsys.readouterr().out
+
+    def output_of(program, *arguments):
+        monkeypatch.setattr(sys, "argv", ["", *arguments])
+        program["main"]()
+        return capsys.readouterr().out
+
+    recipes = runpy.run_path(str(BENCHMARKS / "recipes.py"))
+    values = ["--set", "epochs=1,2", "hidden=8:4"]
+    text = output_of(recipes, "augmented", "--seeds", "0", "1", "--hold-out", "100", *values)
+    assert "trained on 200 images, judged by 100 others" in text
+    assert text.count("mean of 2 seeds ") == 2
+    assert "% after 2 epochs" in text
+
+    time_to_98 = runpy.run_path(str(BENCHMARKS / "time_to_98.py"))
+    time_to_98["main"].__globals__["seconds_from_cold"] = lambda *_: 2.0
+    assert "mean of 2 seeds: " in output_of(time_to_98, "--seeds", "0", "1", "--sides", "20")
+    assert output_of(time_to_98, "--seeds", "0", "--sides", "20", "--in-this-process") == ""
+
+
+def test_a_machine_is_drawn_from_its_rows(tmp_path):
+    results, picture = BENCHMARKS / "results", tmp_path / "picture.svg"
+    command = [sys.executable, BENCHMARKS / "plot_sweep.py", picture]
+    command += ["--training", results / "2026-11-30-cpu-training-zen5.csv"]
+    command += ["--kernels", results / "2026-11-30-cpu-kernels-zen5.csv"]
+    command += ["--memory", results / "2026-11-30-head-memory-zen5.csv"]
+    subprocess.run(command, check=True)
+    drawn = picture.read_text()
+    for text in ("mnist_ext.TrainStep", "PyTorch eager", "torch.compile", "JAX", "4096"):
+        assert f"{text}</text>" in drawn

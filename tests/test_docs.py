@@ -106,10 +106,13 @@ def test_the_figures_of_the_readme_are_rows():
     """PyTorch's time, ours and their ratio, in the order of its table of figures."""
     figures = [
         ("2026-11-25-cpu-training", STEP, "ours", "ratio"),
+        ("2026-11-30-cpu-training-zen5", STEP, "ours", "ratio"),
         ("2026-11-30-cpu-training-intel", STEP, "ours", "ratio"),
         ("2026-11-25-cpu-training", STEP, "ours TrainStep", "to_one_call"),
+        ("2026-11-30-cpu-training-zen5", STEP, "ours TrainStep", "to_one_call"),
         ("2026-11-30-cpu-training-intel", STEP, "ours TrainStep", "to_one_call"),
         ("2026-11-25-cpu-kernels", LARGE, "ours", "ratio"),
+        ("2026-11-30-cpu-kernels-zen5", LARGE, "ours", "ratio"),
         ("2026-11-30-cpu-cross-entropy-intel", LARGE, "ours", "ratio"),
     ]
     shown = re.findall(r"(\d+) → (\d+) (µs|ms), \*\*([\d.]+)x\*\*", README)
