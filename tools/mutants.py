@@ -73,7 +73,7 @@ TESTS = {
     r"cpu/(cross_entropy|simd/(exp|tanh))": [(CPU, [*LOSS, *HEAD[:1], "tests/train_step"])],
     r"cpu/product": [(CPU, [*LAYERS, "tests/train_step", *HEAD[:1]])],
     r"cpu/sgd": [(CPU, [*_ops("optim"), "tests/train_step"])],
-    r"cpu/(executor|train_steps)": [(CPU, [*STEP, *HEAD, *LAYERS])],
+    r"cpu/(executor|train_steps|threads)": [(CPU, [*STEP, *HEAD, *LAYERS])],
     r"cpu": [(CPU, [*_ops("optim"), *LAYERS, *LOSS, *HEAD[:1], "tests/train_step"])],
     r"cuda/(product|device/(tensor|hopper))": [
         (EMULATED, ["tests/cuda/test_cuda_products.py", *LAYERS]),
