@@ -413,13 +413,14 @@ class LinearCrossEntropy(Function):
                 and grad_lse is None
                 and not is_batched(grad_output)
             )
-            scale: float | None = math.nan
+            grads, scale = None, math.nan  # on CUDA the host must not wait to see it
             if is_scaled:
                 grads, ctx.grads = ctx.grads, None
-                scale = None if has_cuda_kernels(grad_output) else grad_output.item()
-            # Infinity times the gradients of ignored rows, which are 0, is NaN; PyTorch's stay 0.
-            if scale is not None and not math.isfinite(scale):
-                is_scaled, grads = False, None
+                if not has_cuda_kernels(grad_output):
+                    scale = grad_output.item()
+                    # Infinity times the gradients of ignored rows, 0, is NaN; PyTorch's stay 0.
+                    if not math.isfinite(scale):
+                        is_scaled, grads = False, None
             if grads is None:  # none were formed, or a backward has taken them
                 of_loss = None if is_scaled else grad_output
                 args = *ctx.saved_tensors, *ctx.options, of_loss, *wants

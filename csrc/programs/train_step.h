@@ -137,7 +137,7 @@ class TrainStepProgram {
     std::vector<Layer<T>> layers = layers_of(step);
     const std::span<const Layer<T>> all(layers);
     Layer<T>& last = layers.back();
-    // Weights that stay in a core's cache are worth it while a batch is no larger than they are.
+    // By neurons every thread reads the whole batch, which is worth weights that stay in a core's cache if it is small.
     const Sharing sharing = is_fused(step.rows) ? Sharing::neurons : Sharing::any;
     append_forward(all.first(all.size() - 1), sharing, program);
     // A thread's rows of logits, their loss, and the gradient of the last layer's input.

@@ -172,9 +172,9 @@ def test_best_recipe_on_mnist(mnist):
 
 def test_each_epoch_of_each_seed_trains_on_other_copies(digits, monkeypatch):
     seeds = []
-    distorted = trainer.distorted
+    augmented = trainer.augmented
     monkeypatch.setattr(
-        trainer, "distorted", lambda split, seed: seeds.append(seed) or distorted(split, seed)
+        trainer, "augmented", lambda split, seed: seeds.append(seed) or augmented(split, seed)
     )
     for seed in (0, 1, 0):
         # With the learning rate 0 every epoch is judged by the same model.

@@ -28,7 +28,7 @@ class TrainConfig:
             a half wave, ``onecycle`` for one that rises first.
         activation: one of ``ACTIVATIONS``.
         hidden: the width of each hidden layer.
-        augment: train on distorted copies of the images, other ones in each epoch.
+        augment: train on randomly distorted copies of the images, new ones in each epoch.
         impl: ``ext`` for the operators of this package, ``torch`` for PyTorch's.
         one_call: run many steps per native call, with ``mnist_ext.TrainStep``; needs ``ext``.
         device: ``cpu``, ``cuda`` or ``cuda:N``.

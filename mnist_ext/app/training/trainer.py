@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mnist_ext import TrainStep, build_info, optim
 from mnist_ext.app import UserError
+from mnist_ext.app.data.augment import augmented
 from mnist_ext.app.data.datasets import Dataset, Split, batches, draw_order, take
-from mnist_ext.app.data.distort import distorted
 from mnist_ext.app.training.distributed import ALONE, Processes
 from mnist_ext.app.training.models import mlp
 from mnist_ext.app.training.settings import TrainConfig
@@ -312,7 +312,7 @@ class Trainer:
         if not self._config.augment:
             return self._train
         # So far apart, runs of neighbouring seeds share no copies.
-        return distorted(self._train, (self._config.seed * 1_000_003 + self.epoch) % 2**63)
+        return augmented(self._train, (self._config.seed * 1_000_003 + self.epoch) % 2**63)
 
     def _steps(self, train: Split, order: Tensor) -> Iterator[tuple[Tensor, list[float]]]:
         """Take a step a batch of ``order``; yield its loss [1] and learning rate."""

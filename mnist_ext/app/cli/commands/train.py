@@ -145,8 +145,8 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help="train on images that are turned, scaled, slanted, shifted and bent at random, in "
-        f"each epoch otherwise {_recipe_default('augment')}",
+        help="train on copies of the images that are rotated, scaled, sheared, translated and "
+        f"elastically distorted at random, new ones in each epoch {_recipe_default('augment')}",
     )
     add(
         "--limit-batches",

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from mnist_ext.app.data import distort
+from mnist_ext.app.data import augment
+from mnist_ext.app.data.augment import augmented
 from mnist_ext.app.data.datasets import Split, load
-from mnist_ext.app.data.distort import distorted
 
 # Each part of a distortion, by the constant that turns it off where it is 0.
-PARTS = ("_TURN", "_SCALING", "_SLANT", "_SHIFT", "_DISPLACEMENT")
+PARTS = ("_ROTATION", "_SCALING", "_SHEAR", "_TRANSLATION", "_DISPLACEMENT")
 
 
 def only(monkeypatch, *parts):
     for part in set(PARTS) - set(parts):
-        monkeypatch.setattr(distort, part, 0.0)
+        monkeypatch.setattr(augment, part, 0.0)
 
 
 def a_cross(count: int) -> Split:
@@ -37,20 +37,20 @@ def moments(images):
 def test_nothing_is_changed_without_distortions(monkeypatch):
     only(monkeypatch)
     train = load("digits").train
-    copy = distorted(train, 0)
+    copy = augmented(train, 0)
     assert torch.equal(copy.images, train.images)
     assert copy.labels is train.labels
 
 
 def test_a_seed_determines_the_copy():
     train = load("digits").train
-    copy = distorted(train, 3)
+    copy = augmented(train, 3)
     assert copy.images.dtype == torch.uint8
     assert copy.images.shape == train.images.shape
-    assert torch.equal(copy.images, distorted(train, 3).images)
-    assert not torch.equal(copy.images, distorted(train, 4).images)
-    batch = distort._BATCH  # the same image at the same place of two batches
-    assert not torch.equal(*(distorted(a_cross(2 * batch), 0).images.split(batch)))
+    assert torch.equal(copy.images, augmented(train, 3).images)
+    assert not torch.equal(copy.images, augmented(train, 4).images)
+    batch = augment._BATCH  # the same image at the same place of two batches
+    assert not torch.equal(*(augmented(a_cross(2 * batch), 0).images.split(batch)))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -58,10 +58,10 @@ def test_how_far(monkeypatch, part):
     """Each part moves, scales or turns as far as it says in both directions, and no farther."""
     only(monkeypatch, part)
     images = a_cross(2000).images
-    mass, x, y, xx, yy, xy = moments(distorted(Split(images, torch.zeros(2000)), 0).images)
+    mass, x, y, xx, yy, xy = moments(augmented(Split(images, torch.zeros(2000)), 0).images)
     *_, plain, _, _ = moments(images)
     plain, mass = plain[0].item(), mass / images[0].sum()
-    if part == "_SHIFT":
+    if part == "_TRANSLATION":
         for place in (x, y):
             assert -1.51 < place.min() < -1.4
             assert 1.4 < place.max() < 1.51
@@ -69,13 +69,13 @@ def test_how_far(monkeypatch, part):
         for variance in (xx, yy):
             assert 1.1**-2 * 0.97 < (variance / plain).min() < 0.87
             assert 1.18 < (variance / plain).max() < 0.9**-2 * 1.03
-    elif part == "_SLANT":  # x gains a tenth of y
+    elif part == "_SHEAR":  # x gains a tenth of y
         assert xy.abs().max().item() == pytest.approx(0.1 * plain, rel=0.1)
         assert xy.min() < 0 < xy.max()
-    elif part == "_TURN":  # of a bar: no second moment of a cross changes
+    elif part == "_ROTATION":  # of a bar: no second moment of a cross changes
         images[:, 6:12] = images[:, 16:] = 0
         *_, wide, high, _ = moments(images[:1])
-        *_, xy = moments(distorted(Split(images, torch.zeros(2000)), 0).images)
+        *_, xy = moments(augmented(Split(images, torch.zeros(2000)), 0).images)
         ten_degrees = 0.171 * (wide - high).item()  # sine times cosine
         assert xy.abs().max().item() == pytest.approx(ten_degrees, rel=0.05)
         assert xy.min() < 0 < xy.max()
