@@ -1,9 +1,10 @@
 """Draws what the README shows from the rows of benchmarks/results.
 
-    python benchmarks/plot.py --training FILE --kernels FILE [--folder docs]
+    python benchmarks/plot.py --training FILE --kernels FILE --commits FILE FILE... [--folder docs]
 
 step.svg: a training step, by implementation and, where it was measured, by part. roofline.svg: each
 product of a linear layer against what the machine can do with that many operations per byte.
+commits.svg: a training step over the commits that it was measured at on one make of CPU.
 """
 
 import argparse
@@ -101,6 +102,34 @@ def draw_roofline(rows: Rows, path: Path) -> None:
     finish(figure, axes, path, source(products[0]))
 
 
+def draw_commits(runs: list[Rows], path: Path) -> None:
+    """Draw what one make of CPU gains over PyTorch's step, over commits: each run is of one."""
+    eager = []
+    for rows in runs:
+        steps = [r for r in rows if (r["implementation"], r["part"]) == ("torch", "step")]
+        eager.append({r["batch"]: r for r in steps if r["activation"] == "relu"})
+    figure, grid = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for axes, ratio, name in zip(
+        grid, ("ratio", "to_one_call"), ("The loop, swapped", "TrainStep"), strict=True
+    ):
+        for batch in sorted(set().union(*eager), key=int):
+            x = [i for i, steps in enumerate(eager) if batch in steps]
+            points = [eager[i][batch] for i in x]
+            (line,) = axes.plot(x, [float(r[ratio]) for r in points], "o-", ms=3, label=batch)
+            if ratio == "ratio":
+                low, high = ([float(r[f"ratio_{end}"]) for r in points] for end in ("p20", "p80"))
+                axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+        axes.axhline(1, color="black", lw=0.8)
+        axes.set_ylim(0)
+        ticks = [f"{rows[0]['commit'][:7]}\n{rows[0]['date']}" for rows in runs]
+        axes.set_xticks(range(len(runs)), ticks, fontsize=7)
+        axes.set_title(f"{name}: times as fast as eager")
+    grid[0].legend(title="batch", frameon=False, ncols=2)
+    grid[1].spines[["top", "right"]].set_visible(False)
+    last = runs[-1][0]
+    finish(figure, grid[0], path, f"{last['cpu']}, {last['threads']} threads, {last['isa']}")
+
+
 def finish(figure, axes, path: Path, text: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(text, fontsize=7, color="gray")
@@ -113,6 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--training", type=Path, help="rows of training.py")
     parser.add_argument("--kernels", type=Path, help="rows of kernels.py")
+    parser.add_argument(
+        "--commits", type=Path, nargs="+", help="rows of training.py, the oldest first"
+    )
     parser.add_argument("--folder", type=Path, default=Path("docs"), help="where to draw")
     args = parser.parse_args()
     mpl.rcParams.update(SVG)
@@ -120,6 +152,8 @@ def main() -> None:
         draw_step(read(args.training), args.folder / "step.svg")
     if args.kernels:
         draw_roofline(read(args.kernels), args.folder / "roofline.svg")
+    if args.commits:
+        draw_commits([read(path) for path in args.commits], args.folder / "commits.svg")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,10 @@ def test_epochs_and_recipes_train(monkeypatch, capsys):
     time_to_98["main"].__globals__["seconds_from_cold"] = lambda *_: 2.0
     assert "mean of 2 seeds: " in output_of(time_to_98, "--seeds", "0", "1", "--sides", "20")
     assert output_of(time_to_98, "--seeds", "0", "--sides", "20", "--in-this-process") == ""
+    values = ["--epochs", "1", "2", "--learning-rates", "0.3"]
+    text = output_of(time_to_98, "--seeds", "0", "1", "--hold-out", "100", *values)
+    assert "trained on 200 images, judged by 100 others" in text
+    assert text.count("learning rate 0.3: ") == 4  # of two sides
 
 
 def test_a_machine_is_drawn_from_its_rows(tmp_path):
@@ -158,3 +162,14 @@ def test_a_machine_is_drawn_from_its_rows(tmp_path):
     drawn = picture.read_text()
     for text in ("mnist_ext.TrainStep", "PyTorch eager", "torch.compile", "JAX", "4096"):
         assert f"{text}</text>" in drawn
+
+
+def test_commits_are_drawn_in_turn(tmp_path):
+    rows = sorted((BENCHMARKS / "results").glob("*cpu-training-intel*.csv"))
+    command = [sys.executable, BENCHMARKS / "plot.py", "--folder", tmp_path, "--commits", *rows]
+    subprocess.run(command, check=True)
+    drawn = (tmp_path / "commits.svg").read_text()
+    commits = [drawn.index(commit) for commit in ("095399f", "25a5914", "2272e69")]
+    assert commits == sorted(commits)
+    assert drawn.count("095399f") == 2  # swapped, and TrainStep
+    assert ">4096</text>" in drawn
