@@ -24,15 +24,25 @@ from mnist_ext.app.runs import trained
 NAMES = tuple("0123456789")
 MNIST_FOLDER = os.environ.get("MNIST_EXT_DATA")  # before a test hides it
 NODE, CHROMIUM = shutil.which("node"), shutil.which("chromium")
-# The script's classify, called on images from standard input; the page's elements do nothing.
+# The script's parameters, and its classify, called on images from standard input; the page's
+# elements do nothing.
 IN_NODE = """
 const request = JSON.parse(require("fs").readFileSync(0));
 const nothing = new Proxy(() => nothing, { get: (target, name) =>
   name === "textContent" ? JSON.stringify(request.network) : nothing, set: () => true });
 const document = { getElementById: () => nothing };
-const script = request.script + "\\nreturn classify;";
-console.log(JSON.stringify(request.images.map(new Function("document", script)(document))));
+const script = request.script + "\\nreturn [classify, parameters];";
+const [classify, parameters] = new Function("document", script)(document);
+const answers = request.images.map(classify);
+console.log(JSON.stringify({ answers, parameters: Array.from(parameters) }));
 """
+# Width and height of what the network sees.
+LIT = """(() => {
+  const { data } = seen.getImageData(0, 0, SIDE, SIDE);
+  const lit = [...Array(SIDE * SIDE).keys()].filter((i) => data[4 * i] > 0);
+  return [(i) => i % SIDE, (i) => Math.floor(i / SIDE)].map((along) =>
+    Math.max(...lit.map(along)) - Math.min(...lit.map(along)) + 1);
+})()"""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,7 @@ def test_no_square_for_a_model_that_the_script_cannot_run(digits_run):
 @pytest.mark.skipif(NODE is None, reason="there is no node to run the page's script")
 def test_the_script_answers_as_the_model_does(digits_run):
     model = trained.load(digits_run)
+    model.model[1].weight[0, :3] = torch.tensor([2**-24, -(2**-15), 0.0])  # subnormal float16
     images = datasets.load("digits").test.images[:20]
     request = {
         "network": network_of(drawing(model, NAMES)),
@@ -91,8 +102,10 @@ def test_the_script_answers_as_the_model_does(digits_run):
     )
     split = datasets.Split(images, torch.zeros(20, dtype=torch.int64))
     expected = logits_of(model.model, split, model.mean, model.std).softmax(1)
-    answers = torch.tensor(json.loads(result.stdout))
-    torch.testing.assert_close(answers, expected, rtol=0, atol=2e-3)  # float16
+    got = {name: torch.tensor(values) for name, values in json.loads(result.stdout).items()}
+    halves = torch.cat([p.flatten() for p in model.model.parameters()]).half()
+    assert torch.equal(got["parameters"].half(), halves)
+    torch.testing.assert_close(got["answers"], expected, rtol=0, atol=2e-3)  # float16
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +160,12 @@ def test_all_digits_drawn_in_a_browser(browser, mnist_report, width, scheme):
             for point in points[1:]:
                 move("Move", point)
             move("End", None)
+        if not phone:
+            page.mouse.move(box["x"] + 5, box["y"] + box["height"] / 2)  # no button
+        ink = page.evaluate("(({ x, y }) => [x, y])(byId('ink').getBBox())")
+        corner = [min(point[axis] for stroke in strokes for point in stroke) for axis in (0, 1)]
+        assert ink == pytest.approx(corner, abs=0.02)
+        assert max(page.evaluate(LIT)) in (20, 21)  # MNIST's digits are 20 pixels long
         share = page.locator("#bars td").nth(digit).inner_text()
         seen[digit] = page.locator("#answer").inner_text(), float(share.removesuffix(" %")) > 50
         page.locator("#clear").click()
