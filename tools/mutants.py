@@ -65,6 +65,7 @@ LOSS = _ops("cross_entropy")
 HEAD = _ops("linear_cross_entropy", "head_in_models")
 STEP = ["tests/train_step", *_ops("memory")]
 ERRORS = _ops("errors", "autograd", "random_calls")
+THREADS = ["tests/cpu/test_parallel.py"]
 
 # The libraries that a file reaches and the tests of each, the fastest first. The first pattern that
 # fits decides.
@@ -73,7 +74,7 @@ TESTS = {
     r"cpu/(cross_entropy|simd/(exp|tanh))": [(CPU, [*LOSS, *HEAD[:1], "tests/train_step"])],
     r"cpu/product": [(CPU, [*LAYERS, "tests/train_step", *HEAD[:1]])],
     r"cpu/sgd": [(CPU, [*_ops("optim"), "tests/train_step"])],
-    r"cpu/(executor|train_steps|threads)": [(CPU, [*STEP, *HEAD, *LAYERS])],
+    r"cpu/(executor|train_steps|threads)": [(CPU, [*THREADS, *STEP, *HEAD, *LAYERS])],
     r"cpu": [(CPU, [*_ops("optim"), *LAYERS, *LOSS, *HEAD[:1], "tests/train_step"])],
     r"cuda/(product|device/(tensor|hopper))": [
         (EMULATED, ["tests/cuda/test_cuda_products.py", *LAYERS]),
