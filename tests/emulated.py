@@ -74,6 +74,7 @@ def reset() -> None:
     library().set_seed(0)
     library().set_device()
     library().refuse_graphs(False)
+    library().fail_captured_launches(False)
 
 
 def captured(call: Callable[[], object]) -> int:

@@ -221,9 +221,10 @@ def test_new_momentum_buffers_where_the_old_ones_were(device, monkeypatch):
     assert graphs == 2 + 2
 
 
-def test_a_driver_that_makes_no_graphs(emulator):
+@pytest.mark.parametrize("refuse", ["refuse_graphs", "fail_captured_launches"])
+def test_a_driver_that_makes_no_graphs(emulator, refuse):
     images, labels = data("cpu")
-    emulated.refuse_graphs()
+    getattr(emulated, refuse)()
 
     def use(step):
         return [step._run(images, labels, None, 6, [0.1] * 7) for _ in range(2)]

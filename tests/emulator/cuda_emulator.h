@@ -385,6 +385,7 @@ inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStr
 template <class... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... parameters) {
+  if (emulator::captured_launches_fail && emulator::is_captured(config->stream)) return cudaErrorMemoryAllocation;
   emulator::start(config->stream, [=, launch = *config] {
     emulator::run_grid(launch.gridDim, launch.blockDim, static_cast<int64_t>(launch.dynamicSmemBytes),
                        [=] { kernel(parameters...); });

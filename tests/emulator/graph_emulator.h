@@ -34,10 +34,16 @@ namespace emulator {
 inline cudaStream_t current_stream = nullptr;  // what null stands for, as ops of the CPU pass no stream
 inline int graph_launches = 0;                 // so far
 inline bool graphs_are_refused = false;        // by the driver that is played
+inline bool captured_launches_fail = false;    // there
+
+inline bool is_captured(cudaStream_t stream) {
+  if (!stream) stream = current_stream;
+  return stream && stream->capture;
+}
 
 inline void start(cudaStream_t stream, std::function<void()> work) {
   if (!stream) stream = current_stream;
-  if (stream && stream->capture) {
+  if (is_captured(stream)) {
     stream->capture->work.push_back(std::move(work));
   } else {
     work();
@@ -59,8 +65,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  if (!stream) stream = emulator::current_stream;
-  *status = stream && stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  *status = emulator::is_captured(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 

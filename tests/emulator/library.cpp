@@ -123,6 +123,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "refuse_graphs", [](bool refuse) { emulator::graphs_are_refused = refuse; }, arg("refuse") = true,
       "Choose whether the driver that is played makes no CUDA graphs.");
+  m.def(
+      "fail_captured_launches", [](bool fail) { emulator::captured_launches_fail = fail; }, arg("fail") = true,
+      "Choose whether kernels cannot be launched into a capture.");
   m.def("launches", [] { return emulator::launches; }, "Count the kernels started so far.");
   m.def("graph_launches", [] { return emulator::graph_launches; }, "Count the CUDA graphs started so far.");
   m.def("bank_conflicts", [] { return emulator::bank_conflicts; }, "Count those of ldmatrix and load_word so far.");
