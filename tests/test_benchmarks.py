@@ -152,6 +152,13 @@ def test_epochs_and_recipes_train(monkeypatch, capsys):
     assert text.count("learning rate 0.3: ") == 4  # of two sides
 
 
+def test_images_are_distorted_in_both_ways(monkeypatch, capsys):
+    augmentation = runpy.run_path(str(BENCHMARKS / "augmentation.py"))
+    monkeypatch.setattr(sys, "argv", ["", "--images", "200", "--turns", "2"])
+    augmentation["main"]()
+    assert capsys.readouterr().out.count(" images/s, ") == 3
+
+
 def test_a_machine_is_drawn_from_its_rows(tmp_path):
     results, picture = BENCHMARKS / "results", tmp_path / "picture.svg"
     command = [sys.executable, BENCHMARKS / "plot_sweep.py", picture]
