@@ -1,6 +1,7 @@
 """Where a figure comes from: printed above every table."""
 
 import datetime
+import importlib.metadata
 import os
 import subprocess
 from pathlib import Path
@@ -20,6 +21,13 @@ def commit() -> str:
     return process.stdout.strip() or "unknown"
 
 
+def jax_version() -> str:
+    try:
+        return importlib.metadata.version("jax")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def fields() -> dict[str, object]:
     """Return the columns that a CSV row carries to say where it comes from."""
     info = mnist_ext.build_info()
@@ -30,6 +38,7 @@ def fields() -> dict[str, object]:
         "mnist_ext": info["version"],
         "torch": info["torch"],
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "jax": jax_version(),
         "python": info["python"],
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
