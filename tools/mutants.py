@@ -5,14 +5,15 @@
 In a copy of the sources under build/mutants, each fault that tools/mutations.py draws is compiled,
 with what the file reaches, at -O1 and for one instruction set (CUDA on the emulator), and the tests
 of its folder run up to the first failure; before that they have passed on the unbroken copy. A
-fault does not count if it does not compile, or leaves every byte of the library as it was. What was
-found is kept there: the same command goes on where the last one was stopped. Exit code 1: fewer
-than 95 % were noticed.
+fault does not count if it does not compile, or leaves every byte of the library as it was. Each
+result is a row of tests/mutants.csv: the same command goes on where the last one was stopped, also
+at a later commit, where a row counts as long as its line of csrc is there. Exit code 1: fewer than
+95 % were noticed.
 """
 
 import argparse
+import csv
 import functools
-import hashlib
 import json
 import os
 import re
@@ -31,7 +32,9 @@ import torch
 from mutations import ROOT, Mutation, drawn
 from torch.utils import cpp_extension
 
+RESULTS = ROOT / "tests" / "mutants.csv"  # mutation, result, commit
 FOLDER = ROOT / "build" / "mutants"
+TIMES = FOLDER / "times.json"  # of tests where nothing is broken, by their names
 COPY = FOLDER / "copy"  # of the sources, one of them broken
 KEPT = FOLDER / "kept"  # what the unbroken copy was built to
 
@@ -257,6 +260,36 @@ def examine(mutation: Mutation, times: dict[str, float], slow: str) -> str:
         restore()
 
 
+Results = dict[str, tuple[str, str]]  # by the mutation's name: what became of it, and the commit
+
+
+def read_results(names: set[str]) -> Results:
+    """Return those of mutations that there are."""
+    if not RESULTS.exists():
+        return {}
+    with RESULTS.open(newline="") as file:
+        rows = [row for row in csv.reader(file) if row[0] in names]
+    return {name: (result, commit) for name, result, commit in rows}
+
+
+def write_results(results: Results) -> None:
+    """Write all of them."""
+    with RESULTS.open("w", newline="") as file:
+        rows = [(name, *result) for name, result in sorted(results.items())]
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def counted(results: Results) -> int:
+    """Return how many of them count."""
+    return sum(result.startswith(("noticed", "NOT")) for result, _ in results.values())
+
+
+def commit() -> str:
+    """Return the one that the sources are from."""
+    command = ["git", "describe", "--always", "--abbrev=10"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     """Draw, break, build, test, count."""
     parser = argparse.ArgumentParser(description="Count which of many faults the tests notice.")
@@ -268,38 +301,31 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="again those that contain it")
     args = parser.parse_args()
     start = time.monotonic()
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
-    journal = FOLDER / f"seed{args.seed}-{digest}.json"
-    known = json.loads(journal.read_text()) if journal.exists() else {"times": {}, "results": {}}
-    results = known["results"]
     COPY.mkdir(parents=True, exist_ok=True)
     restore()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    drawn_now: dict[str, str] = {}
-    count: Counter[str] = Counter()
-    for mutation in drawn(args.seed):
-        name = str(mutation)
-        if args.only not in name:
-            continue
-        if count["noticed"] + count["NOT NOTICED"] >= args.number:
+    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    mutations = list(drawn(args.seed))
+    results = read_results({mutation.name for mutation in mutations})
+    for mutation in mutations:
+        enough = not args.only and counted(results) >= args.number
+        if enough or time.monotonic() - start > 60 * args.minutes:
             break
-        if args.only or name not in results:
-            if time.monotonic() - start > 60 * args.minutes:
-                break
-            results[name] = examine(mutation, known["times"], slow="not")
-            if results[name] == "NOT NOTICED":
-                results[name] = examine(mutation, known["times"], slow="")
-            journal.write_text(json.dumps(known, indent=1))
-            print(f"{time.monotonic() - start:5.0f} s {name}: {results[name]}", flush=True)
-        drawn_now[name] = results[name]
-        count[results[name].split(":")[0]] += 1
-    noticed, missed = count["noticed"], count["NOT NOTICED"]
-    print(f"seed {args.seed}: {noticed} of {noticed + missed} noticed; {dict(count)}")
-    for name, result in drawn_now.items():
+        if args.only not in mutation.name or (not args.only and mutation.name in results):
+            continue
+        result = examine(mutation, times, slow="not")
+        if result == "NOT NOTICED":
+            result = examine(mutation, times, slow="")
+        results[mutation.name] = result, commit()
+        write_results(results)
+        TIMES.write_text(json.dumps(times, indent=1))
+        print(f"{time.monotonic() - start:5.0f} s {mutation.name}: {result}", flush=True)
+    count = Counter(result.split(":")[0] for result, _ in results.values())
+    print(f"{count['noticed']} of {counted(results)} noticed; {dict(count)}")
+    for name, (result, _) in results.items():
         if result == "NOT NOTICED":
             print(f"not noticed: {name}")
-    return int(noticed < 0.95 * (noticed + missed))
+    return int(count["noticed"] < 0.95 * counted(results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Small faults for csrc: what tools/mutants.py puts into a file, one at a time."""
 
-import random
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ EXEMPT_LINES = {
     r"\bgrain|cached_bytes|most_bytes|prefetch|madvise|alignas|__launch_bounds__",  # speed alone
     r"static_assert|cpu_supports|SYS_arch_prctl",  # not at run time; of another machine
     r"\bfail<|\bfail\(|\bthrow ",  # what a message says
+    r"uses_fragments\(product\)",  # else the same by another kernel
+    r"planes\.pairs\[i - 1\]",  # else a tile is loaded that is there
 }
 EXEMPT_FUNCTIONS = {  # the same: all that they choose from keeps the contract
     "advise_huge_pages",
@@ -89,6 +92,7 @@ EXEMPT_FUNCTIONS = {  # the same: all that they choose from keeps the contract
     "prefetch_rows",
     "processors",
     "row_threads",
+    "strip_width",
     "threads_for",
     "use_amx",
     "use_dot_products",
@@ -105,14 +109,14 @@ class Mutation:
     end: int
     new: str
     kind: str
+    name: str  # the same wherever the line is moved to
 
-    def __str__(self) -> str:
-        text = (ROOT / self.file).read_text()
-        number = text.count("\n", 0, self.begin) + 1
-        start = text.rindex("\n", 0, self.begin) + 1
-        line = text[start : text.index("\n", self.begin)].strip()
-        change = f"{text[self.begin : self.end].strip()} -> {self.new.strip()}"
-        return f"{self.file}:{number}:{self.begin - start} {self.kind} | {line} | {change}"
+
+def _name(file: str, text: str, match: re.Match[str], new: str, kind: str) -> str:
+    start = text.rindex("\n", 0, match.start()) + 1
+    line = text[start : text.index("\n", match.start())].strip()
+    change = f"{text[match.start() : match.end()].strip()} -> {new.strip()}"
+    return f"{file}: {kind} at {match.start() - start} | {line} | {change}"
 
 
 def _blank(match: re.Match[str]) -> str:
@@ -130,29 +134,38 @@ def _code_of(text: str) -> str:
 
 def _all_of(files: list[Path]) -> dict[str, list[Mutation]]:
     found: dict[str, list[Mutation]] = {}
+    names: Counter[str] = Counter()
     for path in files:
-        code = _code_of(path.read_text())
+        text = path.read_text()
+        code = _code_of(text)
+        file = path.relative_to(ROOT).as_posix()
         for kind, pairs in KINDS.items():
             for old, new in pairs:
                 for match in re.finditer(old, code):
-                    file = path.relative_to(ROOT).as_posix()
-                    mutation = Mutation(file, *match.span(), match.expand(new), kind)
+                    to = match.expand(new)
+                    name = _name(file, text, match, to, kind)
+                    names[name] += 1
+                    name += f" #{names[name]}" if names[name] > 1 else ""
+                    mutation = Mutation(file, *match.span(), to, kind, name)
                     found.setdefault(kind, []).append(mutation)
     return found
 
 
 def drawn(seed: int) -> Iterator[Mutation]:
-    """Draw in turn from the CPU's, CUDA's and what both share: a random kind, then a place."""
-    choose = random.Random(seed)
+    """Draw in turn from the CPU's, CUDA's and what both share, from each kind in turn.
+
+    By a hash of the names, so that a change of csrc leaves the others in their order.
+    """
     suffixes = (".h", ".cpp", ".cuh", ".cu")
     files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
-    parts = [
-        _all_of([path for path in files if path.relative_to(ROOT / "csrc").parts[0] in folders])
-        for folders in (("cpu",), ("cuda",), ("api", "ops", "programs"))
-    ]
-    while any(parts):
-        for part in filter(None, parts):
-            kind = choose.choice(sorted(part))
-            yield part[kind].pop(choose.randrange(len(part[kind])))
-            if not part[kind]:
-                del part[kind]
+    left = []
+    for folders in (("cpu",), ("cuda",), ("api", "ops", "programs")):
+        kinds = _all_of([p for p in files if p.relative_to(ROOT / "csrc").parts[0] in folders])
+        for mutations in kinds.values():
+            mutations.sort(key=lambda m: hashlib.sha256(f"{seed} {m.name}".encode()).digest())
+        left.append(kinds)
+    while any(any(kinds.values()) for kinds in left):
+        for kind in KINDS:
+            for kinds in left:
+                if kinds.get(kind):
+                    yield kinds[kind].pop()
