@@ -2,15 +2,35 @@
 //
 // Around the register tile: blocks of kBlockK steps of K, so that a tile's share of A stays in the first-level cache,
 // and blocks of kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its
-// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked or transposed.
+// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked, or transposed
+// with a stride that caches do not like.
 #pragma once
 
 #include "pack.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
-// Pack B when each of its elements is read by at least this many row tiles.
-inline constexpr int64_t kPackFromTiles = 11;
+// Whether lines that lie `stride` elements apart share a set of the first-level cache, which holds a dozen of them.
+template <class T>
+bool is_aliased(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+}
+
+// Whether to pack B: when each of its elements is read by so many row tiles, fewer where its vectors straddle lines or
+// its rows are aliased, which is not so in the copy.
+template <class T>
+bool pays_to_pack_b(const Block<T>& g, int64_t row_tiles) {
+  const bool aligned = g.b.k_stride % Vec<T>::width == 0 && reinterpret_cast<uintptr_t>(g.b.data) % kVectorBytes == 0;
+  return row_tiles >= (aligned && !is_aliased<T>(g.b.k_stride) ? 23 : 11);
+}
+
+// Whether to pack A, which is read along its columns, a line for each step of K: where the lines do not stay in the
+// first-level cache, and are read by many panels of B.
+template <class T>
+bool pays_to_pack_a(const Block<T>& g) {
+  const int64_t columns = g.N < kColumnBlock<T> ? g.N : kColumnBlock<T>;
+  return is_aliased<T>(g.a.k_stride) || (g.K > 128 && columns > 8 * kTileColumns<T>);
+}
 
 // The product for K = 1, without bias or ReLU: one row of C after the other, which is all that there is to it.
 template <class T>
@@ -44,8 +64,8 @@ void gemm(const Block<T>& g) {
   if (g.K == 1 && g.b.outer_stride == 1 && !g.bias && !g.relu && !g.accumulate) return outer_product(g);
   constexpr int64_t panel = kTileColumns<T>;
   const int64_t row_tiles = (g.M + kTileRows - 1) / kTileRows;
-  const bool packs_a = g.packs_a();
-  const bool packs_b = g.b.outer_stride != 1 || row_tiles >= kPackFromTiles;
+  const bool packs_a = g.relu_mask.data || (g.a_is_transposed() && pays_to_pack_a(g));
+  const bool packs_b = g.b.outer_stride != 1 || pays_to_pack_b(g, row_tiles);
   T* a_tile = packs_a ? a_tile_scratch<T>() : nullptr;
   T* b_block = packs_b ? b_block_scratch<T>() : nullptr;
 
