@@ -82,6 +82,7 @@ Product<T> grad_weight_product(const Layer<T>& layer) {
 // Each layer reads what the one before it has written.
 template <class T>
 void append_forward(std::span<const Layer<T>> layers, Sharing sharing, std::vector<Entry<T>>& program) {
+  program.reserve(program.size() + layers.size());
   for (const Layer<T>& layer : layers) {
     const bool waits = !program.empty();
     program.push_back({forward_product(layer), waits, sharing});
@@ -92,6 +93,7 @@ void append_forward(std::span<const Layer<T>> layers, Sharing sharing, std::vect
 // then those of weights and biases, which nothing waits for.
 template <class T>
 void append_backward(std::span<const Layer<T>> layers, Sharing sharing, std::vector<Entry<T>>& program) {
+  program.reserve(program.size() + 2 * layers.size());
   bool updates = false;
   for (auto layer = layers.rbegin(); layer != layers.rend(); ++layer) {
     const bool waits = !program.empty();

@@ -10,7 +10,7 @@ import tensors as random_tensors
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
-from judge import is_same, judge, judge_loosely
+from judge import is_same, judge, judge_loosely, largest_of
 from torch import Tensor
 
 from mnist_ext import _C, functional
@@ -286,10 +286,16 @@ def check(call: Call) -> int:
 
 
 def _compare_loosely(call, mode, dtype, ours, theirs, doubles) -> None:
-    _, in_double = call.outcome(call.torchs, doubles, "plain" if mode == "compiled" else mode)
+    error, in_double = call.outcome(call.torchs, doubles, "plain" if mode == "compiled" else mode)
+    if (
+        error is not None
+    ):  # PyTorch takes a bias that does not fit at some strides, and not this one
+        in_double = [[t if t is None else t.double() for t in each] for each in theirs]
+    # Of a gradient that cancels to nothing the terms are as large as what comes in.
+    largest = largest_of(call.gradient_of(in_double[0][0]))
     for our, their, of_double in zip(ours, theirs, in_double, strict=True):
         for each in zip(our, their, of_double, strict=True):
-            judge_loosely(*each, torch.bfloat16 if mode == "autocast" else dtype)
+            judge_loosely(*each, torch.bfloat16 if mode == "autocast" else dtype, largest)
 
 
 def _compare(call, mode, dtype, ours, theirs, doubles, truth, magnitudes) -> None:
