@@ -72,18 +72,20 @@ def _is_recorded() -> bool:
     return _is_grad_enabled() or _torch_private.are_transforms_active()
 
 
-# What a backward is asked for beyond needs_input_grad costs some 2 us for each tensor to find out.
-# It is asked where there are so many activations that a gradient takes 100 us and more.
-_ASK_FROM = 1 << 15
+# What a backward is asked for beyond needs_input_grad costs 2 us for each tensor to find out, and
+# 25 us for one that autograd.grad returns, as the answer is an exception then. It is asked where a
+# gradient has so many multiply-adds for each tensor, which take 100 us and more.
+_ASK_FROM = 1 << 24
 
 
-def _wanted(ctx: Any, activations: int) -> Sequence[bool]:
+def _wanted(ctx: Any, multiply_adds: int) -> Sequence[bool]:
     """Return for each input whether this backward is to make its gradient.
 
     ``torch.autograd.grad(loss, input)`` wants no gradient of a parameter, though all need one.
     """
     needs: Sequence[bool] = ctx.needs_input_grad
-    if is_compiling() or activations < _ASK_FROM:  # compiled autograd has no graph to ask
+    # Compiled autograd has no graph to ask.
+    if is_compiling() or multiply_adds < _ASK_FROM * sum(needs):
         return needs
     nodes = (node for node, _ in ctx.next_functions if node is not None)
     return [need and _torch_private.will_execute(next(nodes)) for need in needs]
@@ -121,8 +123,11 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted, None for the others."""
-        want_input, want_weight, want_bias, *others = _wanted(ctx, grad_output.numel())
         input, weight, output = ctx.saved_tensors
+        factor = input if weight is None else weight
+        in_features = 0 if factor is None else factor.shape[-1]
+        multiply_adds = grad_output.numel() * in_features
+        want_input, want_weight, want_bias, *others = _wanted(ctx, multiply_adds)
         input, weight = input if want_weight else None, weight if want_input else None
         grads: tuple[Tensor | None, ...]
         if _is_recorded():
@@ -190,7 +195,9 @@ class MLP(Function):
         input, hidden, output, *read = ctx.saved_tensors
         layers, first, biases = ctx.unread
         weights = [*first, *read]
-        want_input, _, *want_params = _wanted(ctx, hidden.numel())
+        rows = grad_output.shape[:-1].numel()
+        multiply_adds = rows * sum(weight.numel() for weight in weights)
+        want_input, _, *want_params = _wanted(ctx, multiply_adds)
         grads: Sequence[Tensor | None]
         if (
             _is_recorded()
