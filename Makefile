@@ -8,7 +8,7 @@ CODE := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 SOURCES := setup.py pyproject.toml $(wildcard tools/*.py) $(shell find csrc -type f)
 
 .PHONY: help install train test test-oldest test-built-with-oldest bench bench-kernels tune bench-amx gpu kernels \
-	aarch64 docs wheel exhaustive endure sanitize fuzz mutants lint format clean
+	aarch64 aarch64-ops docs wheel exhaustive endure sanitize fuzz mutants lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -142,6 +142,10 @@ kernels:  ## the CPU's kernels without torch, each instruction set: make kernels
 # Debian: g++-aarch64-linux-gnu qemu-user
 aarch64:  ## the same for AArch64, compiled here and run by qemu
 	$(PYTHON) tools/check_kernels.py aarch64-linux-gnu-g++ qemu-aarch64 -L /usr/aarch64-linux-gnu
+
+# Debian 12, the same packages.
+aarch64-ops:  ## the ops' tests with PyTorch's wheel for AArch64, run by qemu; ARGS="tests/ops/test_linear.py"
+	$(PYTHON) tools/aarch64_ops.py $(ARGS)
 
 lint: install  ## check style and types
 	$(BIN)/ruff check .
