@@ -2,8 +2,8 @@
 //
 // Around the register tile: blocks of kBlockK steps of K, so that a tile's share of A stays in the first-level cache,
 // and blocks of kColumnBlock columns, so that a packed block of B stays in the second. B is packed only when its
-// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked, or transposed
-// with a stride that caches do not like.
+// columns are not contiguous or when it is read often enough to pay for it; A only when it is masked, or when it is
+// read along its columns and the same holds.
 #pragma once
 
 #include "pack.h"
