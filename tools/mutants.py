@@ -34,7 +34,6 @@ from torch.utils import cpp_extension
 
 RESULTS = ROOT / "tests" / "mutants.csv"  # mutation, result, commit
 FOLDER = ROOT / "build" / "mutants"
-TIMES = FOLDER / "times.json"  # of tests where nothing is broken, by their names
 COPY = FOLDER / "copy"  # of the sources, one of them broken
 KEPT = FOLDER / "kept"  # what the unbroken copy was built to
 
@@ -304,7 +303,9 @@ def main() -> int:
     COPY.mkdir(parents=True, exist_ok=True)
     restore()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    # Of tests where nothing is broken, by their names; at another commit they have to pass again.
+    times_file = FOLDER / f"times-{commit()}.json"
+    times = json.loads(times_file.read_text()) if times_file.exists() else {}
     mutations = list(drawn(args.seed))
     results = read_results({mutation.name for mutation in mutations})
     for mutation in mutations:
@@ -318,7 +319,7 @@ def main() -> int:
             result = examine(mutation, times, slow="")
         results[mutation.name] = result, commit()
         write_results(results)
-        TIMES.write_text(json.dumps(times, indent=1))
+        times_file.write_text(json.dumps(times, indent=1))
         print(f"{time.monotonic() - start:5.0f} s {mutation.name}: {result}", flush=True)
     count = Counter(result.split(":")[0] for result, _ in results.values())
     print(f"{count['noticed']} of {counted(results)} noticed; {dict(count)}")
