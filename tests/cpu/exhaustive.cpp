@@ -195,15 +195,13 @@ int64_t wrong_results(const uint32_t (&bits)[Vec<float>::width], uint32_t expect
   std::memcpy(x, bits, sizeof(x));
   store(stored, Vec<float>::load(x), Vec<float>::width);
   for (int i = 0; i < Vec<float>::width; ++i) store_one(stored_one + i, x[i]);
-  int wrong = 0;
+  int64_t wrong = 0;
   for (int i = 0; i < Vec<float>::width; ++i) {
     const uint32_t want = expected | (bits[i] >> 16 & 0x8000);
-    wrong += (stored[i].bits != want) + (stored_one[i].bits != want);
-  }
-  if (!is_nan(expected, kInfinity<T>)) return wrong;
-  wrong = 0;  // which NaN is not promised
-  for (int i = 0; i < Vec<float>::width; ++i) {
-    wrong += !is_nan(stored[i].bits, kInfinity<T>) + !is_nan(stored_one[i].bits, kInfinity<T>);
+    for (const uint32_t got : {stored[i].bits, stored_one[i].bits}) {
+      // Which NaN is not promised.
+      wrong += is_nan(expected, kInfinity<T>) ? !is_nan(got, kInfinity<T>) : got != want;
+    }
   }
   return wrong;
 }

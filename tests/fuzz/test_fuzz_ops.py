@@ -287,9 +287,8 @@ def check(call: Call) -> int:
 
 def _compare_loosely(call, mode, dtype, ours, theirs, doubles) -> None:
     error, in_double = call.outcome(call.torchs, doubles, "plain" if mode == "compiled" else mode)
-    if (
-        error is not None
-    ):  # PyTorch takes a bias that does not fit at some strides, and not this one
+    # PyTorch takes a bias that does not fit at some strides, and at others not.
+    if error is not None:
         in_double = [[t if t is None else t.double() for t in each] for each in theirs]
     # Of a gradient that cancels to nothing the terms are as large as what comes in.
     largest = largest_of(call.gradient_of(in_double[0][0]))

@@ -17,7 +17,7 @@ bool is_aliased(int64_t stride) {
 }
 
 // Whether to pack B: when each of its elements is read by so many row tiles, fewer where its vectors straddle lines or
-// its rows are aliased, which is not so in the copy.
+// its rows are aliased, which is not so in the copy. Measured by benchmarks/products.py, as below, on Intel.
 template <class T>
 bool pays_to_pack_b(const Block<T>& g, int64_t row_tiles) {
   const bool aligned = g.b.k_stride % Vec<T>::width == 0 && reinterpret_cast<uintptr_t>(g.b.data) % kVectorBytes == 0;
