@@ -51,6 +51,14 @@ class TestFindDigits:
         light[50:54, 200:204] = light[300:305, 30:34] = light[100:103, 93:95] = 0.1
         assert boxes(light) == boxes(page(ONE))
 
+    def test_a_digit_may_end_at_the_edge_and_a_strip_along_it_is_none(self):
+        seven = ((0, 100), (200, 100), (160, 300))
+        (box,) = boxes(page(seven))
+        assert np.abs(np.subtract(box, (0, 92, 208, 300))).max() <= 3
+        strip = page()
+        strip[100:300, :20] = 0.1
+        assert boxes(strip) == []
+
     def test_rulings_go_and_the_stroke_that_they_cross_stays(self):
         light = page(ONE)
         light[20::30][light[20::30] > 0.5] = 0.1  # as dark as the ink

@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 from run_folders import assert_one_line
 
 from mnist_ext.app import UserError
+from mnist_ext.app.cli.commands.predict import classify
 from mnist_ext.app.cli.main import main
 from mnist_ext.app.data import datasets, images
-from mnist_ext.app.data.images import prepare
+from mnist_ext.app.data.images import Prepared, prepare
 from mnist_ext.app.report.scores import logits_of
 from mnist_ext.app.runs import trained
 
@@ -131,6 +132,18 @@ class TestPrepare:
             logits = logits_of(model.model, prepared, model.mean, model.std)
             right += int(logits.argmax() == label)
         assert right > 30
+
+    def test_probabilities_are_means_over_copies_moved_by_a_pixel(self, digits_run):
+        model = trained.load(digits_run)
+        pixels = datasets.load("digits").test.images[:3]
+        assert pixels[:, [0, -1]].sum() == pixels[:, :, [0, -1]].sum() == 0
+        ways = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
+        moved = torch.cat([pixels.roll(way, (1, 2)) for way in ways])
+        split = datasets.Split(moved, torch.zeros(15, dtype=torch.int64))
+        each = logits_of(model.model, split, model.mean, model.std).softmax(1)
+        found = classify(model, Prepared(pixels, [(0, 0, 28, 28)] * 3, (28, 28), "L", False))
+        got = torch.tensor([list(digit["probabilities"].values()) for digit in found])
+        torch.testing.assert_close(got, each.view(5, 3, 10).mean(0))
 
     @pytest.mark.parametrize(
         ("image", "part"),

@@ -165,9 +165,9 @@ class TestBothImplementations:
 
 @pytest.mark.mnist
 def test_best_recipe_on_mnist(mnist):
-    last = run(TrainConfig(**RECIPES["best"]), mnist)[-1]
-    assert last.epoch <= 10
-    assert last.test_accuracy >= 98.3
+    """A tenth of its epochs."""
+    config = TrainConfig(**{**RECIPES["best"], "epochs": 2})
+    assert run(config, mnist)[-1].test_accuracy >= 98
 
 
 def test_each_epoch_of_each_seed_trains_on_other_copies(digits, monkeypatch):

@@ -35,8 +35,9 @@ _LEAST_HEIGHT, _LEAST_OF_PICTURE = 0.4, 0.04
 # Parts above each other are of one digit if they overlap by this share of the narrower one and lie
 # apart by less than this share of the higher one.
 _OVERLAP, _NEAR = 0.5, 0.4
-# What touches the edge is a digit that was cropped closely if it has this share of a side.
-_FILLS = 0.8
+# What touches the edge is a digit that was cropped closely if it has this share of a side; or this
+# one of the height, and touches with so much of its longer side, as the end of a stroke does.
+_FILLS, _LEAST_CROPPED, _STROKE_END = 0.8, 0.4, 0.25
 # No shadow takes so much of the light. Else the ink changes by this share of its darkest at a
 # stroke's outline, or this share of the stroke is nearly as dark as its darkest.
 _DARKEST_SHADOW = 0.7
@@ -208,11 +209,26 @@ def _levels(ink: Plane) -> tuple[float, float, float]:
     return paper, noise, float(np.percentile(ink, 99.9)) - paper
 
 
-def _is_cut(box: Box, shape: tuple[int, int]) -> bool:
-    """Say whether a part touches the picture's edge without filling the picture, as digits do."""
-    touches = any(s.start == 0 or s.stop == n for s, n in zip(box, shape, strict=True))
-    fills = any(s.stop - s.start >= _FILLS * n for s, n in zip(box, shape, strict=True))
-    return touches and not fills
+def _is_cut(part: Mask, box: Box, shape: tuple[int, int]) -> bool:
+    """Say whether a part touches the picture's edge otherwise than closely cropped digits do.
+
+    Args:
+        part: the part's pixels, of its box.
+        box: where it lies.
+        shape: the picture's.
+    """
+    ends = [(part[0], part[-1]), (part[:, 0], part[:, -1])]
+    touching = [
+        end
+        for span, length, pair in zip(box, shape, ends, strict=True)
+        for end, at_edge in zip(pair, (span.start == 0, span.stop == length), strict=True)
+        if at_edge
+    ]
+    if any(_length(span) >= _FILLS * length for span, length in zip(box, shape, strict=True)):
+        return False
+    contact = sum(map(np.count_nonzero, touching))
+    is_end = contact <= _STROKE_END * max(map(_length, box))
+    return contact > 0 and not (is_end and _length(box[0]) >= _LEAST_CROPPED * shape[0])
 
 
 def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
@@ -237,10 +253,12 @@ def _digits(ink: Plane, mask: Mask) -> list[Digit]:
     labels, _ = ndimage.label(mask, _EIGHT)
     boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     step = ndimage.maximum_filter(ink, 5) - ndimage.minimum_filter(ink, 5)
+    masks = {part: labels[box] == part for part, box in boxes.items()}
     areas = {
-        part: np.count_nonzero(labels[box] == part)
+        part: np.count_nonzero(masks[part])
         for part, box in boxes.items()
-        if not _is_cut(box, mask.shape) and _is_sharp(ink[box], step[box], labels[box] == part)
+        if not _is_cut(masks[part], box, mask.shape)
+        and _is_sharp(ink[box], step[box], masks[part])
     }
     strokes = [part for part in areas if areas[part] >= _SPECK * max(areas.values())]
     groups = _grouped({part: boxes[part] for part in strokes})
