@@ -33,6 +33,11 @@ def device(request):
         yield name
 
 
+def test_registered_kernels_are_none_of_the_cpus(device):
+    assert _C.active_isa() == device
+    assert (device in _C.available_isas()) == (device == "amx")
+
+
 def forward_and_gradients(function, input, weight, bias, grad_output):
     leaves = [t.detach().requires_grad_() for t in (input, weight, bias)]
     out = function(*leaves)

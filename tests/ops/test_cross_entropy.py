@@ -10,7 +10,8 @@ from accuracy import assert_as_accurate
 from mnist_ext import functional
 
 # (rows, classes): empty, single; ten classes as MNIST has; a vector of any instruction set, less
-# or more by one; a row of several blocks (2,048 logits each) with and without a rest.
+# or more by one; a row of several blocks (2,048 logits each) with and without a rest. Then with
+# positions behind the classes: several vectors of them, and a rest.
 SHAPES = [
     (0, 3),
     (1, 1),
@@ -25,6 +26,7 @@ SHAPES = [
     (3, 2049),
     (4, 10_000),
     pytest.param((2000, 33), marks=pytest.mark.cpu_only("rows of the CPU's threads")),
+    (2, 5, 103),
 ]
 REDUCTIONS = ["mean", "sum", "none"]
 
@@ -46,11 +48,11 @@ def ours_and_torchs(logits, target, **options):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_error_within_twice_pytorchs(device, shape, reduction, dtype):
-    rows, classes = shape
+    rows, classes, *positions = shape
     logits = torch.randn(shape, dtype=dtype) * 5
-    target = torch.randint(0, classes, (rows,))
+    target = torch.randint(0, classes, (rows, *positions))
     target[::3] = -100
-    grad_output = torch.randn(rows) if reduction == "none" else torch.randn(())
+    grad_output = torch.randn(target.shape) if reduction == "none" else torch.randn(())
     if rows == 0 and reduction == "mean":
         grad_output = torch.ones(())
     arguments = {"grad_output": grad_output, "reduction": reduction}
@@ -65,6 +67,26 @@ def test_error_within_twice_pytorchs(device, shape, reduction, dtype):
             assert torch.equal(our.isnan(), true.isnan())
         else:
             assert_as_accurate(our, their, true)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(37, 10), (3, 50), (2, 5, 37)], ids=str)
+def test_losses_of_halves_are_those_of_float32_rounded(device, shape, dtype):
+    logits = (torch.randn(shape) * 5).to(dtype)
+    target = torch.randint(0, shape[1], shape[:1] + shape[2:])
+    exact = functional.cross_entropy(logits.float(), target, reduction="none")
+    for leaf in (logits, logits.clone().requires_grad_()):
+        loss = functional.cross_entropy(leaf, target, reduction="none")
+        torch.testing.assert_close(loss, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_nan_among_logits_without_a_maximum_yet(device):
+    """All of a row's first block is -inf, but for a NaN; the others are numbers."""
+    logits = torch.randn(2, 5000)
+    logits[0, :2500] = -INF
+    logits[0, 7] = math.nan
+    loss = functional.cross_entropy(logits, torch.tensor([4000, 4000]), reduction="none")
+    assert loss.isnan().tolist() == [True, False]
 
 
 def test_exp_over_its_whole_range(device):

@@ -241,6 +241,13 @@ LAYERS = [3, 1]
 OUTPUT, HIDDEN = op.mlp(INPUT, WEIGHTS, BIASES, LAYERS, True)
 
 
+def test_hidden_values_are_kept_where_the_backward_reads_them(device):
+    for keep_hidden, numbers in ((True, HIDDEN.numel()), (False, 0)):
+        output, hidden = op.mlp(INPUT, WEIGHTS, BIASES, LAYERS, keep_hidden)
+        torch.testing.assert_close(output, OUTPUT)
+        assert hidden.shape == (numbers,)
+
+
 def forward(input=INPUT, weights=WEIGHTS, biases=BIASES, layers=LAYERS):
     op.mlp(input, weights, biases, layers, True)
 

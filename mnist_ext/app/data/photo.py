@@ -257,8 +257,7 @@ def _digits(ink: Plane, mask: Mask) -> list[Digit]:
     areas = {
         part: np.count_nonzero(masks[part])
         for part, box in boxes.items()
-        if not _is_cut(masks[part], box, mask.shape)
-        and _is_sharp(ink[box], step[box], masks[part])
+        if not _is_cut(masks[part], box, mask.shape) and _is_sharp(ink[box], step[box], masks[part])
     }
     strokes = [part for part in areas if areas[part] >= _SPECK * max(areas.values())]
     groups = _grouped({part: boxes[part] for part in strokes})

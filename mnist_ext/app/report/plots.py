@@ -116,6 +116,9 @@ def curves(epochs: Sequence[EpochMetrics]) -> "Figure":
     right.set(title="Accuracy on the test set", xlabel="epoch", ylabel="percent")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(right=numbers[-1])  # the values beside the ends stand beyond the axis
+        for line in axes.lines:
+            line.set_clip_on(False)
         axes.grid(alpha=0.3)
         axes.locator_params(axis="x", integer=True)
     return figure
