@@ -363,6 +363,20 @@ def test_wgmma_does_not_take(change):
     assert emulated.plan(*change(a, b))[0] == "mma"
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(400, 200).bfloat16().T,  # the other major index than a's
+        torch.ones(200, 404).bfloat16()[:, 4:],  # not aligned
+    ],
+)
+def test_wgmma_does_not_take_the_mask(mask):
+    a, b = torch.ones(200, 400).bfloat16(), torch.ones(400, 160).bfloat16().T
+    emulated.product("wgmma", a, b, a)
+    with pytest.raises(RuntimeError, match="not taken"):
+        emulated.product("wgmma", a, b, mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
 def test_fragments_without_bank_conflicts(dtype):
     before = emulated.bank_conflicts()
