@@ -107,7 +107,7 @@ RowSum<ComputeType<T>> row_exponentials(const T* row, int64_t n, ComputeType<T>*
     store(exponentials + c, e, lanes);
     return e;
   });
-  return {max, static_cast<A>(std::log(sum)), static_cast<A>(1 / sum)};
+  return RunningSum<A>{max, sum}.result();
 }
 
 // The classes of one position, in vectors.
