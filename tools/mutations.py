@@ -79,7 +79,7 @@ EXEMPT_LINES = {
     r"constexpr .*\bk(?:Least|FewestRows|Small\w*|Largest\w*)\b",
     r"\bgrain|cached_bytes|most_bytes|prefetch|madvise|alignas|__launch_bounds__",  # speed alone
     r"fits_grad_weight\(\) const|flops_per_byte|\b(?:by|of)_(?:rows|classes|most|cached) =",  # too
-    r"\.reserve\(",  # too
+    r"\.reserve\(|const double (?:weight|again)\b",  # too
     r"static_assert|cpu_supports|SYS_arch_prctl",  # not at run time; of another machine
     r"\bfail<|\bfail\(|\bthrow ",  # what a message says
     r"uses_fragments\(product\)",  # else the same by another kernel
