@@ -73,13 +73,13 @@ KINDS: dict[str, list[tuple[str, str]]] = {
 
 # Lines with a fault that no test need notice, and why.
 EXEMPT_LINES = {
-    # how work is cut up; which of two ways is the faster one
+    # how work is cut up; which of two ways is the faster one; other matters of speed alone
     r"constexpr .*\bk\w*(?:Grain|Bytes|Blocks?|From|Threads|Together|Chunk|Splits|Band|Stages)\b",
     r"constexpr .*\bk(?:Strip\w*|SumChain|SummedRows|LongK|Piece\w|DotK|ShortRow\w*|Fetches\w*)\b",
     r"constexpr .*\bk(?:Least|FewestRows|Small\w*|Largest\w*)\b",
-    r"\bgrain|cached_bytes|most_bytes|prefetch|madvise|alignas|__launch_bounds__",  # speed alone
-    r"fits_grad_weight\(\) const|flops_per_byte|\b(?:by|of)_(?:rows|classes|most|cached) =",  # too
-    r"\.reserve\(|const double (?:weight|again)\b",  # too
+    r"\bgrain|cached_bytes|most_bytes|prefetch|madvise|\.reserve\(|alignas|__launch_bounds__",
+    r"fits_grad_weight\(\) const|flops_per_byte|\b(?:by|of)_(?:rows|classes|most|cached) =",
+    r"const double (?:weight|again)\b",
     r"static_assert|cpu_supports|SYS_arch_prctl",  # not at run time; of another machine
     r"\bfail<|\bfail\(|\bthrow ",  # what a message says
     r"uses_fragments\(product\)",  # else the same by another kernel

@@ -209,26 +209,19 @@ def _levels(ink: Plane) -> tuple[float, float, float]:
     return paper, noise, float(np.percentile(ink, 99.9)) - paper
 
 
-def _is_cut(part: Mask, box: Box, shape: tuple[int, int]) -> bool:
+def _is_cut(contact: int, box: Box, shape: tuple[int, int]) -> bool:
     """Say whether a part touches the picture's edge otherwise than closely cropped digits do.
 
     Args:
-        part: the part's pixels, of its box.
-        box: where it lies.
+        contact: how many of its pixels lie on the edge.
+        box: where the part lies.
         shape: the picture's.
     """
-    ends = [(part[0], part[-1]), (part[:, 0], part[:, -1])]
-    touching = [
-        end
-        for span, length, pair in zip(box, shape, ends, strict=True)
-        for end, at_edge in zip(pair, (span.start == 0, span.stop == length), strict=True)
-        if at_edge
-    ]
-    if any(_length(span) >= _FILLS * length for span, length in zip(box, shape, strict=True)):
+    height, width = map(_length, box)
+    if contact == 0 or height >= _FILLS * shape[0] or width >= _FILLS * shape[1]:
         return False
-    contact = sum(map(np.count_nonzero, touching))
-    is_end = contact <= _STROKE_END * max(map(_length, box))
-    return contact > 0 and not (is_end and _length(box[0]) >= _LEAST_CROPPED * shape[0])
+    is_end = contact <= _STROKE_END * max(height, width)
+    return not (is_end and height >= _LEAST_CROPPED * shape[0])
 
 
 def _is_sharp(ink: Plane, step: Plane, part: Mask) -> bool:
@@ -253,11 +246,13 @@ def _digits(ink: Plane, mask: Mask) -> list[Digit]:
     labels, _ = ndimage.label(mask, _EIGHT)
     boxes = dict(enumerate(ndimage.find_objects(labels), 1))
     step = ndimage.maximum_filter(ink, 5) - ndimage.minimum_filter(ink, 5)
-    masks = {part: labels[box] == part for part, box in boxes.items()}
+    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+    contacts = np.bincount(edge, minlength=len(boxes) + 1)
     areas = {
-        part: np.count_nonzero(masks[part])
+        part: np.count_nonzero(labels[box] == part)
         for part, box in boxes.items()
-        if not _is_cut(masks[part], box, mask.shape) and _is_sharp(ink[box], step[box], masks[part])
+        if not _is_cut(contacts[part], box, mask.shape)
+        and _is_sharp(ink[box], step[box], labels[box] == part)
     }
     strokes = [part for part in areas if areas[part] >= _SPECK * max(areas.values())]
     groups = _grouped({part: boxes[part] for part in strokes})
