@@ -8,8 +8,8 @@
 // for each of them, which counts where a row of logits is so long that few fit into a block.
 // Classes: a softmax needs all of them, so that they are passed twice, for the sums and for the gradient. The logits
 // are kept in between where the gradient of the weight will lie, which has room for as many rows as there are features;
-// of more rows they are formed again, the fourth product. Each element of the weight is read twice, three times then,
-// and its gradient is written once.
+// of the rows beyond they are formed again, part of a fourth product. Each element of the weight is read twice, three
+// times then, and its gradient is written once.
 //
 // What a product computes, in which precision, is product.h's, the loss cross_entropy.h's; of a single block the
 // results are the bits of the ops called one after the other. Gradients are accumulated over the blocks in T, one
@@ -30,7 +30,7 @@ struct LinearCrossEntropy {
   ComputeType<T>* divisor;         // [1], of a mean
   const T* grad_output;            // as in CrossEntropyForward; null: 1
   int64_t grad_output_stride;
-  T* loss;  // none: [batch, positions]. mean or sum: [blocks], to be added up. Null: not wanted
+  T* loss;  // none: [batch, positions]. mean or sum: [losses()], to be added up. Null: not wanted
   // As in ClassBlock, of class indices at a single position, of one class at least, without label smoothing.
   T softcap = 0, z_loss = 0;
   T* lse = nullptr;
@@ -66,7 +66,7 @@ class LinearCrossEntropyProgram {
         target_logits_(position_log_sum_ + args.problem.batch) {}
 
   // So many losses a mean or a sum has.
-  int64_t losses() const { return classes_ ? 1 : blocks_of_rows(); }
+  int64_t losses() const { return classes_ ? std::ssize(row_groups()) : blocks_of_rows(); }
 
   int64_t workspace_bytes() const {
     constexpr int64_t of_row = sizeof(double) + 3 * sizeof(ComputeType<T>);
@@ -82,13 +82,18 @@ class LinearCrossEntropyProgram {
     }
     int64_t first = 0;
     do {  // once for no rows too: the loss and the gradients of nothing
-      append_rows(first, std::min(rows_, args_.problem.batch - first), program);
+      append_rows({first, std::min(rows_, args_.problem.batch - first)}, program);
       first += rows_;
     } while (first < args_.problem.batch);
     return program;
   }
 
  private:
+  // Of the batch, or of the classes.
+  struct Range {
+    int64_t first, size;
+  };
+
   static int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
   static bool is_in_place(const CrossEntropyProblem<T>& p, BlockTraits traits) {
@@ -120,9 +125,20 @@ class LinearCrossEntropyProgram {
     return std::max<int64_t>(1, std::min({classes, traits.most_bytes / class_bytes, args_.problem.classes}));
   }
 
-  bool forms_logits_again() const { return !keeps_logits() && classes_ < args_.problem.classes; }
-  bool keeps_logits() const { return args_.layer.grad_weight && fits_grad_weight(); }
-  bool fits_grad_weight() const { return args_.problem.batch <= args_.layer.in_features; }
+  int64_t kept_rows() const {
+    return args_.layer.grad_weight ? std::min(args_.problem.batch, args_.layer.in_features) : 0;
+  }
+
+  // Rows whose logits are kept, and those beyond; of no rows one group.
+  std::vector<Range> row_groups() const {
+    const int64_t kept = kept_rows(), others = args_.problem.batch - kept;
+    if (kept == 0) return {{0, others}};
+    if (others == 0) return {{0, kept}};
+    return {{0, kept}, {kept, others}};
+  }
+
+  bool are_kept(Range rows) const { return rows.first < kept_rows(); }
+  bool are_formed_again(Range rows) const { return !are_kept(rows) && classes_ < args_.problem.classes; }
 
   // Which of both ways moves less, a product that is made again counted as what memory would move meanwhile. Of all
   // gradients, wanted or not, so that the loss is the same with and without.
@@ -134,7 +150,8 @@ class LinearCrossEntropyProgram {
     const double rows = static_cast<double>(p.batch), classes = static_cast<double>(p.classes);
     const double features = static_cast<double>(args_.layer.in_features), bytes = sizeof(T);
     const double weight = classes * features * bytes, logits = rows * classes * bytes, input = rows * features * bytes;
-    const double again = fits_grad_weight() ? 2 * logits : 2 * rows * classes * features / traits.flops_per_byte;
+    const double kept = std::min(rows, features) / rows;
+    const double again = kept * 2 * logits + (1 - kept) * 2 * rows * classes * features / traits.flops_per_byte;
     // Weight and its gradient; input and its gradient.
     const double by_rows = 4 * weight * static_cast<double>(blocks_of_rows());
     const double by_classes =
@@ -148,28 +165,36 @@ class LinearCrossEntropyProgram {
     return ceil_div(size, 64) * 64;
   }
 
-  void append_rows(int64_t first, int64_t rows, std::vector<Entry<T>>& program) const {
-    const Layer<T> layer = layer_of_rows(first, rows);
-    program.push_back({forward_product(layer), first > 0});
-    program.push_back({loss_of_rows(first, rows), true});
-    append_gradients(layer, first > 0, false, program);
+  void append_rows(Range rows, std::vector<Entry<T>>& program) const {
+    const Layer<T> layer = layer_of_rows(rows);
+    program.push_back({forward_product(layer), rows.first > 0});
+    program.push_back({loss_of_rows(rows), true});
+    append_gradients(layer, rows.first > 0, false, program);
   }
 
   void append_classes(std::vector<Entry<T>>& program) const {
-    const int64_t classes = args_.problem.classes;
-    for (int64_t first = 0; first < classes; first += classes_) {
-      const int64_t size = std::min(classes_, classes - first);
-      program.push_back({forward_product(layer_of_classes(first, size)), !keeps_logits() && first > 0});
-      program.push_back({loss_of_classes(first, size, false), true});
+    for (const Range classes : class_blocks()) {
+      for (const Range rows : row_groups()) {
+        program.push_back({forward_product(layer_of_classes(classes, rows)), !are_kept(rows) && classes.first > 0});
+        program.push_back({loss_of_classes(classes, rows, false), true});
+      }
     }
     if (!args_.has_gradient()) return;
-    for (int64_t first = 0; first < classes; first += classes_) {
-      const int64_t size = std::min(classes_, classes - first);
-      const Layer<T> layer = layer_of_classes(first, size);
-      if (forms_logits_again()) program.push_back({forward_product(layer), true});
-      program.push_back({loss_of_classes(first, size, true), true});
-      append_gradients(layer, false, first > 0, program);
+    for (const Range classes : class_blocks()) {
+      for (const Range rows : row_groups()) {
+        if (are_formed_again(rows)) program.push_back({forward_product(layer_of_classes(classes, rows)), true});
+        program.push_back({loss_of_classes(classes, rows, true), true});
+      }
+      append_gradients(layer_of_classes(classes, {0, args_.problem.batch}), false, classes.first > 0, program);
     }
+  }
+
+  std::vector<Range> class_blocks() const {
+    std::vector<Range> blocks;
+    for (int64_t first = 0; first < args_.problem.classes; first += classes_) {
+      blocks.push_back({first, std::min(classes_, args_.problem.classes - first)});
+    }
+    return blocks;
   }
 
   // accumulate: to what the blocks before have left there.
@@ -182,74 +207,75 @@ class LinearCrossEntropyProgram {
     if (grad_weight.forms_c() || grad_weight.forms_row_sums()) program.push_back({grad_weight, !layer.grad_input});
   }
 
-  Layer<T> layer_of_rows(int64_t first, int64_t rows) const {
+  Layer<T> layer_of_rows(Range rows) const {
     Layer<T> layer = args_.layer;
-    layer.batch = rows;
-    layer.input.data += first * layer.input.row_stride;
+    layer.batch = rows.size;
+    layer.input.data += rows.first * layer.input.row_stride;
     layer.out = logits_;
     layer.grad_output = {grad_logits_, layer.out_features, 1};
-    if (layer.grad_input) layer.grad_input += first * layer.in_features;
+    if (layer.grad_input) layer.grad_input += rows.first * layer.in_features;
     return layer;
   }
 
-  Layer<T> layer_of_classes(int64_t first, int64_t classes) const {
-    Layer<T> layer = args_.layer;
-    layer.out_features = classes;
-    layer.weight.data += first * layer.weight.row_stride;
-    if (layer.bias) layer.bias += first;
-    if (layer.grad_weight) layer.grad_weight += first * layer.in_features;
-    if (layer.grad_bias) layer.grad_bias += first;
-    layer.out = keeps_logits() ? layer.grad_weight : logits_;
-    layer.grad_output = {logits_, classes, 1};
+  Layer<T> layer_of_classes(Range classes, Range rows) const {
+    Layer<T> layer = layer_of_rows(rows);
+    layer.out_features = classes.size;
+    layer.weight.data += classes.first * layer.weight.row_stride;
+    if (layer.bias) layer.bias += classes.first;
+    if (layer.grad_weight) layer.grad_weight += classes.first * layer.in_features;
+    if (layer.grad_bias) layer.grad_bias += classes.first;
+    T* gradient = logits_ + rows.first * classes.size;
+    layer.out = are_kept(rows) ? layer.grad_weight : gradient;
+    layer.grad_output = {gradient, classes.size, 1};
     return layer;
   }
 
-  CrossEntropyForward<T> loss_of_rows(int64_t first, int64_t rows) const {
+  CrossEntropyForward<T> loss_of_rows(Range rows) const {
     CrossEntropyProblem<T> problem = args_.problem;
-    const bool none = problem.reduction == Reduction::none;
-    const int64_t position = first * problem.positions;
-    problem.batch = rows;
+    const int64_t position = rows.first * problem.positions;
+    problem.batch = rows.size;
     const int64_t batch_stride = args_.logits_of_row(), class_stride = problem.positions;
     problem.logits = {logits_, batch_stride, class_stride};
     if (problem.kind == TargetKind::indices) {
       problem.target = problem.target.from(position);
     } else {
-      problem.probabilities.data += first * problem.probabilities.batch_stride;
+      problem.probabilities.data += rows.first * problem.probabilities.batch_stride;
     }
-    T* loss = args_.loss ? args_.loss + (none ? position : first / std::max<int64_t>(1, rows_)) : nullptr;
     return {.problem = problem,
             .divisor = divisor(),
-            .loss = loss,
+            .loss = loss_from(position, rows.first / std::max<int64_t>(1, rows_)),
             .grad_logits = args_.has_gradient() ? grad_logits_ : nullptr,
             .grad_output = args_.grad_output ? args_.grad_output + position * args_.grad_output_stride : nullptr,
             .grad_output_stride = args_.grad_output_stride};
   }
 
-  CrossEntropyForward<T> loss_of_classes(int64_t first, int64_t classes, bool is_gradient) const {
-    CrossEntropyProblem<T> problem = args_.problem;
-    problem.logits = {layer_of_classes(first, classes).out, classes, 1};
-    const bool last = first + classes == problem.classes;
-    T* uncapped = nullptr;
-    if (args_.softcap != 0 && (!is_gradient || forms_logits_again())) uncapped = layer_of_classes(first, classes).out;
-    return {.problem = problem,
-            .position_max = position_max_,
-            .position_log_sum = position_log_sum_,
-            .divisor = divisor(),
-            .loss = last && !is_gradient ? args_.loss : nullptr,
-            .grad_logits = is_gradient ? logits_ : nullptr,
-            .grad_output = args_.grad_output,
-            .grad_output_stride = args_.grad_output_stride,
-            .block = {.first = first,
-                      .size = classes,
-                      .is_gradient = is_gradient,
-                      .sums = sums_,
-                      .target_logits = target_logits_,
-                      .uncapped = uncapped,
-                      .softcap = args_.softcap,
-                      .z_loss = args_.z_loss,
-                      .lse = args_.lse,
-                      .grad_lse = args_.grad_lse,
-                      .grad_lse_stride = args_.grad_lse_stride}};
+  CrossEntropyForward<T> loss_of_classes(Range classes, Range rows, bool is_gradient) const {
+    const Layer<T> layer = layer_of_classes(classes, rows);
+    const bool last = classes.first + classes.size == args_.problem.classes;
+    CrossEntropyForward<T> loss = loss_of_rows(rows);
+    loss.problem.logits = {layer.out, classes.size, 1};
+    loss.position_max = position_max_ + rows.first;
+    loss.position_log_sum = position_log_sum_ + rows.first;
+    loss.loss = last && !is_gradient ? loss_from(rows.first, rows.first > 0) : nullptr;
+    loss.grad_logits = is_gradient ? logits_ + rows.first * classes.size : nullptr;
+    loss.block = {.first = classes.first,
+                  .size = classes.size,
+                  .is_gradient = is_gradient,
+                  .sums = sums_ + rows.first,
+                  .target_logits = target_logits_ + rows.first,
+                  .uncapped = args_.softcap != 0 && (!is_gradient || are_formed_again(rows)) ? layer.out : nullptr,
+                  .softcap = args_.softcap,
+                  .z_loss = args_.z_loss,
+                  .lse = args_.lse ? args_.lse + rows.first : nullptr,
+                  .grad_lse = args_.grad_lse ? args_.grad_lse + rows.first * args_.grad_lse_stride : nullptr,
+                  .grad_lse_stride = args_.grad_lse_stride};
+    return loss;
+  }
+
+  // Of the position where there is no reduction, else that of all of a block's, by the block's number.
+  T* loss_from(int64_t position, int64_t block) const {
+    if (!args_.loss) return nullptr;
+    return args_.loss + (args_.problem.reduction == Reduction::none ? position : block);
   }
 
   const ComputeType<T>* divisor() const { return args_.problem.reduction == Reduction::mean ? args_.divisor : nullptr; }
