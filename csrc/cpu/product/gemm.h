@@ -29,7 +29,7 @@ bool pays_to_pack_b(const Block<T>& g, int64_t row_tiles) {
 template <class T>
 bool pays_to_pack_a(const Block<T>& g) {
   const int64_t columns = g.N < kColumnBlock<T> ? g.N : kColumnBlock<T>;
-  return is_aliased<T>(g.a.k_stride) || (g.K > 128 && columns > 8 * kTileColumns<T>);
+  return is_aliased<T>(g.a.k_stride) || (g.K > 128 && columns > 2 * kTileColumns<T>);
 }
 
 // The product for K = 1, without bias or ReLU: one row of C after the other, which is all that there is to it.
@@ -48,9 +48,13 @@ void outer_product(const Block<T>& g) {
   }
 }
 
+// A line more, so that the same step of all tiles packed together is not in the same set of the first-level cache.
 template <class T>
-T* a_tile_scratch() {
-  return static_cast<T*>(scratch(Scratch::a_tile, kBlockK * kTileRows * sizeof(T) + kVectorBytes));
+inline constexpr int64_t kPackedTile = kBlockK * kPackedRows + 64 / sizeof(T);
+
+template <class T>
+T* a_tiles_scratch() {
+  return static_cast<T*>(scratch(Scratch::a_tiles, kTilesTogether * kPackedTile<T> * sizeof(T)));
 }
 
 template <class T>
@@ -63,10 +67,10 @@ template <class T>
 void gemm(const Block<T>& g) {
   if (g.K == 1 && g.b.outer_stride == 1 && !g.bias && !g.relu && !g.accumulate) return outer_product(g);
   constexpr int64_t panel = kTileColumns<T>;
-  const int64_t row_tiles = (g.M + kTileRows - 1) / kTileRows;
+  const RowTiles tiles({0, g.M});
   const bool packs_a = g.relu_mask.data || (g.a_is_transposed() && pays_to_pack_a(g));
-  const bool packs_b = g.b.outer_stride != 1 || pays_to_pack_b(g, row_tiles);
-  T* a_tile = packs_a ? a_tile_scratch<T>() : nullptr;
+  const bool packs_b = g.b.outer_stride != 1 || pays_to_pack_b(g, tiles.count);
+  T* a_tiles = packs_a ? a_tiles_scratch<T>() : nullptr;
   T* b_block = packs_b ? b_block_scratch<T>() : nullptr;
 
   const int64_t k_blocks = g.K < 1 ? 1 : (g.K + kBlockK - 1) / kBlockK;  // one for K = 0 too: C is then bias or 0
@@ -76,25 +80,26 @@ void gemm(const Block<T>& g) {
     for (int64_t block = 0; block < g.N; block += kColumnBlock<T>) {
       const int64_t block_end = g.N - block < kColumnBlock<T> ? g.N : block + kColumnBlock<T>;
       if (packs_b) pack_b(g, k, {block, block_end}, b_block);
-      for (int64_t tile = 0; tile < row_tiles; ++tile) {
-        const Range rows = split(g.M, 1, tile, row_tiles);
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const Range rows = tiles.of(tile);
         const int64_t row = rows.begin;
         const int tile_size = static_cast<int>(rows.size());
         Tile<T> t;
         t.K = k.size();
         t.relu = last && g.relu;
         t.ldc = g.ldc;
-        if (packs_a) {
-          t.a = a_tile;
-          if (g.a_is_transposed()) {
-            pack_a_columns(g, row, tile_size, k, a_tile);
-            t.a_stride = 1;
-            t.a_k_stride = kTileRows;
-          } else {
-            pack_a_rows(g, rows, k, a_tile, kBlockK);
-            t.a_stride = kBlockK;
-            t.a_k_stride = 1;
-          }
+        if (packs_a && g.a_is_transposed()) {
+          const int64_t i = tile % kTilesTogether;
+          const int64_t end = tile + kTilesTogether < tiles.count ? tile + kTilesTogether : tiles.count;
+          if (i == 0) pack_a_columns(g, tiles, tile, end, k, a_tiles, kPackedTile<T>);
+          t.a = a_tiles + i * kPackedTile<T>;
+          t.a_stride = 1;
+          t.a_k_stride = kPackedRows;
+        } else if (packs_a) {
+          pack_a_rows(g, rows, k, a_tiles, kBlockK);
+          t.a = a_tiles;
+          t.a_stride = kBlockK;
+          t.a_k_stride = 1;
         } else {
           t.a = g.a.data + row * g.a.outer_stride + k.begin * g.a.k_stride;
           t.a_stride = g.a.outer_stride;

@@ -80,43 +80,64 @@ void pack_a_rows(const Block<T>& g, Range rows, Range k, T* packed, int64_t stri
   }
 }
 
-// A behind its mask for a tile, if it is transposed: [k][kTileRows]. Stores whole vectors, what lies beyond the tile's
-// rows to be overwritten by the next step. Loads some steps before it stores them: a load waits for an earlier store to
-// the same place of another page.
-template <class T>
-void pack_a_columns(const Block<T>& g, int64_t row, int rows, Range k, T* packed) {
+// Tiles of A that are packed at once, so that most of a cache line is read by one of its loads after the other.
+inline constexpr int kTilesTogether = 4;
+// Of a packed tile: kTileRows and padding, so that a step's store straddles no cache line.
+inline constexpr int kPackedRows = 8;
+
+template <class T, int count, bool masked>
+void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, Range k, T* packed, int64_t tile_size) {
   using V = Vec<T>;
-  constexpr int vectors = (kTileRows + V::width - 1) / V::width, together = 8 / vectors;
-  const auto pack = [&]<int steps>(int64_t p, Constant<steps>) __attribute__((always_inline)) {
-    const T* a = g.a.data + row + p * g.a.k_stride;
-    const T* mask = g.relu_mask.data ? g.relu_mask.data + row + p * g.relu_mask.k_stride : nullptr;
-    V block[steps][vectors] = {};  // GCC does not see that what is stored was loaded
-#pragma GCC unroll 8
-    for (int i = 0; i < steps; ++i) {
+  constexpr int vectors = (kTileRows + V::width - 1) / V::width;
+  int64_t row[count];
+  int lanes[count][vectors];
+  for (int i = 0; i < count; ++i) {
+    const Range rows = tiles.of(first + i);
+    row[i] = rows.begin;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t left = rows.size() - v * V::width;
+      lanes[i][v] = static_cast<int>(left < V::width ? left : V::width);
+    }
+  }
+  const int64_t a_stride = g.a.k_stride, mask_stride = g.relu_mask.k_stride;
+  const T* a = g.a.data + k.begin * a_stride;
+  const T* mask = masked ? g.relu_mask.data + k.begin * mask_stride : nullptr;
+  for (int64_t p = k.begin; p < k.end; ++p, a += a_stride, packed += kPackedRows) {
+    V step[count][vectors] = {};  // GCC does not see that what is stored was loaded
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        const int64_t first = v * V::width;
-        const int lanes = rows - first < V::width ? rows - first : V::width;
-        if (lanes <= 0) break;
-        block[i][v] = V::load_partial(a + i * g.a.k_stride + first, lanes);
-        if (mask) {
-          const V m = V::load_partial(mask + i * g.relu_mask.k_stride + first, lanes);
-          block[i][v] = where_positive(m, block[i][v]);
-        }
+        if (lanes[i][v] <= 0) break;
+        const int64_t at = row[i] + v * V::width;
+        step[i][v] = V::load_partial(a + at, lanes[i][v]);
+        if (masked) step[i][v] = where_positive(V::load_partial(mask + at, lanes[i][v]), step[i][v]);
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < steps; ++i) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        if (rows > v * V::width) block[i][v].store(packed + i * kTileRows + v * V::width);
+        constexpr int room = kPackedRows < V::width ? kPackedRows : V::width;
+        step[i][v].store_partial(packed + i * tile_size + v * V::width, room);
       }
     }
-    packed += steps * kTileRows;
-  };
-  int64_t p = k.begin;
-  for (; k.end - p >= together; p += together) pack(p, Constant<together>{});
-  for (; p < k.end; ++p) pack(p, Constant<1>{});
+    if (masked) mask += mask_stride;
+  }
+}
+
+// A behind its mask, if it is read along its columns, for those tiles, kTilesTogether at most: [tile][k][kPackedRows],
+// the tiles tile_size apart. What lies beyond a tile's rows is of no meaning.
+template <class T>
+void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, int64_t last, Range k, T* packed,
+                    int64_t tile_size) {
+  with_constant<kTilesTogether>(static_cast<int>(last - first), [&]<int count>(Constant<count>) {
+    if (g.relu_mask.data) {
+      pack_a_columns<T, count, true>(g, tiles, first, k, packed, tile_size);
+    } else {
+      pack_a_columns<T, count, false>(g, tiles, first, k, packed, tile_size);
+    }
+  });
 }
 
 }  // namespace mnist_ext::MNIST_EXT_ISA

@@ -58,7 +58,7 @@ bool is_better_transposed(const Block<T>& g) {
 // Asks scratch() for all that a product stored to C will.
 template <class T>
 void reserve_product([[maybe_unused]] Kernel kernel) {
-  a_tile_scratch<T>();
+  a_tiles_scratch<T>();
   b_block_scratch<T>();
   piece_scratch<T>();
 #if defined(MNIST_EXT_AMX)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../simd/vec.h"
+#include "../threads/parallel.h"
 
 namespace mnist_ext::MNIST_EXT_ISA {
 
@@ -14,6 +15,19 @@ template <class T>
 inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
 template <class T>
 inline constexpr int64_t kColumnBlock = 2048 / sizeof(T) / kTileColumns<T> * kTileColumns<T>;
+
+// Rows of C in as few tiles as may be, of nearly the same size.
+struct RowTiles {
+  Range rows;
+  int64_t count;
+
+  explicit RowTiles(Range rows) : rows(rows), count((rows.size() + kTileRows - 1) / kTileRows) {}
+
+  Range of(int64_t tile) const {
+    const Range within = split(rows.size(), 1, tile, count);
+    return {rows.begin + within.begin, rows.begin + within.end};
+  }
+};
 
 // One block of K for one tile of C.
 template <class T>

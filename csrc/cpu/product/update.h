@@ -44,9 +44,8 @@ void update_tile(const Tile<T>& t, T* buffer, const SgdUpdate<T>& sgd) {
 
 template <class T>
 T* packed_a_scratch(int64_t rows, int64_t K) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  const std::size_t bytes = static_cast<std::size_t>(tiles * K * kTileRows) * sizeof(T) + kVectorBytes;
-  return static_cast<T*>(scratch(Scratch::packed_a, bytes));
+  const std::size_t size = static_cast<std::size_t>(RowTiles({0, rows}).count * K * kPackedRows);
+  return static_cast<T*>(scratch(Scratch::packed_a, size * sizeof(T)));
 }
 
 // Of those rows and columns of a gradient that sums over at most kBlockK examples. A column of tiles after the other:
@@ -56,22 +55,23 @@ void update_from_tiles(const Product<T>& p, Range m, Range n) {
   constexpr int width = Vec<T>::width;
   const Block<T> g(p);
   const SgdUpdate<T> sgd(p.update.options);
-  const int64_t row_tiles = (m.size() + kTileRows - 1) / kTileRows, tile_size = p.K * kTileRows;
+  const RowTiles tiles(m);
+  const int64_t tile_size = p.K * kPackedRows;
   T* packed = packed_a_scratch<T>(m.size(), p.K);
-  for (int64_t tile = 0; tile < row_tiles; ++tile) {
-    const Range rows = split(m.size(), 1, tile, row_tiles);
-    pack_a_columns<T>(g, m.begin + rows.begin, static_cast<int>(rows.size()), {0, p.K}, packed + tile * tile_size);
+  for (int64_t tile = 0; tile < tiles.count; tile += kTilesTogether) {
+    const int64_t end = tile + kTilesTogether < tiles.count ? tile + kTilesTogether : tiles.count;
+    pack_a_columns(g, tiles, tile, end, {0, p.K}, packed + tile * tile_size, tile_size);
   }
   for (int64_t column = n.begin; column < n.end; column += kTileColumns<T>) {
     const int64_t columns = n.end - column < kTileColumns<T> ? n.end - column : kTileColumns<T>;
     const int vectors = static_cast<int>((columns + width - 1) / width);
-    for (int64_t tile = 0; tile < row_tiles; ++tile) {
-      const Range rows = split(m.size(), 1, tile, row_tiles);
-      const int64_t offset = (m.begin + rows.begin) * p.N + column;
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const Range rows = tiles.of(tile);
+      const int64_t offset = rows.begin * p.N + column;
       const Tile<T> t = {.K = p.K,
                          .a = packed + tile * tile_size,
                          .a_stride = 1,
-                         .a_k_stride = kTileRows,
+                         .a_k_stride = kPackedRows,
                          .b = p.b.data + column,
                          .ldb = p.b.k_stride,
                          .c = p.update.param + offset,

@@ -8,7 +8,7 @@ namespace mnist_ext {
 // At least `bytes` of memory aligned to 64 bytes, kept by the calling thread until it ends or asks for more (a fresh
 // allocation of this size would cost its page faults on each call). Each slot is a buffer of its own.
 enum class Scratch {
-  a_tile,
+  a_tiles,
   b_block,
   piece,
   packed_a,
