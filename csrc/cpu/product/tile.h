@@ -15,6 +15,8 @@ template <class T>
 inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
 template <class T>
 inline constexpr int64_t kColumnBlock = 2048 / sizeof(T) / kTileColumns<T> * kTileColumns<T>;
+template <class T>
+inline constexpr int64_t kMostColumns = 2 * kColumnBlock<T>;
 
 // Rows of C in as few tiles as may be, of nearly the same size.
 struct RowTiles {
