@@ -74,8 +74,8 @@ def _is_recorded() -> bool:
 
 # What a backward is asked for beyond needs_input_grad costs 2 us for each tensor to find out, and
 # 25 us for one that autograd.grad returns, as the answer is an exception then. It is asked where a
-# gradient has so many multiply-adds for each tensor, which take 100 us and more.
-_ASK_FROM = 1 << 24
+# gradient has so many multiply-adds for each tensor, which take 400 us and more.
+_ASK_FROM = 1 << 26
 
 
 def _wanted(ctx: Any, multiply_adds: int) -> Sequence[bool]:

@@ -301,7 +301,7 @@ def test_a_backward_makes_the_gradients_that_are_asked_for(recorded, swapped):
     ours = mnist_ext.nn.swap(copy.deepcopy(model))
     forward = ours if swapped else lambda input: ours[3](ours[2](ours[0](input).relu()))
     asked = recorded("_linear_backward")
-    input = torch.randn(2048, 64, requires_grad=True)
+    input = torch.randn(8192, 64, requires_grad=True)
     for wanted, products in (
         (lambda m: [input], [(False, True, False)] * 3),
         (lambda m: [m[3].weight], [(True, False, False)]),

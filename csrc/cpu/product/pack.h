@@ -14,7 +14,16 @@ template <class T>
 void pack_transposed(const T* from, int64_t stride, const T* mask, int64_t mask_stride, int64_t lines, int64_t length,
                      T* packed, int64_t to_stride) {
   using V = Vec<T>;
-  for (int64_t p = 0; p < length; p += V::width) {
+  int64_t p = 0;
+  for (; lines >= V::width && !mask && length - p >= V::width; p += V::width) {  // all of it in registers
+    V block[V::width];
+#pragma GCC unroll 16
+    for (int i = 0; i < V::width; ++i) block[i] = V::load(from + i * stride + p);
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < V::width; ++i) block[i].store(packed + (p + i) * to_stride);
+  }
+  for (; p < length; p += V::width) {
     const int lanes = length - p < V::width ? static_cast<int>(length - p) : V::width;
     V block[V::width];
     for (int i = 0; i < V::width; ++i) {

@@ -77,35 +77,43 @@ MNIST_EXT_INLINE void accumulate_tile(const Tile<T>& t, Vec<T> (&acc)[R][N]) {
   }
 }
 
-template <class T, int R, int N, bool partial>
-void compute_tile(const Tile<T>& t) {
-  using V = Vec<T>;
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {  // C comes from far while the sums are made
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) __builtin_prefetch(t.c + r * t.ldc + v * V::width);
-  }
-  V acc[R][N] = {};
-  accumulate_tile<T, R, N, partial>(t, acc);
+// body(r, v) for each vector of a tile; unrolled, so that what it indexes may stay in registers.
+template <int R, int N, class Body>
+MNIST_EXT_INLINE void for_each_of_tile(const Body& body) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) {
-      T* p = t.c + r * t.ldc + v * V::width;
-      V result = acc[r][v];
-      if (R == 1 && t.one) {
-        result = result + V::broadcast(*t.add);
-      } else if (t.add) {
-        result = result + load_column<T, N, partial>(t.add + r * t.ldadd, v, t.last);
-      }
-      if (t.relu) result = max(V{}, result);  // NaN stays NaN
-      if (partial && v == N - 1) {
-        result.store_partial(p, t.last);
-      } else {
-        result.store(p);
-      }
-    }
+    for (int v = 0; v < N; ++v) body(r, v);
   }
+}
+
+template <class T, int R, int N, bool partial>
+void compute_tile(const Tile<T>& t) {
+  using V = Vec<T>;
+  T* const c = t.c;  // a copy, which the stores to C do not overwrite
+  const int64_t ldc = t.ldc;
+  for_each_of_tile<R, N>([&](int r, int v) __attribute__((always_inline)) {
+    __builtin_prefetch(c + r * ldc + v * V::width);  // C comes from far while the sums are made
+  });
+  V acc[R][N] = {};
+  accumulate_tile<T, R, N, partial>(t, acc);
+  if (R == 1 && t.one) {
+    for_each_of_tile<R, N>([&](int r, int v)
+                               __attribute__((always_inline)) { acc[r][v] = acc[r][v] + V::broadcast(*t.add); });
+  } else if (t.add) {
+    for_each_of_tile<R, N>([&](int r, int v) __attribute__((always_inline)) {
+      acc[r][v] = acc[r][v] + load_column<T, N, partial>(t.add + r * t.ldadd, v, t.last);
+    });
+  }
+  if (t.relu) {
+    for_each_of_tile<R, N>([&](int r, int v)
+                               __attribute__((always_inline)) { acc[r][v] = max(V{}, acc[r][v]); });  // NaN stays NaN
+  }
+  const int last = t.last;
+  for_each_of_tile<R, N>([&](int r, int v) __attribute__((always_inline)) {
+    T* const to = c + r * ldc + v * V::width;
+    partial&& v == N - 1 ? acc[r][v].store_partial(to, last) : acc[r][v].store(to);
+  });
 }
 
 // The shape of a tile, known to the compiler.
