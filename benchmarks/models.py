@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -87,7 +88,7 @@ def language(
 def classifier(batch: int, *widths: int) -> tuple[nn.Module, Sample]:
     """Return layers of those widths with ReLU between them, and a batch for them."""
     layers: list[nn.Module] = []
-    for before, width in zip(widths, widths[1:], strict=False):
+    for before, width in itertools.pairwise(widths):
         layers += [nn.Linear(before, width), nn.ReLU()]
     return nn.Sequential(*layers[:-1]), (torch.randn(batch, widths[0]), labels(batch))
 
