@@ -94,9 +94,9 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
-// cache lines. Otherwise where the busiest thread has a twentieth less to do, counted in tiles of one vector: to read
-// and pack (or split) a tile of rows of A, or a vector of columns of B, costs as much as so many of them. To read B
-// costs nothing while it fits into a part of the second-level cache, and most from memory.
+// cache lines. Otherwise where the busiest thread has less to do, counted in tiles of one vector: to read or pack a
+// tile of rows of A, or to pack a vector of columns of B, costs as much as so many of them. B costs nothing while it
+// fits into a part of the second-level cache, and most from memory.
 template <class T>
 int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;
@@ -106,8 +106,8 @@ int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   const int64_t row_tiles = tiles(g.M, amx ? kAmxSide : dots ? kDotRows : kTileRows);
   const int64_t column_tiles = tiles(g.N, column_unit<T>(kernel));
   const int64_t b_bytes = g.K * g.N * static_cast<int64_t>(sizeof(T));
-  const double of_rows = amx ? 1.6 : dots ? 0 : 1;
-  const double of_columns = amx ? 1.6 : dots || b_bytes <= small ? 0 : b_bytes <= huge ? 3 : 8;
+  const double of_rows = amx ? 1.6 : dots ? 0 : g.packs_a() ? 3 : 1;
+  const double of_columns = amx ? 1.6 : dots || b_bytes <= small ? 0 : b_bytes <= huge ? 6 : 8;
   int best = 0;
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
@@ -116,7 +116,7 @@ int row_threads(const Block<T>& g, Kernel kernel, int threads) {
     const auto rows = static_cast<double>(tiles(row_tiles, by_row));
     const auto columns = static_cast<double>(tiles(column_tiles, threads / by_row));
     const double cost = rows * columns + of_rows * rows + of_columns * columns;
-    if (divisor == 1 || cost < 0.95 * best_cost) {
+    if (divisor == 1 || cost < (dots ? 0.95 : 0.98) * best_cost) {
       best = by_row;
       best_cost = cost;
     }
