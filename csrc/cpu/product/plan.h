@@ -95,19 +95,20 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
 // cache lines. Otherwise where the busiest thread has less to do, counted in tiles of one vector: to read or pack a
-// tile of rows of A, or to pack a vector of columns of B, costs as much as so many of them. B costs nothing while it
-// fits into a part of the second-level cache, and most from memory.
+// tile of rows of A, or to pack a vector of columns of B, costs as much as so many of them. B costs less while it fits
+// into the second-level cache, more where it is transposed, and most from memory.
 template <class T>
 int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;
-  constexpr int64_t small = int64_t{1} << 19, huge = int64_t{32} << 20;  // bytes
+  constexpr double cached = 2 << 20, huge = 32 << 20;  // bytes
   const bool dots = kernel == Kernel::dot_products, amx = kernel == Kernel::amx;
   const auto tiles = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t row_tiles = tiles(g.M, amx ? kAmxSide : dots ? kDotRows : kTileRows);
   const int64_t column_tiles = tiles(g.N, column_unit<T>(kernel));
-  const int64_t b_bytes = g.K * g.N * static_cast<int64_t>(sizeof(T));
+  const double b_bytes = static_cast<double>(g.K * g.N) * sizeof(T);
+  const double packing = b_bytes > huge ? 8 : g.b.outer_stride == 1 ? 4 : 6;
   const double of_rows = amx ? 1.6 : dots ? 0 : g.packs_a() ? 3 : 1;
-  const double of_columns = amx ? 1.6 : dots || b_bytes <= small ? 0 : b_bytes <= huge ? 6 : 8;
+  const double of_columns = amx ? 1.6 : dots ? 0 : packing * (b_bytes < cached ? b_bytes / cached : 1);
   int best = 0;
   double best_cost = 0;
   for (int divisor = 1; divisor <= threads; ++divisor) {
