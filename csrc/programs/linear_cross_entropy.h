@@ -256,7 +256,7 @@ class LinearCrossEntropyProgram {
     loss.problem.logits = {layer.out, classes.size, 1};
     loss.position_max = position_max_ + rows.first;
     loss.position_log_sum = position_log_sum_ + rows.first;
-    loss.loss = last && !is_gradient ? loss_from(rows.first, rows.first > 0) : nullptr;
+    loss.loss = last && !is_gradient ? loss_from(rows.first, rows.first > 0 ? 1 : 0) : nullptr;
     loss.grad_logits = is_gradient ? logits_ + rows.first * classes.size : nullptr;
     loss.block = {.first = classes.first,
                   .size = classes.size,

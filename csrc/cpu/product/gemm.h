@@ -100,8 +100,7 @@ void gemm(const Block<T>& g) {
         t.ldc = g.ldc;
         if (packs_a && g.a_is_transposed()) {
           const int64_t i = tile % kTilesTogether;
-          const int64_t end = tile + kTilesTogether < tiles.count ? tile + kTilesTogether : tiles.count;
-          if (i == 0) pack_a_columns(g, tiles, tile, end, k, a_tiles, kPackedTile<T>);
+          if (i == 0) pack_a_columns(g, tiles, tile, k, a_tiles, kPackedTile<T>);
           t.a = a_tiles + i * kPackedTile<T>;
           t.a_stride = 1;
           t.a_k_stride = kPackedRows;

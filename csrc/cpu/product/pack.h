@@ -95,7 +95,7 @@ inline constexpr int kTilesTogether = 4;
 inline constexpr int kPackedRows = 8;
 
 template <class T, int count, bool masked>
-void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, Range k, T* packed, int64_t tile_size) {
+void pack_a_tiles(const Block<T>& g, const RowTiles& tiles, int64_t first, Range k, T* packed, int64_t tile_size) {
   using V = Vec<T>;
   constexpr int vectors = (kTileRows + V::width - 1) / V::width;
   int64_t row[count];
@@ -135,16 +135,17 @@ void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, Ran
   }
 }
 
-// A behind its mask, if it is read along its columns, for those tiles, kTilesTogether at most: [tile][k][kPackedRows],
-// the tiles tile_size apart. What lies beyond a tile's rows is of no meaning.
+// A behind its mask, if it is read along its columns, for kTilesTogether tiles, or as many as there are from the first
+// on: [tile][k][kPackedRows], the tiles tile_size apart. What lies beyond a tile's rows is of no meaning.
 template <class T>
-void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, int64_t last, Range k, T* packed,
-                    int64_t tile_size) {
-  with_constant<kTilesTogether>(static_cast<int>(last - first), [&]<int count>(Constant<count>) {
+void pack_a_columns(const Block<T>& g, const RowTiles& tiles, int64_t first, Range k, T* packed, int64_t tile_size) {
+  const int64_t left = tiles.count - first;
+  const int together = left < kTilesTogether ? static_cast<int>(left) : kTilesTogether;
+  with_constant<kTilesTogether>(together, [&]<int count>(Constant<count>) {
     if (g.relu_mask.data) {
-      pack_a_columns<T, count, true>(g, tiles, first, k, packed, tile_size);
+      pack_a_tiles<T, count, true>(g, tiles, first, k, packed, tile_size);
     } else {
-      pack_a_columns<T, count, false>(g, tiles, first, k, packed, tile_size);
+      pack_a_tiles<T, count, false>(g, tiles, first, k, packed, tile_size);
     }
   });
 }

@@ -13,6 +13,7 @@ inline constexpr int kTileVectors = kVectorRegisters == 32 ? 4 : 2;
 inline constexpr int kRowVectors = 8;
 template <class T>
 inline constexpr int64_t kTileColumns = kTileVectors * Vec<T>::width;
+// Columns of C in a block, and how many it may have at most (column_block in gemm.h).
 template <class T>
 inline constexpr int64_t kColumnBlock = 2048 / sizeof(T) / kTileColumns<T> * kTileColumns<T>;
 template <class T>
@@ -112,7 +113,11 @@ void compute_tile(const Tile<T>& t) {
   const int last = t.last;
   for_each_of_tile<R, N>([&](int r, int v) __attribute__((always_inline)) {
     T* const to = c + r * ldc + v * V::width;
-    partial&& v == N - 1 ? acc[r][v].store_partial(to, last) : acc[r][v].store(to);
+    if (partial && v == N - 1) {
+      acc[r][v].store_partial(to, last);
+    } else {
+      acc[r][v].store(to);
+    }
   });
 }
 

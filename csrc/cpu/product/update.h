@@ -59,8 +59,7 @@ void update_from_tiles(const Product<T>& p, Range m, Range n) {
   const int64_t tile_size = p.K * kPackedRows;
   T* packed = packed_a_scratch<T>(m.size(), p.K);
   for (int64_t tile = 0; tile < tiles.count; tile += kTilesTogether) {
-    const int64_t end = tile + kTilesTogether < tiles.count ? tile + kTilesTogether : tiles.count;
-    pack_a_columns(g, tiles, tile, end, {0, p.K}, packed + tile * tile_size, tile_size);
+    pack_a_columns(g, tiles, tile, {0, p.K}, packed + tile * tile_size, tile_size);
   }
   for (int64_t column = n.begin; column < n.end; column += kTileColumns<T>) {
     const int64_t columns = n.end - column < kTileColumns<T> ? n.end - column : kTileColumns<T>;
