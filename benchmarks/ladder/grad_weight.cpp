@@ -140,7 +140,7 @@ const float* packed_input(const Problem& x, const Part& part) {
 const float* packed_grad_output(const Problem& x, Range rows, Range batch, double* sums) {
   constexpr int64_t chain = 32;
   constexpr int vectors = (kTileRows + V::width - 1) / V::width;
-  float* packed = static_cast<float*>(scratch(Scratch::a_tile, kBlockK * kTileRows * sizeof(float) + kVectorBytes));
+  float* packed = static_cast<float*>(scratch(Scratch::a_tiles, kBlockK * kTileRows * sizeof(float) + kVectorBytes));
   float* to = packed;
   for (int64_t begin = batch.begin; begin < batch.end; begin += chain) {
     V sum[vectors] = {};

@@ -56,6 +56,8 @@ enum class Sharing {
   neurons,   // a thread takes the same neurons of a layer in each such entry: their weights stay in its core's cache
 };
 
+// A loss is summed up behind the next entry that waits, from memory that all losses of a program share: between two
+// entries with a loss lies one without that waits.
 template <class T>
 struct Entry {
   std::variant<Gather<T>, Product<T>, CrossEntropyForward<T>> work;

@@ -125,19 +125,17 @@ class LinearCrossEntropyProgram {
     return std::max<int64_t>(1, std::min({classes, traits.most_bytes / class_bytes, args_.problem.classes}));
   }
 
-  int64_t kept_rows() const {
-    return args_.layer.grad_weight ? std::min(args_.problem.batch, args_.layer.in_features) : 0;
-  }
+  // So many rows of logits fit where the gradient of the weight will lie.
+  int64_t fitting_rows() const { return std::min(args_.problem.batch, args_.layer.in_features); }
 
-  // Rows whose logits are kept, and those beyond; of no rows one group.
+  // Those rows and the ones beyond, whether or not that gradient is wanted: the same loss. One group of no rows, too.
   std::vector<Range> row_groups() const {
-    const int64_t kept = kept_rows(), others = args_.problem.batch - kept;
-    if (kept == 0) return {{0, others}};
-    if (others == 0) return {{0, kept}};
-    return {{0, kept}, {kept, others}};
+    const int64_t fitting = fitting_rows(), others = args_.problem.batch - fitting;
+    if (fitting == 0 || others == 0) return {{0, args_.problem.batch}};
+    return {{0, fitting}, {fitting, others}};
   }
 
-  bool are_kept(Range rows) const { return rows.first < kept_rows(); }
+  bool are_kept(Range rows) const { return args_.layer.grad_weight && rows.first < fitting_rows(); }
   bool are_formed_again(Range rows) const { return !are_kept(rows) && classes_ < args_.problem.classes; }
 
   // Which of both ways moves less, a product that is made again counted as what memory would move meanwhile. Of all
@@ -175,7 +173,9 @@ class LinearCrossEntropyProgram {
   void append_classes(std::vector<Entry<T>>& program) const {
     for (const Range classes : class_blocks()) {
       for (const Range rows : row_groups()) {
-        program.push_back({forward_product(layer_of_classes(classes, rows)), !are_kept(rows) && classes.first > 0});
+        // Waits for those who read what it overwrites, and lets the loss of the group before be summed up.
+        const bool waits = (!are_kept(rows) && classes.first > 0) || rows.first > 0;
+        program.push_back({forward_product(layer_of_classes(classes, rows)), waits});
         program.push_back({loss_of_classes(classes, rows, false), true});
       }
     }
