@@ -5,8 +5,8 @@
 GPT as nanoGPT's for a CPU (4 blocks of 128 features) and larger (6 of 384), both on characters; the
 latter also with a vocabulary of 8,192, where "head" calls `linear_cross_entropy` in place of the
 last layer and its loss; an encoder as BERT's (4 of 256); classifiers. AdamW, float32, or bfloat16
-by autocast. Losses and gradients of a step are compared before the steps take turns. `ratio` says
-how many times as long PyTorch's step takes.
+by autocast. The losses of two steps are compared before the steps take turns. `ratio` says how many
+times as long PyTorch's step takes.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def step_of(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], metavar="MODEL")
+    parser.add_argument("models", nargs="*", choices=list(MODELS), metavar="MODEL")
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     args = parser.parse_args()

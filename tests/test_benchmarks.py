@@ -110,6 +110,16 @@ def test_every_rung_of_the_heads_ladder_is_right():
     assert process.stdout.count("| `") == 6
 
 
+def test_whole_models_are_compared_and_timed(tmp_path):
+    models, file = BENCHMARKS / "models.py", tmp_path / "rows.csv"
+    command = [sys.executable, models, "512-256-10", "--turns", "2", "--csv", file]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    rows = list(csv.DictReader(file.open()))
+    assert [row["implementation"] for row in rows] == ["torch", "swapped"] * 2
+    assert all(float(row["ratio"]) > 0 for row in rows)
+
+
 def test_memory_of_a_head_is_printed():
     memory = Path(__file__).parents[1] / "benchmarks" / "head_memory.py"
     command = [sys.executable, memory, "64x16x200000", "--of", "ours", "torch"]

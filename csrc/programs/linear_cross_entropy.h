@@ -90,7 +90,7 @@ class LinearCrossEntropyProgram {
 
  private:
   // Of the batch, or of the classes.
-  struct Range {
+  struct Slice {
     int64_t first, size;
   };
 
@@ -129,14 +129,14 @@ class LinearCrossEntropyProgram {
   int64_t fitting_rows() const { return std::min(args_.problem.batch, args_.layer.in_features); }
 
   // Those rows and the ones beyond, whether or not that gradient is wanted: the same loss. One group of no rows, too.
-  std::vector<Range> row_groups() const {
+  std::vector<Slice> row_groups() const {
     const int64_t fitting = fitting_rows(), others = args_.problem.batch - fitting;
     if (fitting == 0 || others == 0) return {{0, args_.problem.batch}};
     return {{0, fitting}, {fitting, others}};
   }
 
-  bool are_kept(Range rows) const { return args_.layer.grad_weight && rows.first < fitting_rows(); }
-  bool are_formed_again(Range rows) const { return !are_kept(rows) && classes_ < args_.problem.classes; }
+  bool are_kept(Slice rows) const { return args_.layer.grad_weight && rows.first < fitting_rows(); }
+  bool are_formed_again(Slice rows) const { return !are_kept(rows) && classes_ < args_.problem.classes; }
 
   // Which of both ways moves less, a product that is made again counted as what memory would move meanwhile. Of all
   // gradients, wanted or not, so that the loss is the same with and without.
@@ -163,7 +163,7 @@ class LinearCrossEntropyProgram {
     return ceil_div(size, 64) * 64;
   }
 
-  void append_rows(Range rows, std::vector<Entry<T>>& program) const {
+  void append_rows(Slice rows, std::vector<Entry<T>>& program) const {
     const Layer<T> layer = layer_of_rows(rows);
     program.push_back({forward_product(layer), rows.first > 0});
     program.push_back({loss_of_rows(rows), true});
@@ -171,8 +171,9 @@ class LinearCrossEntropyProgram {
   }
 
   void append_classes(std::vector<Entry<T>>& program) const {
-    for (const Range classes : class_blocks()) {
-      for (const Range rows : row_groups()) {
+    const std::vector<Slice> blocks = class_blocks(), groups = row_groups();
+    for (const Slice classes : blocks) {
+      for (const Slice rows : groups) {
         // Waits for those who read what it overwrites, and lets the loss of the group before be summed up.
         const bool waits = (!are_kept(rows) && classes.first > 0) || rows.first > 0;
         program.push_back({forward_product(layer_of_classes(classes, rows)), waits});
@@ -180,8 +181,8 @@ class LinearCrossEntropyProgram {
       }
     }
     if (!args_.has_gradient()) return;
-    for (const Range classes : class_blocks()) {
-      for (const Range rows : row_groups()) {
+    for (const Slice classes : blocks) {
+      for (const Slice rows : groups) {
         if (are_formed_again(rows)) program.push_back({forward_product(layer_of_classes(classes, rows)), true});
         program.push_back({loss_of_classes(classes, rows, true), true});
       }
@@ -189,8 +190,8 @@ class LinearCrossEntropyProgram {
     }
   }
 
-  std::vector<Range> class_blocks() const {
-    std::vector<Range> blocks;
+  std::vector<Slice> class_blocks() const {
+    std::vector<Slice> blocks;
     for (int64_t first = 0; first < args_.problem.classes; first += classes_) {
       blocks.push_back({first, std::min(classes_, args_.problem.classes - first)});
     }
@@ -207,7 +208,7 @@ class LinearCrossEntropyProgram {
     if (grad_weight.forms_c() || grad_weight.forms_row_sums()) program.push_back({grad_weight, !layer.grad_input});
   }
 
-  Layer<T> layer_of_rows(Range rows) const {
+  Layer<T> layer_of_rows(Slice rows) const {
     Layer<T> layer = args_.layer;
     layer.batch = rows.size;
     layer.input.data += rows.first * layer.input.row_stride;
@@ -217,7 +218,7 @@ class LinearCrossEntropyProgram {
     return layer;
   }
 
-  Layer<T> layer_of_classes(Range classes, Range rows) const {
+  Layer<T> layer_of_classes(Slice classes, Slice rows) const {
     Layer<T> layer = layer_of_rows(rows);
     layer.out_features = classes.size;
     layer.weight.data += classes.first * layer.weight.row_stride;
@@ -230,7 +231,7 @@ class LinearCrossEntropyProgram {
     return layer;
   }
 
-  CrossEntropyForward<T> loss_of_rows(Range rows) const {
+  CrossEntropyForward<T> loss_of_rows(Slice rows) const {
     CrossEntropyProblem<T> problem = args_.problem;
     const int64_t position = rows.first * problem.positions;
     problem.batch = rows.size;
@@ -249,7 +250,7 @@ class LinearCrossEntropyProgram {
             .grad_output_stride = args_.grad_output_stride};
   }
 
-  CrossEntropyForward<T> loss_of_classes(Range classes, Range rows, bool is_gradient) const {
+  CrossEntropyForward<T> loss_of_classes(Slice classes, Slice rows, bool is_gradient) const {
     const Layer<T> layer = layer_of_classes(classes, rows);
     const bool last = classes.first + classes.size == args_.problem.classes;
     CrossEntropyForward<T> loss = loss_of_rows(rows);

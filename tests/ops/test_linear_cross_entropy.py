@@ -72,7 +72,7 @@ def test_error_of_several_blocks(device, reduction, kind, label_smoothing):
 
 
 # 64 rows are two or more blocks of rows, and cheaper by classes. As many features as rows, whose
-# logits are kept in the gradient of the weight; and fewer.
+# logits are kept in the gradient of the weight; and half as many.
 BY_CLASSES = [(64, 64, 120_000), (64, 32, 200_000)]
 
 
@@ -116,6 +116,21 @@ def test_blocks_of_classes_form_what_is_wanted(wanted, shape):
             assert (tensor.grad - true).norm() <= 2e-6 * true.norm()
         else:
             assert tensor.grad is None
+
+
+@pytest.mark.cpu_only("blocks of classes are the CPU's")
+def test_losses_of_blocks_of_classes_are_summed_before_they_are_overwritten():
+    """Half of the rows' logits are kept, half are formed again: two sums in the same memory."""
+    (input, weight, bias), target = tensors_of(4096, 2048, 10)
+    threads = torch.get_num_threads()
+    try:
+        losses = []
+        for count in (1, *[2] * 30):
+            torch.set_num_threads(count)
+            losses.append(head(input, weight, target, linear_bias=bias, z_loss=1e-4))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 
 @pytest.mark.cpu_only("blocks of classes are the CPU's")

@@ -94,9 +94,9 @@ void product_part(const Block<T>& g, Range rows, Range columns) {
 // How many of `threads` to give to the rows of C, the rest to its columns. Of dot products all to the columns, unless
 // each thread would have to pack A: each reads its own part of the weights, which stays in its core's cache from one
 // step of training to the next. Of outer products all to the rows: threads that share a row of C write to neighbouring
-// cache lines. Otherwise where the busiest thread has less to do, counted in tiles of one vector: to read or pack a
-// tile of rows of A, or to pack a vector of columns of B, costs as much as so many of them. B costs less while it fits
-// into the second-level cache, more where it is transposed, and most from memory.
+// cache lines. Otherwise where the busiest thread has less to do, counted in tiles of one vector: to read, pack
+// or split a tile of rows of A, or a vector of columns of B, costs as much as so many of them. B costs less while it
+// fits into the second-level cache, more where it is transposed, and most from memory.
 template <class T>
 int row_threads(const Block<T>& g, Kernel kernel, int threads) {
   if (threads == 1) return 1;

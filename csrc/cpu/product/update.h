@@ -10,28 +10,20 @@ namespace mnist_ext::MNIST_EXT_ISA {
 template <class T, int R, int N, bool partial>
 void update_tile(const Tile<T>& t, T* buffer, const SgdUpdate<T>& sgd) {
   using V = Vec<T>;
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < N; ++v) prefetch(t.c + r * t.ldc + v * V::width);
-  }
+  for_each_of_tile<R, N>([&](int r, int v)
+                             __attribute__((always_inline)) { prefetch(t.c + r * t.ldc + v * V::width); });
   V acc[R][N] = {};
   accumulate_tile<T, R, N, partial>(t, acc);
   if (!partial && !buffer && sgd.options.weight_decay == 0 && !sgd.options.maximize) {  // in registers
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < N; ++v) {
-        T* p = t.c + r * t.ldc + v * V::width;
-        fma(acc[r][v], sgd.minus_lr, V::load(p)).store(p);
-      }
-    }
+    for_each_of_tile<R, N>([&](int r, int v) __attribute__((always_inline)) {
+      T* p = t.c + r * t.ldc + v * V::width;
+      fma(acc[r][v], sgd.minus_lr, V::load(p)).store(p);
+    });
     return;
   }
   V gradient[R][N];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) gradient[r][v] = uncontracted(acc[r][v]);
-  }
+  for_each_of_tile<R, N>([&](int r, int v)
+                             __attribute__((always_inline)) { gradient[r][v] = uncontracted(acc[r][v]); });
 #pragma GCC unroll 1
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 1
